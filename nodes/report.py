@@ -1,0 +1,50 @@
+"""AdaSpa Report: what the last run did, as text and as a picture."""
+
+import numpy as np
+import torch
+from comfy_api.latest import io, ui
+
+from .report_picture import draw
+from .sockets import AdaSpaRun
+
+
+class AdaSpaReport(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="AdaSpaReport",
+            display_name="AdaSpa Report",
+            category="model/patch",
+            description=(
+                "Place it after the sampler. Shows what AdaSpa did in the run: density and recall "
+                "by layer and head, the pattern of one head, seconds spent and saved."
+            ),
+            search_aliases=["sparse attention report", "AdaSpa statistics", "recall", "density"],
+            inputs=[
+                io.Latent.Input("samples", tooltip="The sampler's output; it passes through."),
+                AdaSpaRun.Input("adaspa", tooltip="From the AdaSpa Attention node."),
+                io.Int.Input(
+                    "layer", default=0, min=0, max=999,
+                    tooltip="The layer whose pattern is drawn.",
+                ),
+                io.Int.Input(
+                    "head", default=0, min=0, max=999, tooltip="The head whose pattern is drawn."
+                ),
+            ],
+            outputs=[
+                io.Latent.Output(display_name="samples"),
+                io.Image.Output(display_name="picture"),
+                io.String.Output(display_name="text"),
+            ],
+            is_output_node=True,
+        )  # fmt: skip
+
+    @classmethod
+    def execute(cls, samples, adaspa, layer, head) -> io.NodeOutput:
+        statistics = adaspa.latest()
+        lines = ["AdaSpa has not run yet."] if statistics is None else statistics.lines()
+        text = "\n".join(lines)
+        picture = np.asarray(draw(statistics, layer, head, lines), dtype=np.float32) / 255
+        image = torch.from_numpy(picture)[None]
+        shown = {**ui.PreviewImage(image, cls=cls).as_dict(), **ui.PreviewText(text).as_dict()}
+        return io.NodeOutput(samples, image, text, ui=shown)

@@ -1,0 +1,55 @@
+"""Which key blocks each query block reads, one bit per block pair."""
+
+from dataclasses import dataclass, replace
+
+import torch
+
+
+@dataclass(frozen=True)
+class BlockMask:
+    """A compact block mask.
+
+    Args:
+        bits: [B, H, Nq, ceil(Nk / 8)] uint8; bit j of byte b, lowest first, is key block 8 b + j.
+        num_k: Nk, key blocks per row.
+        block_q, block_k: tokens per query block and per key block.
+    """
+
+    bits: torch.Tensor
+    num_k: int
+    block_q: int
+    block_k: int
+
+    @classmethod
+    def from_dense(cls, keep: torch.Tensor, *, block_q: int, block_k: int) -> "BlockMask":
+        """Pack `keep`, [B, H, Nq, Nk] bool, True where the key block is read."""
+        num_k = keep.shape[-1]
+        bits = torch.zeros(*keep.shape[:-1], -(-num_k // 8), dtype=torch.uint8, device=keep.device)
+        for j in range(8):
+            column = keep[..., j::8].to(torch.uint8)
+            bits[..., : column.shape[-1]] |= column << j
+        return cls(bits, num_k, block_q, block_k)
+
+    def to_dense(self) -> torch.Tensor:
+        """Return the [B, H, Nq, Nk] bool map this mask was packed from."""
+        shifts = torch.arange(8, dtype=torch.uint8, device=self.bits.device)
+        return ((self.bits[..., None] >> shifts) & 1).bool().flatten(-2)[..., : self.num_k]
+
+    def kv_lists(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the mask as lists, packed to the left.
+
+        Returns:
+            kv_indices: [B, H, Nq, Nk] int32, ascending; entries past the count are not meaningful.
+            kv_num_blocks: [B, H, Nq] int32.
+        """
+        keep = self.to_dense()
+        # a stable sort of 0/1 moves the kept blocks left and leaves them ascending
+        order = torch.argsort(keep.logical_not().to(torch.uint8), dim=-1, stable=True)
+        return order.to(torch.int32), keep.sum(-1, dtype=torch.int32)
+
+    def density(self) -> torch.Tensor:
+        """Kept share of all block pairs, [B, H] float32 in [0, 1]."""
+        return self.to_dense().float().mean((-1, -2))
+
+    def with_bits(self, bits: torch.Tensor) -> "BlockMask":
+        return replace(self, bits=bits)

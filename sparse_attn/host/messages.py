@@ -1,0 +1,43 @@
+"""What a run tells its node while it samples."""
+
+import logging
+
+from ..run_statistics import RunStatistics
+
+log = logging.getLogger("adaspa")
+
+
+def send(node_id: str | None, statistics: RunStatistics, text: str, step: int, done: bool) -> None:
+    """Show a line on the node. Without a server (a script, a test) nothing happens."""
+    server = _server()
+    if server is None or node_id is None:
+        return
+    data = {
+        "node": node_id,
+        "text": text,
+        "steps": [kind.value for kind in statistics.schedule.kinds],
+        "step": step,
+        "done": done,
+    }
+    server.send_sync("adaspa.status", data, server.client_id)
+    server.send_progress_text(text, node_id, server.client_id)
+
+
+def progress_line(statistics: RunStatistics, step: int) -> str:
+    """Such as "step 5 of 20: sparse, density 0.20, recall 0.97"."""
+    schedule = statistics.schedule
+    number = schedule.first_step + step
+    parts = [f"step {number} of {schedule.total_steps}: {schedule.kind(step).value}"]
+    if statistics.patterns:
+        mean, _ = statistics.recall()
+        parts += [f"density {statistics.density():.2f}", f"recall {mean:.2f}"]
+    return ", ".join(parts)
+
+
+def _server():
+    try:
+        # ComfyUI's own module; absent when only its library is imported
+        from server import PromptServer
+    except ImportError:
+        return None
+    return getattr(PromptServer, "instance", None)

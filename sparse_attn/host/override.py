@@ -1,0 +1,203 @@
+"""ComfyUI's attention signature <-> [B, H, L, D]: which calls are ours, and the way back."""
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+
+from ..run_state import Call, RunState
+from ..schedule import StepKind
+from ..token_layout import TokenLayout
+from .families import Family
+
+# under this key a model call carries its context through transformer_options
+CONTEXT = "adaspa"
+# keeps the sum of a bias and a logit inside float32
+LOWEST_BIAS = -1e30
+
+
+@dataclass
+class ModelCall:
+    """One call of the diffusion model: what every attention call inside it may know.
+
+    Args:
+        run: the sampler run.
+        step: number of the step within the run.
+        layout: tokens of the video's self-attention, or None with the `reason` there is none.
+        previous: the override that stood before ours, or None.
+    """
+
+    run: RunState
+    step: int
+    model: torch.nn.Module
+    family: Family | None
+    layout: TokenLayout | None
+    reason: str
+    previous: Callable | None
+    occurrences: Counter = field(default_factory=Counter)
+
+
+@torch.compiler.disable
+def attention_override(
+    func, q, k, v, heads, mask=None, attn_precision=None, skip_reshape=False,
+    skip_output_reshape=False, **kwargs,
+):  # fmt: skip
+    """Serve ComfyUI's attention call, or hand it on with every argument as it came."""
+    options = kwargs.get("transformer_options") or {}
+    context = options.get(CONTEXT)
+    target = func
+    if context is not None and context.previous is not None:
+
+        def target(*args, **named):
+            return context.previous(func, *args, **named)
+
+    def original():
+        return target(
+            q, k, v, heads, mask=mask, attn_precision=attn_precision, skip_reshape=skip_reshape,
+            skip_output_reshape=skip_output_reshape, **kwargs,
+        )  # fmt: skip
+
+    if context is None:
+        return original()
+    reason = decline(context, q, k, v, heads, skip_reshape, kwargs)
+    bias, mask_reason = (None, "") if reason else key_bias_of(mask, len(q), k.shape[-2])
+    reason = reason or mask_reason
+    if reason:
+        context.run.statistics.kept_dense[reason] += 1
+        return original()
+
+    def dense_rows(rows: slice):
+        """The host's attention on some rows of the batch, in [B, H, L, D]."""
+
+        def dense(q, k, v):
+            part = mask if mask is None or mask.shape[0] == 1 or mask.ndim < 3 else mask[rows]
+            out = target(
+                q, k, v, q.shape[1], mask=part, attn_precision=attn_precision, skip_reshape=True,
+                skip_output_reshape=True, **kwargs,
+            )  # fmt: skip
+            return out if out.ndim == 4 else to_heads(out, q.shape[1])
+
+        return dense
+
+    q4, k4, v4 = (x if skip_reshape else to_heads(x, heads) for x in (q, k, v))
+    scale = kwargs.get("scale") or q4.shape[-1] ** -0.5
+    run, step = context.run, context.step
+    if run.schedule.kind(step) is StepKind.DENSE and not run.schedule.wants_lse(step):
+        out = run.dense_step(
+            q4, k4, v4, scale=scale, key_bias=bias, host=dense_rows(slice(None))
+        )  # fmt: skip
+        if out is None:
+            with run.timed_dense(q):
+                return original()
+        return from_heads(out, skip_output_reshape)
+
+    outs = []
+    for rows, key, layer, role in conditionings(context, options, q4):
+        call = Call(
+            key=key,
+            layer=layer,
+            role=role,
+            step=step,
+            layout=context.layout,
+            scale=scale,
+            dense=dense_rows(rows),
+            key_bias=None if bias is None else bias[rows],
+        )
+        outs.append(run.attend(call, q4[rows], k4[rows], v4[rows]))
+    out = outs[0] if len(outs) == 1 else torch.cat(outs)
+    return from_heads(out, skip_output_reshape)
+
+
+def decline(context, q, k, v, heads, skip_reshape, kwargs) -> str:
+    """Say why a call is not ours, or return an empty string."""
+    config = context.run.config
+    if context.layout is None:
+        return context.reason
+    if q.shape != k.shape or k.shape != v.shape:
+        return "cross-attention or grouped heads"
+    tokens = q.shape[-2]
+    layout = context.layout
+    if tokens != layout.tokens:
+        return f"{tokens:,} tokens are not the {layout.tokens:,} of this model's video sequence"
+    if layout.frames == 1:
+        return "one frame is an image, not a video"
+    if tokens < config.min_tokens:
+        return f"too short: {tokens:,} tokens, and `min_tokens` is {config.min_tokens:,}"
+    if "uuids" not in (kwargs.get("transformer_options") or {}):
+        return "the host does not name its conditionings"
+    if layer_of(context, kwargs["transformer_options"]) in dense_layers(context):
+        return "listed in `dense_layers`"
+    return ""
+
+
+def layer_of(context: ModelCall, options) -> int:
+    return context.family.layer_number(
+        context.model, options.get("block_type", "double"), options.get("block_index", 0)
+    )
+
+
+def dense_layers(context: ModelCall) -> set[int]:
+    total = context.family.num_layers(context.model)
+    return {n % total for n in context.run.config.dense_layers if -total <= n < total}
+
+
+def conditionings(context: ModelCall, options, q):
+    """Yield (rows of the batch, state key, layer, role), one per conditioning of the call.
+
+    The host may batch conditionings in one step and split them in the next, so what a run
+    remembers belongs to one conditioning.
+    """
+    uuids, kinds = options["uuids"], options["cond_or_uncond"]
+    size = q.shape[0] // len(uuids)
+    block = (options.get("block_type"), options.get("block_index"))
+    occurrence = context.occurrences[block]
+    context.occurrences[block] += 1
+    window = options.get("context_window")
+    window = None if window is None else tuple(window.index_list)
+    layer = layer_of(context, options)
+    if size not in context.run.foreseen:
+        context.run.foreseen.add(size)
+        context.run.foresee(
+            q, q, q,
+            layers=context.family.num_layers(context.model), batch=size, layout=context.layout,
+        )  # fmt: skip
+    for i, (uuid, kind) in enumerate(zip(uuids, kinds, strict=True)):
+        context.run.statistics.conditionings.add(uuid)
+        key = (q.device, uuid, window, context.layout, size, *block, occurrence)
+        role = {0: "positive", 1: "negative"}.get(kind, f"conditioning {kind}")
+        yield slice(i * size, (i + 1) * size), key, layer, role
+
+
+def key_bias_of(mask, batch: int, tokens: int) -> tuple[torch.Tensor | None, str]:
+    """Read a mask that is the same for every query and head as a bias per key.
+
+    Args:
+        mask: None, or [..., 1, L] bool (True is kept) or additive float, up to four dimensions.
+
+    Returns:
+        [B, L] float32 or None, and the reason when the mask is of another kind.
+    """
+    if mask is None:
+        return None, ""
+    shape = tuple(mask.shape)
+    rows = shape[0] if mask.ndim > 2 else 1
+    whole = mask.ndim in (2, 3, 4) and all(size == 1 for size in shape[1:-1])
+    if mask.ndim == 2:
+        whole = shape[0] == 1
+    if not whole or shape[-1] != tokens or rows not in (1, batch):
+        return None, f"its mask of shape {list(shape)} is not a key mask"
+    bias = mask.reshape(rows, tokens)
+    if mask.dtype == torch.bool:
+        bias = torch.zeros_like(bias, dtype=torch.float32).masked_fill(~bias, LOWEST_BIAS)
+    return bias.float().clamp(min=LOWEST_BIAS).expand(batch, tokens), ""
+
+
+def to_heads(x, heads: int):
+    """[B, L, H * D] -> [B, H, L, D], a view."""
+    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+
+def from_heads(out, keep_heads: bool):
+    """[B, H, L, D] -> what the caller asked for: the same, or [B, L, H * D]."""
+    return out if keep_heads else out.transpose(1, 2).flatten(2)

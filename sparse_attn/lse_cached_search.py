@@ -1,0 +1,20 @@
+"""LSE-cached search: a new mask for the price of QK^T alone (AdaSpa, algorithm 2).
+
+A row's softmax denominator hardly changes over denoising steps, so the LSE kept from the first
+search stands in for today's; the masses are renormalised by row, which mends its mean drift.
+"""
+
+
+def lse_cached_search(backend, q, k, lse, *, scale, block_size, key_bias=None):
+    """Measure block masses with the LSE of an earlier step.
+
+    Args:
+        backend: module with `block_masses`.
+        q, k: [B, H, L, D]. lse: [B, H, L] float32.
+
+    Returns:
+        [B, H, N, N] float32; every full row of blocks sums to its number of query rows.
+    """
+    return backend.block_masses(
+        q, k, lse, block_q=block_size, block_k=block_size, scale=scale, key_bias=key_bias
+    )

@@ -1,0 +1,34 @@
+"""Row-wise top-k: every query block of a head keeps the same number of key blocks.
+
+For one row the blocks of largest mass are the best choice at a given count (AdaSpa, eq. 14), and
+one count for all rows leaves no area of the video without attention.
+"""
+
+import torch
+
+
+def row_budget(density: float, num_k: int, num_sinks: int) -> int:
+    """Key blocks per row at `density`: the sinks and at least one more, at most all."""
+    return min(num_k, max(round(density * num_k), num_sinks + 1, 1))
+
+
+def row_wise_top_k(
+    scores: torch.Tensor, budgets: torch.Tensor, largest_budget: int, sink: torch.Tensor
+) -> torch.Tensor:
+    """Keep the `budgets` blocks of highest score in every row, the sink among them.
+
+    Args:
+        scores: [B, H, Nq, Nk] float32: mass, error or any other score.
+        budgets: [B, H] int, key blocks per row; at least the number of sinks.
+        largest_budget: the largest of `budgets`, known without reading the device.
+        sink: [Nk] bool, blocks that every row keeps and whose own rows keep everything; Nq == Nk.
+
+    Returns:
+        [B, H, Nq, Nk] bool.
+    """
+    ranked = scores.masked_fill(sink, float("inf"))
+    best = ranked.topk(largest_budget, dim=-1, sorted=True).indices
+    within = torch.arange(largest_budget, device=scores.device) < budgets[..., None, None]
+    keep = torch.zeros_like(scores, dtype=torch.bool)
+    keep.scatter_(-1, best, within.expand(best.shape))
+    return keep | sink[:, None]
