@@ -47,4 +47,6 @@ class AdaSpaReport(io.ComfyNode):
         picture = np.asarray(draw(statistics, layer, head, lines), dtype=np.float32) / 255
         image = torch.from_numpy(picture)[None]
         shown = {**ui.PreviewImage(image, cls=cls).as_dict(), **ui.PreviewText(text).as_dict()}
+        if statistics is not None:
+            shown["adaspa"] = [statistics.as_dict()]
         return io.NodeOutput(samples, image, text, ui=shown)

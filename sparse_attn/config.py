@@ -1,6 +1,7 @@
 """What the user asked for: one frozen, validated value that travels whole."""
 
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 MAX_SPARSITY = 0.98
 BLOCK_SIZES = (64, 128)
@@ -57,7 +58,7 @@ class AdaSpaConfig:
                 "Try 0.12."
             )
         points = self.search_points
-        if any(b <= a for a, b in zip(points, points[1:], strict=False)):
+        if any(b <= a for a, b in pairwise(points)):
             raise ValueError(
                 f"`search_points` must ascend, got {list(points)}. Write them in order: 0.3, 0.6."
             )

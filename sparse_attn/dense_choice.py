@@ -27,7 +27,10 @@ def torch_cudnn(q, k, v, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
 def cudnn_serves(q) -> bool:
     if q.device.type != "cuda" or q.dtype not in (torch.bfloat16, torch.float16):
         return False
-    return torch.backends.cudnn.is_available() and torch.cuda.get_device_capability(q.device) >= (8, 0)
+    return torch.backends.cudnn.is_available() and torch.cuda.get_device_capability(q.device) >= (
+        8,
+        0,
+    )
 
 
 class DenseChoice:

@@ -1,6 +1,7 @@
 """State of one sampler run: what every layer knows, and what one attention call does with it."""
 
 import threading
+import time
 from collections.abc import Callable, Hashable
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -92,6 +93,7 @@ class RunState:
         self.following: dict[Hashable, Hashable] = {}
         self.foreseen: set[int] = set()
         self.step = -1
+        self._step_began = 0.0
         self._last_key = None
         self._pending = []
         self._lock = threading.Lock()
@@ -304,10 +306,18 @@ class RunState:
     def enter_step(self, step: int) -> bool:
         """Note that a model call of `step` begins; True when the step is a new one."""
         with self._lock:
-            changed, self.step = step != self.step, step
+            changed, previous, self.step = step != self.step, self.step, step
         if changed:
-            self.end_step()
+            self._leave_step(previous)
         return changed
+
+    def _leave_step(self, step: int) -> None:
+        self.end_step()
+        now = time.perf_counter()
+        if step >= 0:
+            kind = self.schedule.kind(step).value
+            self.statistics.step_seconds.setdefault(kind, []).append(now - self._step_began)
+        self._step_began = now
 
     def end_step(self) -> None:
         """Read what the step left on the device. The only place that waits for the GPU."""
@@ -332,7 +342,7 @@ class RunState:
 
     def end(self) -> None:
         """Finish the statistics and free every tensor of the run."""
-        self.end_step()
+        self._leave_step(self.step)
         self.statistics.finished = True
         self.free()
 

@@ -84,6 +84,7 @@ class RunStatistics:
     held_bytes: int = 0
     conditionings: set = field(default_factory=set)
     timing: Timing = field(default_factory=Timing)
+    step_seconds: dict[str, list[float]] = field(default_factory=dict)
     kept_dense: Counter = field(default_factory=Counter)
     patterns: dict[tuple[int, str], Pattern] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
@@ -147,6 +148,11 @@ class RunStatistics:
                 f"One call: {milliseconds(dense)} dense, {milliseconds(median(timing.sparse))} "
                 f"sparse ({dense / median(timing.sparse):.1f}x), measured against {source}"
             )
+        if self.step_seconds:
+            steps = ", ".join(
+                f"{seconds(median(s))} {kind}" for kind, s in self.step_seconds.items()
+            )
+            text.append(f"One step of the whole model: {steps}")
         if self.predicted_bytes or self.held_bytes:
             text.append(
                 f"Memory held: {gib(self.held_bytes)} on the {self.cache_place.upper()} for "
@@ -156,9 +162,36 @@ class RunStatistics:
             text.append(f"Kept dense: {count} calls, {reason}")
         return text + [f"Note: {warning}" for warning in self.warnings]
 
+    def as_dict(self) -> dict:
+        """Plain numbers for a file or another program."""
+        mean, worst = self.recall() or (None, None)
+        dense, sparse = self.timing.dense_call(), self.timing.sparse
+        return {
+            "model": self.model,
+            "tokens": self.tokens,
+            "steps": self.schedule.describe(),
+            "density": self.density(),
+            "recall": mean,
+            "recall_worst_head": worst,
+            "recall_exact": self.exact(),
+            "attention_seconds": self.timing.spent(),
+            "attention_seconds_saved": self.timing.saved(),
+            "dense_call_seconds": dense,
+            "sparse_call_seconds": median(sparse) if sparse else None,
+            "step_seconds": {kind: median(s) for kind, s in self.step_seconds.items()},
+            "held_bytes": self.held_bytes,
+            "predicted_bytes": self.predicted_bytes,
+            "backend": self.backend,
+            "dense_choice": self.dense_choice,
+            "kept_dense": dict(self.kept_dense),
+            "warnings": list(self.warnings),
+        }
+
 
 def seconds(value: float) -> str:
-    return f"{value:.0f} s" if value >= 100 else f"{value:.1f} s" if value >= 1 else f"{value:.2f} s"
+    return (
+        f"{value:.0f} s" if value >= 100 else f"{value:.1f} s" if value >= 1 else f"{value:.2f} s"
+    )
 
 
 def milliseconds(value: float) -> str:
@@ -175,4 +208,3 @@ def block_map(keep: torch.Tensor) -> torch.Tensor:
     # head by head: a whole map in floating point would take four times the masses
     cells = [torch.nn.functional.adaptive_avg_pool2d(head[None].float(), size)[0] for head in keep]
     return (torch.stack(cells) * 255).round().to(torch.uint8)
-

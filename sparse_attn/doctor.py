@@ -1,0 +1,119 @@
+"""Checks this machine: who would serve a call and why, whether the results are right, how fast."""
+
+import time
+
+import torch
+
+from . import attention, reference
+from .block_mask import BlockMask
+from .dense_choice import cudnn_serves, torch_cudnn
+
+# a kernel may err this many times as much as torch does in the same dtype
+FACTOR = 4.0
+
+
+def report() -> bool:
+    """Print the checks; True when every result is right."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    right = True
+    for head_dim, dtype in _cases(device):
+        q, k, v = _inputs(device, dtype, 2, 500, head_dim)
+        backend, why = attention.choose(q, k, v, 64)
+        name = f"head_dim {head_dim}, {str(dtype).removeprefix('torch.')}"
+        if backend is None:
+            print(f"backend    {name}: none, {why}")
+            right = False
+            continue
+        print(f"backend    {name}: {why}")
+        for check, passed, detail in _check(backend, q, k, v):
+            right &= passed
+            print(f"check      {check}: {'right' if passed else 'WRONG'}, {detail}")
+    _speed(device)
+    print("result     " + ("all checks passed" if right else "some checks failed; see above"))
+    return right
+
+
+def _cases(device):
+    if device.type == "cuda":
+        return [(128, torch.bfloat16), (64, torch.bfloat16), (128, torch.float16)]
+    return [(128, torch.float32), (64, torch.bfloat16)]
+
+
+def _inputs(device, dtype, heads, tokens, head_dim):
+    generator = torch.Generator().manual_seed(0)
+    shape = (3, 1, tokens, heads, head_dim)
+    return torch.randn(shape, generator=generator).to(device, dtype).transpose(2, 3)
+
+
+def _check(backend, q, k, v):
+    """Yield (name, passed, detail) for every part of the method, against float64."""
+    blocks = {"block_q": 64, "block_k": 64}
+    scale = q.shape[-1] ** -0.5
+    exact_inputs = [x.double().cpu() for x in (q, k, v)]
+    out, lse, _ = backend.dense_attention(q, k, v, scale=scale)
+    exact, exact_lse = reference.dense_attention(*exact_inputs, scale=scale)
+    torch_out, _ = reference.dense_attention(q, k, v, scale=scale)
+    yield _compare("dense attention", out, exact, torch_out)
+
+    masses = backend.block_masses(q, k, lse, scale=scale, **blocks)
+    exact_masses = reference.block_masses(*exact_inputs[:2], exact_lse, scale=scale, **blocks)
+    error = (masses.double().cpu() - exact_masses).abs().max().item() / 64
+    yield "block masses", error < 1e-2, f"largest error {error:.1e} of a row"
+
+    keep = torch.rand(masses.shape, generator=torch.Generator().manual_seed(1)) < 0.4
+    keep[..., 0] = True
+    mask = BlockMask.from_dense(keep.to(q.device), **blocks)
+    lists = backend.unpack_mask(mask.bits, mask.num_k)
+    out, _ = backend.sparse_attention(q, k, v, *lists, scale=scale, **blocks)
+    exact, _ = reference.sparse_attention(*exact_inputs, keep, scale=scale, **blocks)
+    same, _ = reference.sparse_attention(q, k, v, keep.to(q.device), scale=scale, **blocks)
+    yield _compare("sparse attention", out, exact, same)
+
+
+def _compare(name, out, exact, same_dtype):
+    error = (out.double().cpu() - exact).abs().max().item()
+    usual = (same_dtype.double().cpu() - exact).abs().max().item()
+    return name, error <= FACTOR * usual + 1e-6, f"error {error:.1e}, torch's own {usual:.1e}"
+
+
+def _speed(device):
+    """Time one call of a long video against the dense attention that torch would run."""
+    heads, tokens, head_dim = (24, 32_768, 128) if device.type == "cuda" else (4, 4_096, 64)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    q, k, v = _inputs(device, dtype, heads, tokens, head_dim)
+    backend, _ = attention.choose(q, k, v, 64)
+    if backend is None:
+        return
+    scale = head_dim**-0.5
+    blocks = tokens // 64
+    keep = torch.zeros(1, heads, blocks, blocks, dtype=torch.bool, device=device)
+    order = torch.rand(keep.shape, device=device).argsort(-1)
+    keep.scatter_(-1, order[..., : round(0.2 * blocks)], True)
+    lists = backend.unpack_mask(BlockMask.from_dense(keep, block_q=64, block_k=64).bits, blocks)
+    dense = {"torch": lambda: torch.nn.functional.scaled_dot_product_attention(q, k, v)}
+    if cudnn_serves(q):
+        dense["torch's cuDNN"] = lambda: torch_cudnn(q, k, v, scale)
+    sparse = _time(
+        device,
+        lambda: backend.sparse_attention(
+            q, k, v, *lists, block_q=64, block_k=64, scale=scale
+        ),
+    )  # fmt: skip
+    shape = f"{heads} heads x {tokens:,} tokens x {head_dim}"
+    print(f"speed      {shape}: sparse at density 0.20 {sparse * 1e3:.1f} ms")
+    for name, run in dense.items():
+        seconds = _time(device, run)
+        ratio = seconds / sparse
+        print(f"speed      dense by {name} {seconds * 1e3:.1f} ms, sparse is {ratio:.1f}x as fast")
+
+
+def _time(device, run) -> float:
+    """Median seconds of five calls after two."""
+    seconds = []
+    for _ in range(7):
+        start = time.perf_counter()
+        run()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - start)
+    return sorted(seconds[2:])[2]

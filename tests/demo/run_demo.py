@@ -1,0 +1,156 @@
+"""Samples one short video twice in a real ComfyUI, dense and with AdaSpa, and compares them.
+
+Writes into demo_output/: the two videos side by side, the report's picture, a table, the numbers.
+"""
+
+import argparse
+import io
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests" / "demo")]
+
+from graph import PROMPT, graph  # noqa: E402
+from tools.comfy_server import ComfyServer, ServerFailed  # noqa: E402
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--preset", default="Quality", choices=["Quality", "Balanced", "Fast", "Paper"])
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--prompt", default=PROMPT)
+    parser.add_argument("--out", type=Path, default=ROOT / "demo_output")
+    options = parser.parse_args()
+    options.out.mkdir(parents=True, exist_ok=True)
+
+    tiny = ROOT / "tests" / "tiny_model"
+    home = Path(os.environ.get("ADASPA_HOME") or ROOT / ".adaspa")
+    server = ComfyServer(
+        os.environ["COMFYUI_PATH"],
+        home / "demo",
+        extra_custom_nodes=[("adaspa_tiny_model", tiny)],
+        model_files=[tiny / "tiny_wan.safetensors"],
+    )
+    print(f'Prompt: "{options.prompt}", seed {options.seed}, {options.steps} steps')
+    print("Starting ComfyUI ...", flush=True)
+    try:
+        with server:
+            print(f"ComfyUI is up after {server.started_in:.0f} s", flush=True)
+            # the first prompt loads the model and warms every cache, so neither side pays for it
+            sample(server, options, enabled=False, steps=1)
+            dense = sample(server, options, enabled=False)
+            print(f"dense     {dense['seconds']:6.1f} s", flush=True)
+            sparse = sample(server, options, enabled=True)
+            print(f"AdaSpa    {sparse['seconds']:6.1f} s", flush=True)
+    except ServerFailed as failure:
+        print(failure)
+        return 1
+    numbers = compare(dense, sparse, options)
+    write(dense, sparse, numbers, options)
+    return 0
+
+
+def sample(server, options, *, enabled: bool, steps: int | None = None) -> dict:
+    """Run the workflow once: frames [N, Y, X, 3] uint8, seconds, the report."""
+    prompt = graph(
+        preset=options.preset, enabled=enabled, prompt=options.prompt, seed=options.seed,
+        steps=steps or options.steps,
+    )  # fmt: skip
+    if not enabled:
+        # no run, no report
+        del prompt["report"]
+        prompt["frames"]["inputs"]["samples"] = ["sampler", 0]
+    started = time.perf_counter()
+    entry = server.post(prompt, timeout=1800)
+    seconds = time.perf_counter() - started
+    outputs = entry["outputs"]
+    frames = [np.asarray(image_of(server, file)) for file in outputs["save"]["images"]]
+    result = {"frames": np.stack(frames), "seconds": seconds}
+    if enabled:
+        result["report"] = outputs["report"]["adaspa"][0]
+        result["text"] = outputs["report"]["text"][0]
+        result["picture"] = image_of(server, outputs["report"]["images"][0])
+    return result
+
+
+def image_of(server, file: dict) -> Image.Image:
+    return Image.open(io.BytesIO(server.view(file))).convert("RGB")
+
+
+def psnr(a: np.ndarray, b: np.ndarray) -> float:
+    """Peak signal to noise ratio of two uint8 videos, in dB; infinite when equal."""
+    error = np.mean((a.astype(np.float64) - b.astype(np.float64)) ** 2)
+    return float("inf") if error == 0 else float(10 * np.log10(255**2 / error))
+
+
+def compare(dense: dict, sparse: dict, options) -> dict:
+    report = sparse["report"]
+    return {
+        "preset": options.preset,
+        "prompt": options.prompt,
+        "seed": options.seed,
+        "sampler_steps": options.steps,
+        "dense_seconds": dense["seconds"],
+        "adaspa_seconds": sparse["seconds"],
+        "psnr_db": psnr(dense["frames"], sparse["frames"]),
+        **report,
+    }
+
+
+def table(numbers: dict) -> str:
+    """The comparison in Markdown; every figure was measured just now."""
+    steps = numbers["step_seconds"]
+    call = numbers["dense_call_seconds"], numbers["sparse_call_seconds"]
+    rows = [
+        ("", "dense", f"AdaSpa {numbers['preset']}"),
+        ("whole prompt", f"{numbers['dense_seconds']:.1f} s", f"{numbers['adaspa_seconds']:.1f} s"),
+        ("one step", f"{steps['dense']:.2f} s" if "dense" in steps else "", f"{steps['sparse']:.2f} s"),
+        ("one attention call", f"{call[0]:.3f} s", f"{call[1]:.3f} s"),
+        ("density", "1.00", f"{numbers['density']:.2f}"),
+        ("recall at the search", "1.00", f"{numbers['recall']:.3f}"),
+        ("PSNR against dense", "", f"{numbers['psnr_db']:.1f} dB"),
+    ]
+    lines = ["| " + " | ".join(row) + " |" for row in rows]
+    return "\n".join([lines[0], "| --- | --- | --- |", *lines[1:]])
+
+
+def write(dense: dict, sparse: dict, numbers: dict, options) -> None:
+    out = options.out
+    pages = [side_by_side(a, b, numbers) for a, b in zip(dense["frames"], sparse["frames"], strict=True)]
+    pages[0].save(
+        out / "side_by_side.webp", save_all=True, append_images=pages[1:], duration=80, loop=0,
+        quality=88,
+    )  # fmt: skip
+    sparse["picture"].save(out / "report.png")
+    text = table(numbers)
+    (out / "table.md").write_text(text + "\n\n" + sparse["text"] + "\n", encoding="utf-8")
+    (out / "numbers.json").write_text(json.dumps(numbers, indent=2) + "\n", encoding="utf-8")
+    print(f"\n{text}\n\n{sparse['text']}\n")
+    for name in ("side_by_side.webp", "report.png", "table.md", "numbers.json"):
+        print(f"{out / name}")
+
+
+def side_by_side(left: np.ndarray, right: np.ndarray, numbers: dict) -> Image.Image:
+    height, width = left.shape[:2]
+    page = Image.new("RGB", (2 * width + 24, height + 40), "white")
+    pen, font = ImageDraw.Draw(page), ImageFont.load_default(16)
+    labels = (
+        f"dense, {numbers['dense_seconds']:.0f} s",
+        f"AdaSpa {numbers['preset']}, {numbers['adaspa_seconds']:.0f} s, {numbers['psnr_db']:.1f} dB",
+    )
+    for x, picture, label in ((0, left, labels[0]), (width + 24, right, labels[1])):
+        page.paste(Image.fromarray(picture), (x, 40))
+        pen.text((x + 4, 10), label, "black", font=font)
+    return page
+
+
+if __name__ == "__main__":
+    sys.exit(main())
