@@ -77,7 +77,7 @@ class DenseChoice:
         parts = []
         for shape, seconds in self.seconds.items():
             times = ", ".join(f"{name} {s * 1e3:.1f} ms" for name, s in seconds.items())
-            parts.append(f"{PROBE_HEADS} of {shape[1]} heads x {shape[2]:,} tokens: {times}")
+            parts.append(f"{min(PROBE_HEADS, shape[1])} of {shape[1]} heads x {shape[2]:,} tokens: {times}")
         return "; ".join(parts)
 
     @staticmethod

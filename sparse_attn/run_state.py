@@ -315,8 +315,7 @@ class RunState:
         self.end_step()
         now = time.perf_counter()
         if step >= 0:
-            kind = self.schedule.kind(step).value
-            self.statistics.step_seconds.setdefault(kind, []).append(now - self._step_began)
+            self.statistics.steps.append((self.schedule.kind(step), now - self._step_began))
         self._step_began = now
 
     def end_step(self) -> None:
