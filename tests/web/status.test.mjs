@@ -1,0 +1,58 @@
+import assert from "node:assert/strict";
+import test from "node:test";
+
+import { countKinds, readStatus, stepStrip } from "../../web/status.js";
+
+const MESSAGE = { node: 7, text: "step 2", steps: ["dense", "search", "sparse"], step: 2, done: false };
+
+test("a message is read with its node as text", () => {
+  assert.deepEqual(readStatus(MESSAGE), {
+    node: "7",
+    workflow: null,
+    text: "step 2",
+    steps: ["dense", "search", "sparse"],
+    first: 0,
+    step: 2,
+    done: false,
+  });
+});
+
+test("a message without a node is ignored", () => {
+  for (const detail of [undefined, null, {}, { node: null, text: "x" }, "text"]) {
+    assert.equal(readStatus(detail), null);
+  }
+});
+
+test("malformed fields become harmless ones", () => {
+  const status = readStatus({ node: "12:5", steps: ["dense", "<b>", 3], step: 99, done: "yes" });
+  assert.deepEqual(status.steps, ["dense"]);
+  assert.equal(status.step, 0);
+  assert.equal(status.done, false);
+  assert.equal(status.text, "");
+  assert.equal(readStatus({ node: 1, steps: "dense", step: "x" }).step, -1);
+});
+
+test("the strip marks past, current and coming steps", () => {
+  const strip = stepStrip({ ...readStatus(MESSAGE), step: 1 });
+  assert.deepEqual(strip.map(({ state }) => state), ["past", "now", "ahead"]);
+});
+
+test("a finished run has no current step, and a stopped one shows how far it came", () => {
+  const finished = stepStrip(readStatus({ ...MESSAGE, done: true }));
+  assert.deepEqual(finished.map(({ state }) => state), ["past", "past", "past"]);
+  const stopped = stepStrip(readStatus({ ...MESSAGE, step: 0, done: true }));
+  assert.deepEqual(stopped.map(({ state }) => state), ["past", "ahead", "ahead"]);
+});
+
+test("labels count from the run's first step", () => {
+  const strip = stepStrip(readStatus({ ...MESSAGE, first: 10 }));
+  assert.deepEqual(strip.map(({ label }) => label), ["step 10: dense", "step 11: search", "step 12: sparse"]);
+});
+
+test("the legend lists the kinds that occur, in order", () => {
+  assert.deepEqual(countKinds(["sparse", "search", "sparse"]), [
+    { kind: "search", count: 1 },
+    { kind: "sparse", count: 2 },
+  ]);
+  assert.deepEqual(countKinds([]), []);
+});

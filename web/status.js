@@ -1,0 +1,36 @@
+// Reads the messages of a run. Plain values in, plain values out: no app, no DOM.
+
+export const KINDS = ["dense", "search", "sparse"];
+
+/** A message as `adaspa.status` brings it, or null if it names no node. */
+export function readStatus(detail) {
+  if (detail?.node == null) return null;
+  const steps = Array.isArray(detail.steps) ? detail.steps.filter((kind) => KINDS.includes(kind)) : [];
+  const done = detail.done === true;
+  const step = Number.isInteger(detail.step) ? detail.step : -1;
+  return {
+    node: String(detail.node),
+    workflow: detail.workflow == null ? null : String(detail.workflow),
+    text: detail.text == null ? "" : String(detail.text),
+    steps,
+    first: Number.isInteger(detail.first) ? detail.first : 0,
+    step: Math.max(-1, Math.min(step, steps.length - 1)),
+    done,
+  };
+}
+
+/** One entry per step: { kind, state: "past" | "now" | "ahead", label }; `first` numbers the first. */
+export function stepStrip({ steps, step, done, first = 0 }) {
+  return steps.map((kind, i) => ({
+    kind,
+    state: i < step || (done && i === step) ? "past" : i === step ? "now" : "ahead",
+    label: `step ${first + i}: ${kind}`,
+  }));
+}
+
+/** ["dense", "search", "sparse", "sparse"] -> [{ kind: "dense", count: 1 }, ...], kinds that occur. */
+export function countKinds(steps) {
+  return KINDS.map((kind) => ({ kind, count: steps.filter((step) => step === kind).length })).filter(
+    ({ count }) => count > 0,
+  );
+}
