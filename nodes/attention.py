@@ -144,6 +144,8 @@ class AdaSpaAttention(io.ComfyNode):
                 AdaSpaRun.Output("adaspa", display_name="adaspa"),
             ],
             hidden=[io.Hidden.unique_id],
+            # two nodes with equal settings must not share one handle through ComfyUI's cache
+            not_idempotent=True,
         )
 
     @classmethod

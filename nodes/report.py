@@ -22,7 +22,11 @@ class AdaSpaReport(io.ComfyNode):
             search_aliases=["sparse attention report", "AdaSpa statistics", "recall", "density"],
             inputs=[
                 io.Latent.Input("samples", tooltip="The sampler's output; it passes through."),
-                AdaSpaRun.Input("adaspa", tooltip="From the AdaSpa Attention node."),
+                AdaSpaRun.Input(
+                    "adaspa",
+                    optional=True,
+                    tooltip="From the AdaSpa Attention node; empty when that node is bypassed.",
+                ),
                 io.Int.Input(
                     "layer", default=0, min=0, max=999,
                     tooltip="The layer whose pattern is drawn.",
@@ -40,8 +44,8 @@ class AdaSpaReport(io.ComfyNode):
         )  # fmt: skip
 
     @classmethod
-    def execute(cls, samples, adaspa, layer, head) -> io.NodeOutput:
-        statistics = adaspa.latest()
+    def execute(cls, samples, layer, head, adaspa=None) -> io.NodeOutput:
+        statistics = None if adaspa is None else adaspa.latest()
         lines = ["AdaSpa has not run yet."] if statistics is None else statistics.lines()
         text = "\n".join(lines)
         picture = np.asarray(draw(statistics, layer, head, lines), dtype=np.float32) / 255

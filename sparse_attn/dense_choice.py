@@ -1,5 +1,6 @@
 """Which exact attention runs the dense steps: the fastest present, measured once per shape."""
 
+import math
 import time
 from collections.abc import Callable
 from types import ModuleType
@@ -55,29 +56,31 @@ class DenseChoice:
         """
         if self.allowed == "host" or key_bias is not None:
             return "host"
-        measured = self._measure(backend, q, k, v, scale, host)
+        measured = self._measure(q, k, v, {"host": host, **self._candidates(backend, scale)})
         best = min(measured, key=measured.get)
         return best if measured[best] < MARGIN * measured["host"] else "host"
 
     def with_lse(self, backend: ModuleType, q, k, v, *, scale: float, key_bias=None):
         """Run the fastest candidate that yields an LSE: out [B, H, L, D], lse [B, H, L]."""
-        measured = self.seconds.get(self._shape(q), {})
-        cudnn, own = measured.get("cudnn"), measured.get("own")
-        prefers_cudnn = cudnn is not None and (own is None or cudnn < own)
-        if prefers_cudnn and key_bias is None:
-            return torch_cudnn(q, k, v, scale)
+        candidates = self._candidates(backend, scale)
+        if key_bias is None and cudnn_serves(q):
+            measured = self._measure(q, k, v, candidates)
+            if measured.get("cudnn", math.inf) < measured["own"]:
+                return torch_cudnn(q, k, v, scale)
         return backend.dense_attention(q, k, v, scale=scale, key_bias=key_bias)[:2]
 
     def run(self, name: str, backend: ModuleType, q, k, v, *, scale: float) -> torch.Tensor:
         """Run the candidate `name`, other than "host"."""
-        return self._candidates(backend, q, scale)[name](q, k, v)
+        return self._candidates(backend, scale)[name](q, k, v)
 
     def describe(self) -> str:
         """Every measured shape with the milliseconds of its candidates."""
         parts = []
         for shape, seconds in self.seconds.items():
             times = ", ".join(f"{name} {s * 1e3:.1f} ms" for name, s in seconds.items())
-            parts.append(f"{min(PROBE_HEADS, shape[1])} of {shape[1]} heads x {shape[2]:,} tokens: {times}")
+            parts.append(
+                f"{min(PROBE_HEADS, shape[1])} of {shape[1]} heads x {shape[2]:,} tokens: {times}"
+            )
         return "; ".join(parts)
 
     @staticmethod
@@ -85,30 +88,27 @@ class DenseChoice:
         return (q.shape[0], q.shape[1], q.shape[2], q.shape[3], q.dtype, q.device)
 
     @staticmethod
-    def _candidates(backend, q, scale):
-        found = {}
-        if cudnn_serves(q):
-            found["cudnn"] = lambda q, k, v: torch_cudnn(q, k, v, scale)[0]
+    def _candidates(backend, scale):
+        found = {"cudnn": lambda q, k, v: torch_cudnn(q, k, v, scale)[0]}
         if backend is not None:
             found["own"] = lambda q, k, v: backend.dense_attention(q, k, v, scale=scale)[0]
         return found
 
-    def _measure(self, backend, q, k, v, scale, host) -> dict[str, float]:
-        shape = self._shape(q)
-        if shape not in self.seconds:
-            # a few heads tell the order of the candidates at a fraction of the time
-            few = [x[:, :PROBE_HEADS] for x in (q, k, v)]
-            found = {"host": host, **self._candidates(backend, q, scale)}
-            seconds = {}
-            for name, run in found.items():
-                try:
-                    seconds[name] = _time(run, few)
-                except RuntimeError:
-                    # a torch build without this kernel says so only when called
-                    if name == "host":
-                        raise
-            self.seconds[shape] = seconds
-        return self.seconds[shape]
+    def _measure(self, q, k, v, candidates: dict[str, Callable]) -> dict[str, float]:
+        """Seconds of each candidate that serves; those not measured before are measured now."""
+        seconds = self.seconds.setdefault(self._shape(q), {})
+        # a few heads tell the order of the candidates at a fraction of the time
+        few = [x[:, :PROBE_HEADS] for x in (q, k, v)]
+        for name, run in candidates.items():
+            if name in seconds or (name == "cudnn" and not cudnn_serves(q)):
+                continue
+            try:
+                seconds[name] = _time(run, few)
+            except RuntimeError:
+                # a torch build without this kernel says so only when called
+                if name != "cudnn":
+                    raise
+        return seconds
 
 
 def _time(run: Callable, args) -> float:

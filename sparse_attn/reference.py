@@ -29,8 +29,9 @@ def sparse_attention(q, k, v, keep, *, block_q, block_k, scale, key_bias=None):
     tokens = expand_blocks(keep, block_q, block_k, q.shape[-2], k.shape[-2])
     logits = logits.masked_fill(~tokens, float("-inf"))
     lse = logits.logsumexp(-1)
-    out = (logits - lse[..., None]).exp().to(v.dtype) @ v
-    return out, lse
+    # a row without a key weighs nothing, instead of exp(-inf + inf)
+    weights = (logits - lse.masked_fill(lse == float("-inf"), 0.0)[..., None]).exp()
+    return weights.to(v.dtype) @ v, lse
 
 
 def dense_attention(q, k, v, *, scale, key_bias=None):
@@ -50,12 +51,53 @@ def block_masses(q, k, lse, *, block_q, block_k, scale, key_bias=None) -> torch.
     return weights.sum((3, 5))
 
 
-def row_wise_top_k(scores, budget: int, sink) -> torch.Tensor:
-    """Per row, one at a time: the sinks first, then the highest scores. All of a sink's row."""
+def renormalised(masses, len_q: int, block_q: int) -> torch.Tensor:
+    """Scale every row of blocks to sum to its number of query rows."""
+    masses = masses.clone()
+    for i in range(masses.shape[-2]):
+        rows = min(block_q, len_q - i * block_q)
+        masses[..., i, :] *= rows / masses[..., i, :].sum(-1, keepdim=True)
+    return masses
+
+
+def recall(q, k, keep, *, block_q, block_k, scale, key_bias=None) -> torch.Tensor:
+    """Share of each head's softmax weight that falls on kept blocks, token by token, [B, H]."""
+    weights = scaled_logits(q, k, scale, key_bias).softmax(-1)
+    tokens = expand_blocks(keep, block_q, block_k, q.shape[-2], k.shape[-2])
+    return (weights * tokens).sum((-1, -2)) / weights.sum((-1, -2))
+
+
+def head_sparsities(recalls: list[float], sparsity: float) -> list[float]:
+    """One sparsity per head (AdaSpa, 4.3), before anything is rounded to whole blocks."""
+    heads = sorted(range(len(recalls)), key=lambda head: -recalls[head])
+    n = min(sum(recall > 0.8 for recall in recalls), len(recalls) // 2)
+    sparsities = [sparsity] * len(recalls)
+    for head in heads[:n]:
+        sparsities[head] = (1 + sparsity) / 2
+    for head in heads[len(heads) - n :]:
+        sparsities[head] = (3 * sparsity - 1) / 2
+    return sparsities
+
+
+def row_wise_top_k(scores, budgets, sink) -> torch.Tensor:
+    """Per row, one at a time: the sinks first, then the highest scores. All of a sink's row.
+
+    Args:
+        scores: [B, H, Nq, Nk]. budgets: [B][H] key blocks per row. sink: [Nk] bool.
+    """
     keep = torch.zeros_like(scores, dtype=torch.bool)
     for index in torch.cartesian_prod(*(torch.arange(n) for n in scores.shape[:-1])).tolist():
-        row = scores[tuple(index)].tolist()
+        b, h, i = index
+        row = scores[b, h, i].tolist()
         order = sorted(range(len(row)), key=lambda j: (not sink[j], -row[j]))
-        kept = range(len(row)) if sink[index[-1]] else order[:budget]
-        keep[tuple(index)][list(kept)] = True
+        kept = range(len(row)) if sink[i] else order[: budgets[b][h]]
+        keep[b, h, i][list(kept)] = True
     return keep
+
+
+def sink_blocks(layout, block_size: int) -> list[bool]:
+    """Whether each block holds a token outside the video, token by token."""
+    video = range(layout.before, layout.before + layout.video)
+    starts = range(0, layout.tokens, block_size)
+    blocks = [range(start, min(start + block_size, layout.tokens)) for start in starts]
+    return [any(token not in video for token in block) for block in blocks]

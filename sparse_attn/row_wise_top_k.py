@@ -6,6 +6,8 @@ one count for all rows leaves no area of the video without attention.
 
 import torch
 
+WORKSPACE_BYTES = 256 << 20
+
 
 def row_budget(density: float, num_k: int, num_sinks: int) -> int:
     """Key blocks per row at `density`: the sinks and at least one more, at most all."""
@@ -26,9 +28,15 @@ def row_wise_top_k(
     Returns:
         [B, H, Nq, Nk] bool.
     """
-    ranked = scores.masked_fill(sink, float("inf"))
-    best = ranked.topk(largest_budget, dim=-1, sorted=True).indices
-    within = torch.arange(largest_budget, device=scores.device) < budgets[..., None, None]
+    B, H, Nq, Nk = scores.shape
     keep = torch.zeros_like(scores, dtype=torch.bool)
-    keep.scatter_(-1, best, within.expand(best.shape))
-    return keep | sink[:, None]
+    slots = torch.arange(largest_budget, device=scores.device)
+    # a few heads at a time: ranking takes 20 bytes per block pair
+    step = max(1, WORKSPACE_BYTES // (20 * B * Nq * Nk))
+    for start in range(0, H, step):
+        heads = slice(start, start + step)
+        ranked = scores[:, heads].masked_fill(sink, float("inf"))
+        best = ranked.topk(largest_budget, dim=-1, sorted=True).indices
+        within = slots < budgets[:, heads, None, None]
+        keep[:, heads] = keep[:, heads].scatter(-1, best, within.expand(best.shape))
+    return keep.logical_or_(sink[:, None])

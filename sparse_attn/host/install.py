@@ -53,7 +53,8 @@ def _outer_sample(handle: RunHandle, node_id):
             out = executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
         except BaseException:
             run.free()
-            messages.send(node_id, run.statistics, "AdaSpa: the run was stopped", 0, True)
+            line = "AdaSpa: the run was stopped"
+            messages.send(node_id, run.statistics, line, max(run.step, 0), True)
             raise
         else:
             run.end()

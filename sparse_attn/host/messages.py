@@ -16,6 +16,7 @@ def send(node_id: str | None, statistics: RunStatistics, text: str, step: int, d
         "node": node_id,
         "text": text,
         "steps": [kind.value for kind in statistics.schedule.kinds],
+        "first": statistics.schedule.first_step,
         "step": step,
         "done": done,
     }
