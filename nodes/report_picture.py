@@ -39,18 +39,15 @@ def draw(statistics, layer: int, head: int, lines: list[str]) -> Image.Image:
     role = sorted(role for _, role in patterns)[-1]
     layers = sorted(number for number, r in patterns if r == role)
     y += 20
-    for column, (name, values) in enumerate(
-        (
-            ("Recall", [patterns[n, role].recall for n in layers]),
-            ("Density", [patterns[n, role].density for n in layers]),
-        )
-    ):
-        values = np.array(values)
+    for column, name in enumerate(("recall", "density")):
+        values = np.array([getattr(patterns[number, role], name) for number in layers])
         x = MARGIN + column * (PANEL + GAP)
-        low, high = float(values.min()), float(values.max())
-        spread = max(high - low, 1e-6)
-        _panel(image, pen, x, y, colours((values - low) / spread), f"{name}, {role}", body)
-        note = f"layers {layers[0]}-{layers[-1]} down, heads across; {low:.2f} to {high:.2f}"
+        # density is one number for all heads unless they adapt; its colours start at 0
+        low = float(values.min()) if name == "recall" else 0.0
+        high = max(float(values.max()), low + 1e-6)
+        cells = colours((values - low) / (high - low))
+        _panel(image, pen, x, y, cells, f"{name.capitalize()}, {role}", body)
+        note = f"layers {layers[0]}-{layers[-1]} down, heads across"
         pen.text((x, y + 26 + PANEL + 6), note, MUTED, font=small)
         _legend(image, pen, x, y + 26 + PANEL + 28, low, high, small)
 

@@ -156,6 +156,12 @@ class RunState:
                 )  # fmt: skip
                 self._adopt(call, state, masses, exact=True)
         except torch.OutOfMemoryError:
+            failed = True
+        else:
+            failed = False
+        if failed:
+            # outside the handler, whose traceback holds the memory that the dense pass needs
+            out = lse = masses = previous = None
             return self._give_up(call, state, q, k, v)
         if self.schedule.searches_after(call.step):
             with self.outlives_block():
@@ -222,7 +228,8 @@ class RunState:
     def _give_up(self, call, state, q, k, v, reason=OUT_OF_MEMORY):
         state.stays_dense = reason
         state.mask = state.lse = None
-        self.statistics.warn(f"{reason}: the layers concerned run dense from step {call.step}")
+        step = self.schedule.first_step + call.step
+        self.statistics.warn(f"{reason}: the layers concerned run dense from step {step}")
         self.statistics.kept_dense[reason] += 1
         return self._dense(call, q, k, v)
 
@@ -252,6 +259,21 @@ class RunState:
         return lambda seconds: entries.extend([seconds / rows] * rows)
 
     # ---- the run
+
+    def wants_lse(self, step: int, q, k, v) -> bool:
+        """Whether a dense step must go through `attend`, which keeps its LSE for the search."""
+        if not self.schedule.wants_lse(step):
+            return False
+        backend, _ = attention.choose(q, k, v, self.config.block_size)
+        return backend is not None and backend.ONE_PASS_SEARCH
+
+    def is_plainly_dense(self, step: int, q, k, v) -> bool:
+        """Whether a call of `step` runs dense and leaves nothing for a search behind."""
+        if self.schedule.kind(step) is not StepKind.DENSE:
+            return False
+        backend, _ = attention.choose(q, k, v, self.config.block_size)
+        searches_next = self.schedule.wants_lse(step) and backend is not None
+        return not (searches_next and backend.ONE_PASS_SEARCH)
 
     def dense_step(self, q, k, v, *, scale, host: Callable, key_bias=None) -> torch.Tensor | None:
         """Serve a plainly dense call with the fastest exact attention.
@@ -335,8 +357,9 @@ class RunState:
             if not healthy and not state.stays_dense:
                 state.stays_dense = NOT_A_NUMBER
                 state.mask = state.lse = None
+                step = self.schedule.first_step + call.step
                 self.statistics.warn(
-                    f"{NOT_A_NUMBER}: the layers concerned run dense after step {call.step}"
+                    f"{NOT_A_NUMBER}: the layers concerned run dense after step {step}"
                 )
 
     def end(self) -> None:

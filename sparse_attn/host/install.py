@@ -98,6 +98,8 @@ def _apply_model(handle: RunHandle, node_id):
             line = messages.progress_line(run.statistics, step)
             messages.send(node_id, run.statistics, line, step, False)
         model = executor.class_obj.diffusion_model
+        # a compiled model is a wrapper of another class
+        model = getattr(model, "_orig_mod", model)
         family, reason = family_of(model)
         layout = None
         if family is not None:
@@ -118,6 +120,7 @@ def _layout(family, model, x, inputs):
     if not isinstance(x, torch.Tensor) or x.ndim != 5:
         return None, f"a latent of shape {list(getattr(x, 'shape', []))} is not a video"
     try:
+        family.num_layers(model)
         return family.layout(model, x.shape, inputs), ""
     except (AttributeError, IndexError, TypeError, ValueError) as error:
         # a newer ComfyUI may have changed the model; dense is right, a guess is not

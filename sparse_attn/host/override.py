@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 import torch
 
 from ..run_state import Call, RunState
-from ..schedule import StepKind
 from ..token_layout import TokenLayout
 from .families import Family
 
@@ -83,7 +82,7 @@ def attention_override(
     q4, k4, v4 = (x if skip_reshape else to_heads(x, heads) for x in (q, k, v))
     scale = kwargs.get("scale") or q4.shape[-1] ** -0.5
     run, step = context.run, context.step
-    if run.schedule.kind(step) is StepKind.DENSE and not run.schedule.wants_lse(step):
+    if run.schedule.kind(step) is StepKind.DENSE and not run.wants_lse(step, q4, k4, v4):
         out = run.dense_step(
             q4, k4, v4, scale=scale, key_bias=bias, host=dense_rows(slice(None))
         )  # fmt: skip
@@ -158,10 +157,8 @@ def conditionings(context: ModelCall, options, q):
     layer = layer_of(context, options)
     if size not in context.run.foreseen:
         context.run.foreseen.add(size)
-        context.run.foresee(
-            q, q, q,
-            layers=context.family.num_layers(context.model), batch=size, layout=context.layout,
-        )  # fmt: skip
+        layers = context.family.num_layers(context.model) - len(dense_layers(context))
+        context.run.foresee(q, q, q, layers=layers, batch=size, layout=context.layout)
     for i, (uuid, kind) in enumerate(zip(uuids, kinds, strict=True)):
         context.run.statistics.conditionings.add(uuid)
         key = (q.device, uuid, window, context.layout, size, *block, occurrence)

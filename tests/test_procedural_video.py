@@ -1,0 +1,209 @@
+import asyncio
+import importlib.util
+import json
+import random
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+TINY = Path(__file__).resolve().parent / "tiny_model"
+sys.path.insert(0, str(TINY))
+
+import check_model  # noqa: E402
+import procedural_video as video  # noqa: E402
+import train  # noqa: E402
+
+WEIGHTS = TINY / "tiny_wan.safetensors"
+RED = [-1.0, 1.0, -1.0, 1.0, 1.0, 1.0, 1.0, -1.0]
+
+
+def scenes(count, seed=0, things=None):
+    rng, found = random.Random(seed), []
+    while len(found) < count:
+        scene = video.random_scene(rng, frames=32, aspect=1.3)
+        found += [scene] if things in (None, len(scene.things)) else []
+    return found
+
+
+def header(path):
+    with open(path, "rb") as file:
+        return json.loads(file.read(int.from_bytes(file.read(8), "little")))
+
+
+def test_every_latent_is_recovered_exactly_from_its_video():
+    latent = torch.randn(2, 16, 3, 4, 6, dtype=torch.float64)
+    pixels = video.decode(latent)
+    assert pixels.shape == (2, 3, 6, 8, 12)
+    assert torch.allclose(video.encode(pixels), latent, atol=1e-12)
+
+
+def test_a_video_loses_only_fine_colour():
+    frames = video.render(scenes(8), 8, 80, 104)
+    again = video.decode(video.encode(frames))
+    assert check_model.psnr(again, frames) > 34
+    brightness = (again - frames).sum(1)
+    assert brightness.abs().max() < 1e-5
+
+
+def test_training_latents_are_of_the_size_of_the_noise():
+    latent = video.encode(video.render(scenes(64), 8, 40, 52))
+    deviation = latent.std((0, 2, 3, 4))
+    assert 0.5 < deviation.max() < 1.5 and deviation.min() > 0.02
+    assert latent.mean((0, 2, 3, 4)).abs().max() < 0.3
+
+
+def test_rendered_scenes_read_back():
+    """The detector must be right on perfect videos, or it cannot judge a model's."""
+    right = 0
+    chosen = scenes(16, things=1)
+    for scene, clip in zip(chosen, video.render(chosen, 32, 80, 104), strict=True):
+        thing, found = scene.things[0], video.describe(clip)[0]
+        keys = ("colour", "shape", "direction", "speed")
+        right += all(found[key] == getattr(thing, key) for key in keys)
+    assert right >= 15
+
+
+def test_an_empty_background_holds_nothing():
+    clip = torch.full((3, 8, 40, 52), 0.2)
+    assert video.describe(clip) == []
+
+
+def test_a_thing_moves_the_way_its_sentence_says():
+    base = scenes(1, things=1)[0]
+    for direction, (dx, dy) in video.DIRECTIONS.items():
+        thing = video.replace(base.things[0], direction=direction, x=0.65, y=0.5, speed="quickly")
+        scene = video.replace(base, things=(thing,), pattern="plain", pan="")
+        clip = video.render([scene], 8, 80, 104)[0]
+        moved = (clip - clip[:, :1, :1, :1]).abs().sum(0) > 0.3
+        y, x = (torch.nonzero(m).float().mean(0) for m in (moved[0], moved[-1]))
+        drift = (x - y) / 80
+        expected = torch.tensor([dy, dx]) * video.SPEEDS["quickly"] * 7
+        assert torch.allclose(drift, expected, atol=0.02), direction
+
+
+def test_words_are_the_same_on_every_machine():
+    """The weights were trained on these signs; a change makes the model deaf."""
+    embedding = video.embed_prompt("a large red star")
+    assert embedding.shape == (video.TEXT_TOKENS, video.TEXT_DIM)
+    assert embedding[2, :8].tolist() == RED
+    assert embedding[4:].eq(0).all() and video.embed_prompt("").eq(0).all()
+
+
+def test_no_two_words_share_a_vector():
+    words = {w for scene in scenes(400) for w in video.words_of(video.prompt(scene))}
+    vectors = {tuple(video.word_vector(*w)) for w in words}
+    assert len(vectors) == len(words) > 60
+
+
+def test_a_colour_belongs_to_its_clause():
+    first = video.embed_prompt("a red circle and a blue star")
+    second = video.embed_prompt("a blue circle and a red star")
+    assert {tuple(r) for r in first.tolist()} != {tuple(r) for r in second.tolist()}
+
+
+def test_every_sentence_fits():
+    assert max(len(video.prompt(s).split()) for s in scenes(400)) <= video.TEXT_TOKENS
+
+
+def test_training_reads_text_as_the_node_does():
+    data = train.Data(seed=0, device="cpu")
+    prompts = [video.prompt(s) for s in scenes(4)] + [""]
+    expected = torch.stack([video.embed_prompt(p) for p in prompts])
+    assert torch.equal(data.text(prompts), expected)
+
+
+def test_noise_levels_cover_the_schedule():
+    sigma = train.draw_sigma(20_000, 6.0, "cpu")
+    assert 0 <= sigma.min() < 0.05 and 0.99 < sigma.max() <= 1
+    assert 0.75 < sigma.median() < 0.95
+
+
+def test_muon_steps_are_orthogonal():
+    weights = [torch.zeros(32, 48, requires_grad=True), torch.zeros(48, 32, requires_grad=True)]
+    for weight in weights:
+        weight.grad = torch.randn(weight.shape, generator=torch.Generator().manual_seed(1))
+    train.Muon(weights).step(lr=1.0, weight_decay=0.0)
+    for weight in weights:
+        spread = torch.linalg.svdvals(weight.detach()) / (0.2 * 48**0.5)
+        assert spread.min() > 0.6 and spread.max() < 1.3
+
+
+def test_block_masses_and_recall_of_a_known_pattern():
+    """Keys of one block match queries of the same block, and nothing else."""
+    q = torch.zeros(1, 1, 4 * 64, 4)
+    q[0, 0, torch.arange(256), torch.arange(256) // 64] = 20.0
+    masses = check_model.block_masses(q, q)
+    assert torch.allclose(masses[0, 0], 64 * torch.eye(4), atol=1e-3)
+    assert torch.equal(check_model.keep_largest(masses, 0.25)[0, 0], torch.eye(4).bool())
+
+
+def test_weights_are_small_and_carry_their_configuration():
+    assert WEIGHTS.stat().st_size <= 12_000_000
+    found = header(WEIGHTS)
+    config = json.loads(found.pop("__metadata__")["config"])["transformer"]
+    assert config == {"num_heads": 4, "text_dim": video.TEXT_DIM}
+    assert {entry["dtype"] for entry in found.values()} == {"BF16"}
+
+
+@pytest.fixture(scope="module")
+def tiny(comfyui):
+    return check_model.load(WEIGHTS, str(comfyui))
+
+
+def test_the_stock_loader_recognises_it(tiny):
+    wan = tiny.model.diffusion_model
+    assert type(wan).__name__ == "WanModel"
+    assert (wan.num_heads, wan.dim // wan.num_heads, len(wan.blocks)) == (4, 64, 6)
+    assert tiny.get_model_object("model_sampling").shift == 8.0
+
+
+def test_training_and_sampling_agree_on_noise_and_target(tiny):
+    """The exact velocity of training gives the video back in ComfyUI's own formulas."""
+    sampling = tiny.get_model_object("model_sampling")
+    latent, noise = torch.randn(2, 1, 16, 2, 4, 4)
+    sigma = torch.tensor([0.7])
+    noisy = sampling.noise_scaling(sigma, noise, latent)
+    assert torch.allclose(noisy, torch.lerp(latent, noise, 0.7))
+    assert torch.allclose(sampling.timestep(sigma), 1000 * sigma)
+    denoised = sampling.calculate_denoised(sigma, noise - latent, noisy)
+    assert torch.allclose(denoised, latent, atol=1e-6)
+
+
+def test_a_short_small_run_shows_the_colours_and_the_directions(tiny):
+    prompts = ["a large yellow circle moving right quickly over plain navy",
+               "a large red circle moving left quickly over plain forest"]  # fmt: skip
+    frames = video.decode(check_model.generate(tiny, prompts, (8, 20, 26), steps=8, seed=3))
+    found = [video.describe(clip)[0] for clip in frames]
+    assert [f["colour"] for f in found] == ["yellow", "red"]
+    assert [f["direction"] for f in found] == ["right", "left"]
+
+
+@pytest.fixture(scope="module")
+def nodes(comfyui):
+    """The nodes as ComfyUI loads them: the folder is a package under a name of its own."""
+    spec = importlib.util.spec_from_file_location("tiny_model_nodes", TINY / "__init__.py")
+    package = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = package
+    spec.loader.exec_module(package)
+    extension = asyncio.run(package.comfy_entrypoint())
+    return {n.GET_SCHEMA().node_id: n for n in asyncio.run(extension.get_node_list())}
+
+
+def test_prompt_node_gives_what_training_used(nodes):
+    (((embedding, _),),) = nodes["AdaSpaTinyPrompt"].execute(text="a small blue ring").args
+    assert torch.equal(embedding[0], video.embed_prompt("a small blue ring"))
+
+
+def test_decode_node_undoes_the_latent_format(nodes):
+    """Latents leave the sampler with Wan21's mean and deviation; the node takes them off."""
+    import comfy.latent_formats
+
+    clip = video.render(scenes(1), 8, 40, 52)
+    latent = comfy.latent_formats.Wan21().process_out(video.encode(clip))
+    (frames,) = nodes["AdaSpaTinyDecode"].execute(samples={"samples": latent}, scale=1).args
+    assert frames.shape == (8, 40, 52, 3)
+    assert check_model.psnr(frames.movedim(-1, 0), clip[0]) > 34
+    (large,) = nodes["AdaSpaTinyDecode"].execute(samples={"samples": latent}, scale=4).args
+    assert large.shape == (8, 160, 208, 3) and large.min() >= 0 and large.max() <= 1
