@@ -267,14 +267,6 @@ class RunState:
         backend, _ = attention.choose(q, k, v, self.config.block_size)
         return backend is not None and backend.ONE_PASS_SEARCH
 
-    def is_plainly_dense(self, step: int, q, k, v) -> bool:
-        """Whether a call of `step` runs dense and leaves nothing for a search behind."""
-        if self.schedule.kind(step) is not StepKind.DENSE:
-            return False
-        backend, _ = attention.choose(q, k, v, self.config.block_size)
-        searches_next = self.schedule.wants_lse(step) and backend is not None
-        return not (searches_next and backend.ONE_PASS_SEARCH)
-
     def dense_step(self, q, k, v, *, scale, host: Callable, key_bias=None) -> torch.Tensor | None:
         """Serve a plainly dense call with the fastest exact attention.
 

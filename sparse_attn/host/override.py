@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import torch
 
 from ..run_state import Call, RunState
+from ..schedule import StepKind
 from ..token_layout import TokenLayout
 from .families import Family
 
