@@ -7,7 +7,6 @@ occurs, and composes a run of 50 steps from the measured ones. Random weights sa
 """
 
 import argparse
-import datetime
 import json
 import sys
 import time
@@ -29,6 +28,7 @@ from comfy.ldm.hunyuan_video.model import HunyuanVideo  # noqa: E402
 
 from sparse_attn.config import AdaSpaConfig  # noqa: E402
 from sparse_attn.host.install import install  # noqa: E402
+from tests.bench.record import facts  # noqa: E402
 
 LARGE = {"hidden_size": 3072, "num_heads": 24, "depth": 20, "depth_single_blocks": 40, "context_in_dim": 4096}
 SMALL = {"hidden_size": 256, "num_heads": 2, "depth": 1, "depth_single_blocks": 1, "context_in_dim": 64}
@@ -125,10 +125,7 @@ def main():
             "speed_up_over_fastest_dense": dense / composed,
         },
         "statistics": statistics.as_dict(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
-        "torch": torch.__version__,
-        "date": datetime.date.today().isoformat(),
-        "command": "python " + " ".join(sys.argv),
+        **facts(),
     }
     print(json.dumps({k: result[k] for k in ("host_default_step", "steps", "run_of_50")}, indent=1))
     if options.out:

@@ -8,7 +8,6 @@ prompted; the exact recall at the search.
 """
 
 import argparse
-import datetime
 import json
 import random
 import statistics
@@ -21,9 +20,9 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "tiny_model"), str(ROOT / "tests
 
 import check_model  # noqa: E402
 import procedural_video as video  # noqa: E402
-import torch  # noqa: E402
 from contestants import Attention, Contestant  # noqa: E402
 
+from tests.bench.record import facts  # noqa: E402
 from tests.tools import comfy_inprocess  # noqa: E402
 
 GRID, LATENT = (16, 20, 26), (16, 40, 52)
@@ -127,16 +126,12 @@ def score_task(prompts, videos) -> float:
 
 
 def write(path: Path, rows, dense_rows, prompts) -> None:
-    cuda = torch.cuda.is_available()
     result = {
         "what": "PSNR in dB of sparse against dense generations of tests/tiny_model",
         "rows": rows,
         "dense_task": dense_rows,
         "prompts": prompts,
-        "hardware": torch.cuda.get_device_name() if cuda else "CPU",
-        "torch": torch.__version__,
-        "date": datetime.date.today().isoformat(),
-        "command": "python " + " ".join(sys.argv),
+        **facts(),
     }
     path.write_text(json.dumps(result, indent=1) + "\n")
 
