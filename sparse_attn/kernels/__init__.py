@@ -1,0 +1,32 @@
+"""Triton kernels; the one place that knows Triton is optional."""
+
+from functools import cache
+from importlib import import_module
+
+NAMES = ("sparse_attention", "dense_attention", "block_masses", "unpack_mask")
+
+
+@cache
+def _modules():
+    """{name: module}, or the reason why there are none."""
+    try:
+        import triton
+    except ImportError as error:
+        return f"Triton is not installed ({error})"
+    if tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 4):
+        return f"needs Triton 3.4 or newer, got {triton.__version__}"
+    return {name: import_module(f".{name}", __name__) for name in NAMES}
+
+
+def available() -> dict:
+    """{kernel name: its module, or the reason (str) why it cannot run here}."""
+    modules = _modules()
+    return dict.fromkeys(NAMES, modules) if isinstance(modules, str) else dict(modules)
+
+
+def why_not(q, k, v, block_q: int, block_k: int) -> str | None:
+    """Reason why the kernels cannot serve this attention call, or None."""
+    modules = _modules()
+    if isinstance(modules, str):
+        return modules
+    return modules["sparse_attention"].why_not(q, k, v, block_q, block_k)

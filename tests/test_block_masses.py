@@ -1,0 +1,91 @@
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+import kernel_reference as reference
+from close import assert_within
+
+from sparse_attn.kernels.block_masses import block_masses
+
+# B, H, Lq, Lk, D, block_q, block_k
+CASES = [
+    (1, 1, 64, 64, 64, 64, 64),  # less than one tile
+    (2, 2, 200, 331, 64, 64, 64),  # ragged both ways, batch and heads
+    (1, 1, 256, 256, 128, 128, 64),  # tall blocks, nothing ragged
+    (1, 1, 130, 330, 128, 64, 128),  # wide blocks
+    (1, 1, 300, 450, 64, 128, 128),  # large blocks, ragged
+]
+MASS_TOLERANCE = 1e-3
+
+
+def name(case):
+    return "B{}-H{}-Lq{}-Lk{}-D{}-q{}-k{}".format(*case)
+
+
+@pytest.mark.parametrize("renormalise", [True, False])
+@pytest.mark.parametrize("case", CASES, ids=name)
+def test_matches_reference(case, renormalise, device):
+    B, H, Lq, Lk, D, block_q, block_k = case
+    q, k, v = reference.make(B, H, Lq, Lk, D, torch.bfloat16, device)
+    scale = D**-0.5
+    _, lse = reference.attention(q, k, v, scale)
+    masses = block_masses(
+        q, k, lse.float(), block_q=block_q, block_k=block_k, scale=scale, renormalise=renormalise
+    )
+    exact = reference.block_masses(q, k, lse, scale, block_q, block_k)
+    assert_within("masses", masses, exact, MASS_TOLERANCE)
+
+
+def test_serves_float16_and_strided_inputs(device):
+    q, k, v = reference.make(1, 3, 150, 150, 64, torch.float16, device, "packed")
+    _, lse = reference.attention(q, k, v, 0.125)
+    masses = block_masses(q, k, lse.float(), block_q=64, block_k=64, scale=0.125)
+    exact = reference.block_masses(q, k, lse, 0.125, 64, 64)
+    assert_within("masses", masses, exact, MASS_TOLERANCE)
+
+
+def test_a_stale_lse_is_renormalised(device):
+    q, k, v = reference.make(1, 1, 100, 200, 64, torch.bfloat16, device)
+    _, lse = reference.attention(q, k, v, 0.125)
+    # the same drift on every row vanishes
+    masses = block_masses(q, k, lse.float() + 3.0, block_q=64, block_k=64, scale=0.125)
+    exact = reference.block_masses(q, k, lse, 0.125, 64, 64)
+    assert_within("masses", masses, exact, MASS_TOLERANCE)
+
+
+def test_hopelessly_stale_and_empty_rows_stay_finite(device):
+    q, k, v = reference.make(1, 1, 128, 128, 64, torch.bfloat16, device)
+    _, lse = reference.attention(q, k, v, 0.125)
+    lse = lse.float()
+    lse[0, 0, 5] = -300.0
+    lse[0, 0, 64:] = float("-inf")
+    masses = block_masses(q, k, lse, block_q=64, block_k=64, scale=0.125)
+    assert torch.isfinite(masses).all() and (masses[0, 0, 1] == 0).all()
+
+
+def test_key_bias_takes_mass_away(device):
+    q, k, v = reference.make(2, 1, 90, 200, 64, torch.bfloat16, device)
+    bias = torch.randn(2, 200, device=device)
+    bias[0, 64:128] = float("-inf")
+    bias[1, 128:] = torch.finfo(torch.float32).min
+    _, lse = reference.attention(q, k, v, 0.125, bias)
+    masses = block_masses(q, k, lse.float(), block_q=64, block_k=64, scale=0.125, key_bias=bias)
+    exact = reference.block_masses(q, k, lse, 0.125, 64, 64, bias)
+    assert_within("masses", masses, exact, MASS_TOLERANCE)
+    assert (masses[0, 0, :, 1] == 0).all() and (masses[1, 0, :, 2:] == 0).all()
+
+
+def test_nan_in_a_key_is_not_hidden(device):
+    q, k, _ = reference.make(1, 1, 64, 128, 64, torch.bfloat16, device)
+    k[0, 0, 70] = float("nan")
+    lse = torch.zeros(1, 1, 64, device=device)
+    masses = block_masses(q, k, lse, block_q=64, block_k=64, scale=0.125, renormalise=False)
+    assert torch.equal(masses.isnan()[0, 0, 0], torch.tensor([False, True], device=device))
+
+
+def test_two_runs_are_bit_equal(device):
+    q, k, _ = reference.make(1, 2, 200, 200, 64, torch.bfloat16, device)
+    lse = torch.full((1, 2, 200), 5.0, device=device)
+    first, second = (block_masses(q, k, lse, block_q=64, block_k=64, scale=0.1) for _ in range(2))
+    assert torch.equal(first, second)

@@ -1,0 +1,237 @@
+"""Every kernel, with the tile it gets on every card, compiled here without that card.
+
+The compiler needs no GPU, but it must not be interpreted, so each test starts a process.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+ARCHS = (80, 86, 89, 90, 100, 120)
+# the same instructions as 80 and the same shared memory as 120, so fewer kernels suffice
+LIKE_OTHERS = (86, 89)
+# bytes of stack per thread, where spilled registers go; a handful outside the loop costs nothing
+STACK_LIMIT = 256
+TENSOR_CORE = re.compile(r"wgmma\.mma_async|mma\.sync|tcgen05\.mma")
+
+
+def run_here(*arguments):
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    with tempfile.TemporaryDirectory() as cache:
+        env |= {"TRITON_CACHE_DIR": cache, "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"}
+        done = subprocess.run(
+            [sys.executable, __file__, *arguments], env=env, capture_output=True, text=True
+        )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def answers():
+    """{(what, arch): future}, two processes at a time."""
+    pytest.importorskip("triton")
+    with ThreadPoolExecutor(2) as pool:
+        asked = [("compile", 90), ("variants", 90), *(("compile", x) for x in ARCHS if x != 90)]
+        yield {key: pool.submit(run_here, key[0], str(key[1])) for key in asked}
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_kernels_fit_the_card_and_use_its_tensor_cores(arch, answers):
+    from sparse_attn.kernels.tiles import SHARED_MEMORY
+
+    limit = SHARED_MEMORY[divmod(arch, 10)]
+    kernels = answers["compile", arch].result()
+    assert {"sparse", "dense"} <= {kernel["kernel"] for kernel in kernels}
+    for kernel in kernels:
+        assert kernel["shared"] <= limit, f"{kernel}: the card has {limit} bytes"
+        assert kernel["stack"] <= STACK_LIMIT, f"{kernel}: registers spill"
+        assert kernel["tensor_core"] > 0, f"{kernel}: no tensor-core instruction"
+
+
+def test_other_shapes_and_strides_reuse_the_compiled_kernel(answers):
+    assert answers["variants", 90].result() == {
+        "sparse": 1,
+        "dense": 1,
+        "masses": 1,
+        "unpack": 1,
+        "biased": 2,
+        "hopper": 2,  # sparse and dense are one kernel
+        "hopper_masses": 1,
+    }
+
+
+def fake_gpu(arch):
+    """Make Triton believe that a card of this architecture is present; it can only compile."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+
+    class Driver:
+        def get_current_target(self):
+            return GPUTarget("cuda", arch, 32)
+
+        def get_current_device(self):
+            return 0
+
+        def get_current_stream(self, device):
+            return 0
+
+        def get_device_interface(self):
+            raise NotImplementedError
+
+    triton.runtime.driver.set_active(Driver())
+
+
+class Compiled:
+    """Stands for a kernel: launching it only compiles it."""
+
+    def __init__(self, kernel):
+        self.kernel = kernel
+        self.binaries = {}
+
+    def __getitem__(self, grid):
+        def launch(*args, **kwargs):
+            binary = self.kernel.warmup(*args, grid=grid, **kwargs)
+            self.binaries[id(binary)] = binary
+
+        return launch
+
+
+def compile_only(arch):
+    """The launchers of this pack, made to compile for `arch` whatever tensors they are given."""
+    fake_gpu(arch)
+    from sparse_attn.kernels import (
+        block_masses,
+        dense_attention,
+        inputs,
+        sparse_attention,
+        tiles,
+        unpack_mask,
+    )
+
+    inputs.why_not_tensors = lambda *tensors: None
+    inputs.INTERPRETED = True
+    tiles.choose = lambda kernel, q, block_q, block_k: tiles.tile_for(
+        kernel, divmod(arch, 10), q.shape[-1], block_q, block_k
+    )
+    stands = {
+        "sparse": Compiled(sparse_attention._sparse_attention_kernel),
+        "dense": Compiled(dense_attention._dense_attention_kernel),
+        "masses": Compiled(block_masses._block_masses_kernel),
+        "unpack": Compiled(unpack_mask._unpack_mask_kernel),
+    }
+    sparse_attention._sparse_attention_kernel = stands["sparse"]
+    dense_attention._dense_attention_kernel = stands["dense"]
+    block_masses._block_masses_kernel = stands["masses"]
+    unpack_mask._unpack_mask_kernel = stands["unpack"]
+    if arch == 90:
+        from sparse_attn.kernels import hopper_attention, hopper_block_masses
+
+        stands["hopper"] = Compiled(hopper_attention.hopper_attention_kernel)
+        stands["hopper_masses"] = Compiled(hopper_block_masses.hopper_block_masses_kernel)
+        hopper_attention.hopper_attention_kernel = stands["hopper"]
+        hopper_block_masses.hopper_block_masses_kernel = stands["hopper_masses"]
+    return stands
+
+
+def call(kernel, B, H, L, D, block, bias=False, strided=False, **kwargs):
+    """Call one launcher with tensors of a shape; their contents do not matter."""
+    import torch
+
+    from sparse_attn.kernels.block_masses import block_masses
+    from sparse_attn.kernels.dense_attention import dense_attention
+    from sparse_attn.kernels.sparse_attention import sparse_attention
+    from sparse_attn.kernels.unpack_mask import unpack_mask
+
+    shape = (B, L, H, D) if strided else (B, H, L, D)
+    q = torch.zeros(shape, dtype=torch.bfloat16)
+    q = q.transpose(1, 2) if strided else q
+    key_bias = torch.zeros(B, L) if bias else None
+    blocks = {"block_q": block, "block_k": block, "scale": 0.1, "key_bias": key_bias}
+    Nq = -(-L // block)
+    if kernel == "sparse":
+        if "tile" in kwargs:
+            blocks["block_q"] = kwargs["tile"].tile_q
+            Nq = -(-L // blocks["block_q"])
+        counts = torch.zeros(B, H, Nq, dtype=torch.int32)
+        lists = torch.zeros(B, H, Nq, Nq, dtype=torch.int32)
+        sparse_attention(q, q, q, lists, counts, **blocks, **kwargs)
+    elif kernel == "dense":
+        dense_attention(q, q, q, previous_lse=torch.zeros(B, H, L), **blocks, **kwargs)
+    elif kernel == "masses":
+        block_masses(q, q, torch.zeros(B, H, L), **blocks, **kwargs)
+    else:
+        unpack_mask(torch.zeros(B, H, Nq, -(-L // 8), dtype=torch.uint8), L)
+
+
+def compile_all(arch):
+    """What each kernel of this architecture takes of a program's resources."""
+    from triton import knobs
+
+    stands = compile_only(arch)
+    from sparse_attn.kernels import tiles
+
+    calls = [(name, 128, 64, False) for name in ("sparse", "dense")]
+    if arch not in LIKE_OTHERS:
+        calls += [("masses", 128, 64, False)]
+    if arch in (90, 120):
+        calls += [(name, 128, 128, True) for name in ("sparse", "dense")]
+    for kernel, D, block, bias in calls:
+        call(kernel, 1, 2, 300, D, block, bias)
+        if arch == 90:
+            call(kernel, 1, 2, 300, D, block, bias, tile=tiles.hopper_tile(kernel, block))
+    if arch == 90:
+        call("sparse", 1, 2, 300, 64, 64, tile=tiles.hopper_tile("sparse", 64))
+    found = []
+    for name, stand in stands.items():
+        for binary in stand.binaries.values():
+            with tempfile.NamedTemporaryFile(suffix=".cubin") as f:
+                f.write(binary.asm["cubin"])
+                f.flush()
+                usage = subprocess.run(
+                    [knobs.nvidia.cuobjdump.path, "-res-usage", f.name],
+                    capture_output=True, text=True, check=True,
+                ).stdout  # fmt: skip
+            found.append(
+                {
+                    "kernel": name,
+                    "shared": binary.metadata.shared,
+                    "registers": int(re.search(r"REG:(\d+)", usage).group(1)),
+                    "stack": int(re.search(r"STACK:(\d+)", usage).group(1)),
+                    "tensor_core": len(TENSOR_CORE.findall(binary.asm["ptx"])),
+                }
+            )
+    return found
+
+
+def count_variants(arch):
+    """How many binaries serve calls that differ only in shape and strides."""
+    stands = compile_only(arch)
+    from sparse_attn.kernels import tiles
+
+    counts = {}
+    for kernel in ("sparse", "dense", "masses", "unpack"):
+        for B, H, L, strided in ((1, 1, 64, False), (2, 3, 128, True), (1, 16, 1024, False)):
+            call(kernel, B, H, L, 64, 64, strided=strided)
+            if arch == 90 and kernel != "unpack":
+                call(kernel, B, H, L, 64, 64, strided=strided, tile=tiles.hopper_tile(kernel, 128))
+        counts[kernel] = len(stands[kernel].binaries)
+    for kernel in ("hopper", "hopper_masses") if arch == 90 else ():
+        counts[kernel] = len(stands[kernel].binaries)
+    # a bias is the one thing that makes a second kernel
+    call("sparse", 1, 1, 64, 64, 64, bias=True)
+    call("sparse", 2, 2, 130, 64, 64, bias=True)
+    counts["biased"] = len(stands["sparse"].binaries)
+    return counts
+
+
+if __name__ == "__main__":
+    what = {"compile": compile_all, "variants": count_variants}[sys.argv[1]]
+    sys.stdout.write(json.dumps(what(int(sys.argv[2]))) + "\n")
