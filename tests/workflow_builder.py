@@ -18,7 +18,7 @@ NODES = {
         "model:MODEL adaspa:ADASPA",
     ),
     "AdaSpaReport": (
-        "samples:LATENT adaspa:ADASPA",
+        "samples:LATENT adaspa:ADASPA?",
         "layer:INT head:INT",
         "samples:LATENT picture:IMAGE text:STRING",
     ),

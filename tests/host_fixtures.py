@@ -1,0 +1,129 @@
+"""A real ComfyUI for tests: in this process, and as one server for the whole session."""
+
+import os
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from host_models import TEXT_DIM, write_models
+
+from sparse_attn.config import AdaSpaConfig
+from tests.tools import comfy_inprocess
+from tests.tools.comfy_server import ComfyServer
+
+HERE = Path(__file__).resolve().parent
+# 3 x 8 x 12 = 288 video tokens, four and a half blocks, in patches of two and of one
+VIDEO = (1, 16, 3, 16, 24)
+VIDEO_15 = (1, 32, 3, 8, 12)
+CROSS_ATTENTION = "cross-attention or grouped heads"
+
+
+@pytest.fixture(scope="session")
+def comfyui():
+    """ComfyUI importable in this process; its path."""
+    if "COMFYUI_PATH" not in os.environ:
+        pytest.skip("COMFYUI_PATH is not set; `python run.py test` finds or sets up a ComfyUI")
+    return comfy_inprocess.start()
+
+
+@pytest.fixture(scope="session")
+def model_paths(comfyui, tmp_path_factory):
+    return write_models(tmp_path_factory.mktemp("models"))
+
+
+@pytest.fixture(scope="session")
+def loaded_models():
+    return {}
+
+
+@pytest.fixture
+def load(loaded_models, model_paths):
+    """load(name) -> a fresh clone of a tiny model's ModelPatcher; the weights are shared."""
+    import comfy.sd
+
+    def load(name):
+        if name not in loaded_models:
+            loaded_models[name] = comfy.sd.load_diffusion_model(str(model_paths[name]))
+        return loaded_models[name].clone()
+
+    # threads cost these sizes more than they give
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield load
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def comfy_server(comfyui, model_paths, tmp_path_factory):
+    """One server with our pack, the tiny models and the test nodes."""
+    server = ComfyServer(
+        comfyui,
+        tmp_path_factory.mktemp("server"),
+        extra_custom_nodes=[("adaspa_host_tests", HERE / "host_nodes")],
+        model_files=list(model_paths.values()),
+        env={"OMP_NUM_THREADS": str(torch.get_num_threads())},
+    )
+    with server:
+        server.url = server.address
+        yield server
+
+
+def conditioning(tokens, seed, **more):
+    generator = torch.Generator().manual_seed(seed)
+    text = torch.randn(1, tokens, TEXT_DIM, generator=generator)
+    return [[text, {"pooled_output": torch.randn(1, 768, generator=generator), **more}]]
+
+
+def sample(
+    model, shape=VIDEO, *, steps=4, cfg=5.0, sampler="euler", scheduler="simple", seed=1,
+    texts=(7, 9), extra=None, **options,
+):  # fmt: skip
+    """Run ComfyUI's KSampler.
+
+    Args:
+        texts: tokens of the positive and the negative prompt; equal lengths are batched.
+        extra: more entries for both conditionings.
+    """
+    import comfy.sample
+
+    latent = torch.zeros(shape)
+    noise = comfy.sample.prepare_noise(latent, seed)
+    positive, negative = (conditioning(n, i, **extra or {}) for i, n in enumerate(texts))
+    return comfy.sample.sample(
+        model, noise, steps, cfg, sampler, scheduler, positive, negative, latent,
+        disable_pbar=True, seed=seed, **options,
+    )  # fmt: skip
+
+
+def sparse(model, **fields):
+    """Install AdaSpa with settings that suit 288 tokens; returns the clone and its handle."""
+    from sparse_attn.host.install import install
+
+    settings = {"min_tokens": 64, "sparsity": 0.6, "warmup": 0.0, "dense_attention": "host"}
+    return install(model, AdaSpaConfig(**{**settings, **fields}))
+
+
+def calls(handle) -> dict[str, int]:
+    """Attention calls of the latest run by kind, one per conditioning, and none of zero."""
+    timing = handle.latest().timing
+    kinds = ("dense", "search", "search_again", "sparse")
+    return {kind: len(getattr(timing, kind)) for kind in kinds if getattr(timing, kind)}
+
+
+def kept_dense(handle) -> Counter:
+    return handle.latest().kept_dense
+
+
+def assert_same_video(out, expected, tolerance=1e-4):
+    """Fail unless two latents agree to `tolerance` of the largest value."""
+    assert torch.isfinite(out).all()
+    error = ((out - expected).abs().max() / expected.abs().max()).item()
+    assert error <= tolerance, f"relative error {error:.2e}, allowed {tolerance:.0e}"
+
+
+def assert_other_video(out, expected, least=1e-3):
+    """Fail unless two latents clearly differ."""
+    assert torch.isfinite(out).all()
+    error = ((out - expected).abs().max() / expected.abs().max()).item()
+    assert error >= least, f"relative difference {error:.2e}, expected at least {least:.0e}"

@@ -1,0 +1,287 @@
+"""A run that stops, or that meets trouble: nothing stays behind, and the video still comes out."""
+
+import gc
+import threading
+import weakref
+from types import SimpleNamespace
+
+import pytest
+import torch
+from host_fixtures import assert_same_video, calls, kept_dense, sample, sparse
+
+from sparse_attn import eager, selection
+from sparse_attn.block_mask import BlockMask
+from sparse_attn.config import AdaSpaConfig
+from sparse_attn.run_state import NOT_A_NUMBER, OUT_OF_MEMORY, Call, RunState
+from sparse_attn.schedule import plan
+from sparse_attn.token_layout import TokenLayout
+
+
+@pytest.fixture
+def watched(monkeypatch):
+    """Weak references to every mask and LSE that a run remembers, and the runs themselves."""
+    import sparse_attn.host.install as install
+
+    class WatchedRun(RunState):
+        def __init__(self, *args):
+            super().__init__(*args)
+            keep = self.cache.keep
+
+            def noted(tensor):
+                stored = keep(tensor)
+                found.tensors.append(weakref.ref(stored))
+                return stored
+
+            self.cache.keep = noted
+            found.runs.append(self)
+
+    found = SimpleNamespace(runs=[], tensors=[])
+    monkeypatch.setattr(install, "RunState", WatchedRun)
+    return found
+
+
+def assert_nothing_stays(watched, handle):
+    run = watched.runs[-1]
+    assert handle.current is None
+    assert not run.layers and not run.following and not run._pending
+    gc.collect()
+    assert len(watched.tensors) >= 4
+    assert [ref for ref in watched.tensors if ref() is not None] == []
+
+
+def stop_at(step, error):
+    def callback(number, *args):
+        if number == step:
+            raise error
+
+    return callback
+
+
+@pytest.mark.parametrize("kind", ["interrupt", "error"])
+def test_stopped_run_leaves_nothing_and_the_next_one_works(load, watched, kind):
+    import comfy.model_management
+
+    class Failure(RuntimeError):
+        pass
+
+    interrupt = comfy.model_management.InterruptProcessingException
+    error = interrupt if kind == "interrupt" else Failure
+    model, handle = sparse(load("wan_h64"), search_points=(0.5,))
+    with pytest.raises(error):
+        sample(model, callback=stop_at(1, error()))
+    assert_nothing_stays(watched, handle)
+    assert not handle.latest().finished
+    # what was found before can still be reported
+    assert handle.latest().lines()[0].startswith("288 tokens")
+
+    fresh, _ = sparse(load("wan_h64"), search_points=(0.5,))
+    assert torch.equal(sample(model), sample(fresh))
+    assert handle.latest().finished
+
+
+def test_error_inside_an_attention_call_leaves_nothing(load, watched, monkeypatch):
+    class Failure(RuntimeError):
+        pass
+
+    def fails(*args, **kwargs):
+        raise Failure
+
+    model, handle = sparse(load("hunyuan"))
+    with monkeypatch.context() as patch:
+        patch.setattr(eager, "sparse_attention", fails)
+        with pytest.raises(Failure):
+            sample(model)
+    assert_nothing_stays(watched, handle)
+    assert_same_video(sample(model), sample(sparse(load("hunyuan"))[0]))
+
+
+def test_finished_run_leaves_nothing(load, watched):
+    model, handle = sparse(load("wan_h64"), search_points=(0.5,), cache="cpu")
+    sample(model)
+    assert_nothing_stays(watched, handle)
+    assert handle.latest().finished
+    assert calls(handle) == {"search": 4, "search_again": 4, "sparse": 12}
+
+
+# ---- out of memory
+
+
+def failing(function, when, error):
+    """`function`, raising `error` at the calls whose number `when` accepts."""
+    made = []
+
+    def replacement(*args, **kwargs):
+        made.append(None)
+        if when(len(made) - 1):
+            raise error
+        return function(*args, **kwargs)
+
+    return replacement
+
+
+def test_out_of_memory_in_a_search_keeps_that_layer_dense(load, monkeypatch):
+    # the searches come as layer 0 and 1 of one prompt, then of the other
+    short = failing(eager.block_masses, lambda n: n == 1, torch.OutOfMemoryError("no room"))
+    monkeypatch.setattr(eager, "block_masses", short)
+    model, handle = sparse(load("wan_h64"), sparsity=0.0)
+    assert_same_video(sample(model), sample(load("wan_h64")))
+    assert kept_dense(handle)[OUT_OF_MEMORY] == 4
+    assert len(handle.latest().timing.sparse) == 9
+    assert len(handle.latest().patterns) == 3
+    (warning,) = handle.latest().warnings
+    assert warning.startswith(OUT_OF_MEMORY)
+    assert any(OUT_OF_MEMORY in line for line in handle.latest().lines())
+
+
+def test_out_of_memory_everywhere_equals_dense(load, monkeypatch):
+    short = failing(eager.block_masses, lambda n: True, torch.OutOfMemoryError("no room"))
+    monkeypatch.setattr(eager, "block_masses", short)
+    for name, layers in (("wan_h64", 2), ("hunyuan", 3)):
+        model, handle = sparse(load(name))
+        assert_same_video(sample(model), sample(load(name)))
+        assert kept_dense(handle)[OUT_OF_MEMORY] == layers * 2 * 4
+        assert "every call ran dense" in handle.latest().summary()
+
+
+def test_out_of_memory_in_a_later_search_keeps_the_earlier_mask(load, monkeypatch):
+    short = failing(eager.block_masses, lambda n: n >= 4, torch.OutOfMemoryError("no room"))
+    monkeypatch.setattr(eager, "block_masses", short)
+    model, handle = sparse(load("wan_h64"), search_points=(0.5,))
+    out = sample(model)
+    assert len(handle.latest().timing.sparse) == 12
+    assert {pattern.step for pattern in handle.latest().patterns.values()} == {0}
+    assert any(OUT_OF_MEMORY in warning for warning in handle.latest().warnings)
+    monkeypatch.undo()
+    assert_same_video(out, sample(sparse(load("wan_h64"))[0]))
+
+
+def direct_run(config=None, steps=4):
+    sigmas = [1 - i / steps for i in range(steps + 1)]
+    return RunState(config or settings(), plan(sigmas, lambda s: 1 - s, config or settings()))
+
+
+def settings(**fields):
+    return AdaSpaConfig(**{"min_tokens": 0, "warmup": 0.0, "sparsity": 0.5, **fields})
+
+
+def direct_call(step, key="layer", dense=None, tokens=288):
+    def host(q, k, v):
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v, scale=0.125)
+
+    layout = TokenLayout(0, tokens // 96, 8, 12)
+    return Call(key, 0, "positive", step, layout, 0.125, dense or host)
+
+
+def qkv(seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(1, 2, 288, 64, generator=generator) for _ in range(3)]
+
+
+@pytest.mark.parametrize("where", ["masses", "selection"])
+def test_memory_of_a_failed_search_is_free_before_the_dense_fallback(monkeypatch, where):
+    large = []
+
+    def short(first, *args, **kwargs):
+        # what the failed part allocated, or the masses that it was given
+        held = torch.ones(1000) if where == "masses" else first
+        large.append(weakref.ref(held))
+        raise torch.OutOfMemoryError("no room")
+
+    alive = []
+
+    def dense(q, k, v):
+        alive.extend(ref() is not None for ref in large)
+        return v
+
+    if where == "masses":
+        monkeypatch.setattr(eager, "block_masses", short)
+    else:
+        monkeypatch.setattr(selection, "select", short)
+    direct_run().attend(direct_call(0, dense=dense), *qkv())
+    assert alive == [False]
+
+
+# ---- NaN
+
+
+@pytest.mark.parametrize("step", [0, 2], ids=["search", "sparse"])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")], ids=["nan", "inf"])
+def test_bad_numbers_give_the_dense_result_and_are_reported(step, bad):
+    run = direct_run()
+    for now in range(4):
+        run.enter_step(now)
+        q, k, v = qkv(now)
+        if now == step:
+            q[0, 1, 100] = bad
+        call = direct_call(now)
+        out = run.attend(call, q, k, v)
+        if now >= step:
+            assert torch.equal(out.isnan(), call.dense(q, k, v).isnan())
+            torch.testing.assert_close(out, call.dense(q, k, v), equal_nan=True)
+    run.end()
+    statistics = run.statistics
+    assert statistics.kept_dense == {NOT_A_NUMBER: 4 - step}
+    (warning,) = statistics.warnings
+    assert warning.startswith(NOT_A_NUMBER) and f"step {step}" in warning
+    # a pattern found in bad numbers is not shown
+    assert bool(statistics.patterns) == (step == 2)
+
+
+@pytest.mark.parametrize("step", [0, 2], ids=["search", "sparse"])
+def test_nan_in_one_layer_leaves_the_other_layers_sparse(load, monkeypatch, step):
+    attend = RunState.attend
+
+    def poisoned(self, call, q, k, v):
+        if call.layer == 1 and call.step == step and call.role == "positive":
+            q = q.clone()
+            q[..., 100, 0] = float("nan")
+            assert torch.equal(attend(self, call, q, k, v).isnan(), call.dense(q, k, v).isnan())
+            return call.dense(k, k, v)
+        return attend(self, call, q, k, v)
+
+    monkeypatch.setattr(RunState, "attend", poisoned)
+    model, handle = sparse(load("wan_h64"))
+    assert torch.isfinite(sample(model)).all()
+    assert kept_dense(handle)[NOT_A_NUMBER] == 4 - step
+    # of three layers three sparse calls each, and what the fourth did before
+    assert len(handle.latest().timing.sparse) == 9 + step
+    assert (0, "positive") in handle.latest().patterns
+
+
+# ---- threads
+
+
+def test_two_devices_in_threads_do_not_disturb_each_other():
+    def run_of(name, run, into):
+        for step in range(4):
+            run.enter_step(step)
+            q, k, v = qkv(seed=10 * name)
+            for layer in range(3):
+                key = (f"device {name}", layer)
+                into.append(run.attend(direct_call(step, key), q, k, v))
+
+    expected = {}
+    for name in (1, 2):
+        run_of(name, direct_run(), expected.setdefault(name, []))
+
+    shared, found = direct_run(), {1: [], 2: []}
+    threads = [threading.Thread(target=run_of, args=(n, shared, found[n])) for n in found]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(shared.layers) == 6
+    for name, outs in expected.items():
+        assert all(torch.equal(a, b) for a, b in zip(outs, found[name], strict=True))
+        assert len(outs) == len(found[name]) == 12
+    assert len(shared.statistics.timing.search) == 6
+    assert len(shared.statistics.timing.sparse) == 18
+
+
+def test_masks_of_the_threads_are_their_own():
+    run = direct_run()
+    for name in (1, 2):
+        run.attend(direct_call(0, (f"device {name}", 0)), *qkv(seed=10 * name))
+    first, second = (state.mask for state in run.layers.values())
+    assert isinstance(first, BlockMask)
+    assert not torch.equal(first.bits, second.bits)

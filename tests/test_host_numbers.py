@@ -1,0 +1,255 @@
+"""The numbers a run shows are the true ones: memory, recall, density, tokens, choice."""
+
+import pytest
+import torch
+from host_fixtures import VIDEO_15, assert_same_video, calls, sample, sparse
+
+from sparse_attn import eager, reference
+from sparse_attn.run_state import RunState
+
+
+def tensors_of(run):
+    """Every tensor a run remembers between calls."""
+    for state in run.layers.values():
+        if state.lse is not None:
+            yield state.lse
+        if state.mask is not None:
+            yield state.mask.bits
+
+
+@pytest.fixture
+def most_held(monkeypatch):
+    """The most bytes of masks and LSE that a run really held, counted storage by storage."""
+    most = [0]
+    attend = RunState.attend
+
+    def counted(self, *args):
+        out = attend(self, *args)
+        storages = {x.untyped_storage().data_ptr(): x for x in tensors_of(self)}
+        most[0] = max(most[0], sum(x.untyped_storage().nbytes() for x in storages.values()))
+        return out
+
+    monkeypatch.setattr(RunState, "attend", counted)
+    return most
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"warmup": 0.25},
+        {"warmup": 0.25, "search_points": (0.5,)},
+        {"search_points": (0.25, 0.75)},
+        {"warmup": 0.9},
+        {"dense_layers": (0,), "search_points": (0.5,)},
+        {"block_size": 128, "search_points": (0.5,)},
+    ],
+    ids=["one", "warmup", "two", "three", "none", "dense_layer", "block_128"],
+)
+@pytest.mark.parametrize("name", ["wan_h64", "hunyuan_15"])
+def test_memory_held_is_what_was_predicted(load, most_held, name, fields):
+    # 16 blocks and more, so that the bytes of a mask row are not mostly padding
+    shape = (1, 16, 8, 16, 24) if name == "wan_h64" else (1, 32, 8, 8, 12)
+    model, handle = sparse(load(name), **fields)
+    sample(model, shape, cfg=1.0, texts=(7, 7))
+    statistics = handle.latest()
+    assert len(statistics.conditionings) <= 1
+    if fields.get("warmup") == 0.9:
+        assert most_held == [0] and statistics.predicted_bytes == 0
+        return
+    assert statistics.held_bytes == most_held[0] > 0
+    assert statistics.predicted_bytes == pytest.approx(most_held[0], rel=0.05)
+
+
+@pytest.fixture
+def one_pass(monkeypatch):
+    """Let plain torch search in one pass, as the kernels for GPUs do."""
+    dense = eager.dense_attention
+
+    def dense_attention(q, k, v, *, previous_lse=None, block_q=64, block_k=64, **options):
+        out, lse, masses = dense(q, k, v, **options)
+        if previous_lse is not None:
+            assert previous_lse.shape == lse.shape
+            masses = eager.block_masses(q, k, lse, block_q=block_q, block_k=block_k, **options)
+        return out, lse, masses
+
+    monkeypatch.setattr(eager, "dense_attention", dense_attention)
+    monkeypatch.setattr(eager, "ONE_PASS_SEARCH", True)
+
+
+@pytest.mark.parametrize("fields", [{}, {"search_points": (0.75,)}], ids=["one", "two"])
+def test_lse_kept_for_a_search_in_one_pass_is_predicted(load, most_held, one_pass, fields):
+    model, handle = sparse(load("wan_h64"), warmup=0.5, **fields)
+    sample(model, (1, 16, 8, 16, 24), cfg=1.0)
+    statistics = handle.latest()
+    assert statistics.held_bytes == most_held[0] >= 2 * 4 * 768 * 4
+    assert statistics.predicted_bytes == pytest.approx(most_held[0], rel=0.05)
+    assert calls(handle)["dense"] == 4
+
+
+@pytest.mark.parametrize("name", ["wan_h64", "hunyuan"])
+def test_search_in_one_pass_gives_the_same_video(load, request, name):
+    fields = {"warmup": 0.5, "search_points": (0.75,)}
+    expected = sample(sparse(load(name), **fields)[0])
+    request.getfixturevalue("one_pass")
+    model, handle = sparse(load(name), **fields)
+    assert_same_video(sample(model), expected)
+    # the pass of a search is not timed apart
+    assert handle.latest().timing.search and not handle.latest().timing.search_dense
+
+
+def test_memory_is_predicted_for_each_of_two_prompts_and_videos(load, most_held):
+    model, handle = sparse(load("hunyuan"), search_points=(0.5,))
+    sample(model, (2, 16, 3, 16, 24), texts=(8, 8))
+    statistics = handle.latest()
+    assert len(statistics.conditionings) == 2
+    assert 2 * statistics.predicted_bytes == pytest.approx(most_held[0], rel=0.05)
+    report = "\n".join(statistics.lines())
+    assert "2 conditioning(s)" in report and "Memory held" in report
+
+
+# ---- recall and density
+
+
+@pytest.fixture
+def captured(monkeypatch):
+    """q, k and the mask right after each search, by layer and conditioning."""
+    found = {}
+    attend = RunState.attend
+
+    def noted(self, call, q, k, v):
+        out = attend(self, call, q, k, v)
+        state = self.layers[call.key]
+        if state.searched_at == call.step:
+            found[call.layer, call.role] = (call, q.clone(), k.clone(), state.mask)
+        return out
+
+    monkeypatch.setattr(RunState, "attend", noted)
+    return found
+
+
+def exact_masses(call, q, k, block):
+    bias = None if call.key_bias is None else call.key_bias.double()
+    q, k = q.double(), k.double()
+    lse = reference.scaled_logits(q, k, call.scale, bias).logsumexp(-1)
+    return reference.block_masses(
+        q, k, lse, block_q=block, block_k=block, scale=call.scale, key_bias=bias
+    )
+
+
+@pytest.mark.parametrize(
+    "name, fields",
+    [
+        ("wan_h64", {"sparsity": 0.6}),
+        ("wan_h64", {"sparsity": 0.4, "head_adaptive": True}),
+        ("hunyuan", {"sparsity": 0.6}),
+        ("hunyuan", {"sparsity": 0.6, "block_size": 128}),
+    ],
+)
+def test_recall_shown_is_the_exact_recall_of_the_mask(load, captured, name, fields):
+    model, handle = sparse(load(name), **fields)
+    sample(model, steps=3)
+    statistics = handle.latest()
+    assert statistics.exact() and len(captured) == len(statistics.patterns)
+    for key, (call, q, k, mask) in captured.items():
+        keep = mask.to_dense()
+        masses = exact_masses(call, q, k, mask.block_k)
+        true = (masses * keep).sum((-1, -2)) / masses.sum((-1, -2))
+        shown = statistics.patterns[key]
+        assert shown.recall == pytest.approx(true.mean(0).tolist(), abs=1e-5)
+        assert shown.density == pytest.approx(keep.double().mean((0, 2, 3)).tolist(), abs=1e-6)
+        assert min(shown.recall) < 0.98
+    values = [r for p in statistics.patterns.values() for r in p.recall]
+    mean, worst = statistics.recall()
+    assert mean == pytest.approx(sum(values) / len(values)) and worst == min(values)
+    assert f"recall {mean:.2f}, worst head {worst:.2f}" in statistics.summary()
+
+
+def test_mask_keeps_the_blocks_of_most_mass(load, captured):
+    model, _ = sparse(load("hunyuan"), sparsity=0.6)
+    sample(model, steps=2, cfg=1.0)
+    for call, q, k, mask in captured.values():
+        keep = mask.to_dense()
+        masses = exact_masses(call, q, k, 64)
+        # the first block holds the text: its row and its column are kept whole
+        assert keep[..., 0].all() and keep[..., 0, :].all()
+        rest, kept = masses[..., 1:, 1:], keep[..., 1:, 1:]
+        least_kept = rest.masked_fill(~kept, float("inf")).amin(-1)
+        most_left = rest.masked_fill(kept, 0.0).amax(-1)
+        assert (least_kept >= most_left - 1e-4).all()
+        assert (keep[..., 1:, :].sum(-1) == 2).all()
+
+
+def test_later_recall_is_an_estimate_from_the_kept_lse(load, captured):
+    model, handle = sparse(load("wan_h64"), search_points=(0.5,))
+    first = {}
+
+    def keep_first(number, *args):
+        if number == 0:
+            first.update(captured)
+
+    sample(model, callback=keep_first)
+    statistics = handle.latest()
+    assert not statistics.exact() and "(estimated)" in statistics.summary()
+    differences = []
+    for key, (call, q, k, mask) in captured.items():
+        keep = mask.to_dense()
+        masses = exact_masses(call, q, k, 64)
+        true = (masses * keep).sum((-1, -2)) / masses.sum((-1, -2))
+        shown = statistics.patterns[key]
+        assert shown.step == 2
+        # with the LSE that the first search kept, every row mended to its sum
+        _, old_q, old_k, _ = first[key]
+        lse = reference.scaled_logits(old_q.double(), old_k.double(), call.scale).logsumexp(-1)
+        masses = reference.block_masses(
+            q.double(), k.double(), lse, block_q=64, block_k=64, scale=call.scale
+        )
+        rows = torch.tensor([64, 64, 64, 64, 32])[:, None]
+        masses *= rows / masses.sum(-1, keepdim=True)
+        estimate = (masses * keep).sum((-1, -2)) / masses.sum((-1, -2))
+        assert shown.recall == pytest.approx(estimate.mean(0).tolist(), abs=1e-4)
+        differences += (estimate - true).abs().flatten().tolist()
+    # an estimate, and not the truth by accident
+    assert max(differences) > 1e-4
+
+
+def test_summary_names_tokens_steps_density_and_time(load):
+    model, handle = sparse(load("hunyuan_15"), warmup=0.25)
+    sample(model, VIDEO_15)
+    text = handle.latest().summary()
+    assert text.startswith("295 tokens, steps 0 dense, 1 search, 2-3 sparse, density 0.")
+    assert " of attention" in text
+    lines = "\n".join(handle.latest().lines())
+    assert "Model: HunyuanVideo, 295 tokens (3x8x12 video, 7 text)" in lines
+    assert "Kept dense: 8 calls, 7 tokens are not the 295" in lines
+
+
+# ---- who runs the dense steps
+
+
+def test_fastest_dense_attention_gives_the_same_video(load):
+    model, handle = sparse(load("wan_h64"), warmup=0.5, sparsity=0.0, dense_attention="auto")
+    assert_same_video(sample(model), sample(load("wan_h64")))
+    assert calls(handle) == {"dense": 8, "search": 4, "sparse": 4}
+    shown = handle.latest().dense_choice
+    assert "host" in shown and "own" in shown and "288 tokens" in shown
+
+
+@pytest.mark.parametrize("fastest", ["host", "own"])
+def test_choice_of_dense_attention_lasts_over_runs(load, monkeypatch, fastest):
+    from sparse_attn import dense_choice
+
+    measured = []
+
+    def timed(run, args):
+        measured.append(None)
+        first = len(measured) % 2 == 1
+        return 1.0 if first == (fastest == "host") else 2.0
+
+    monkeypatch.setattr(dense_choice, "_time", timed)
+    model, handle = sparse(load("wan_h64"), warmup=0.5, dense_attention="auto")
+    first = sample(model)
+    assert len(measured) == 2
+    assert handle.latest().dense_choice.startswith(fastest)
+    assert torch.equal(sample(model), first)
+    assert len(measured) == 2

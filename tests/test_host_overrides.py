@@ -1,0 +1,209 @@
+"""Other packs use the same hook: theirs still serves what is not ours, before or after ours."""
+
+import pytest
+import torch
+from host_fixtures import assert_same_video, calls, kept_dense, sample, sparse
+
+from sparse_attn.host.override import attention_override
+
+KEY = "optimized_attention_override"
+
+
+class Override:
+    """Another pack's attention: counts calls, and can answer in its own shape."""
+
+    def __init__(self, reshape_output=False):
+        self.calls = []
+        self.reshape_output = reshape_output
+
+    def __call__(self, func, q, k, v, heads, mask=None, attn_precision=None, skip_reshape=False,
+                 skip_output_reshape=False, **kwargs):  # fmt: skip
+        self.calls.append((tuple(q.shape), tuple(k.shape), dict(kwargs)))
+        if self.reshape_output:
+            # as a pack does that does not know `skip_output_reshape`
+            skip_output_reshape = False
+        return func(
+            q, k, v, heads, mask=mask, attn_precision=attn_precision, skip_reshape=skip_reshape,
+            skip_output_reshape=skip_output_reshape, **kwargs,
+        )  # fmt: skip
+
+    def count(self, q_tokens, k_tokens):
+        return sum(q[-2] == q_tokens and k[-2] == k_tokens for q, k, _ in self.calls)
+
+
+def with_override(model, override):
+    model = model.clone()
+    model.model_options.setdefault("transformer_options", {})[KEY] = override
+    return model
+
+
+@pytest.mark.parametrize("order", ["before", "after"])
+@pytest.mark.parametrize("reshape", [False, True], ids=["modern", "old"])
+def test_other_override_serves_dense_and_declined_calls(load, order, reshape):
+    other = Override(reshape)
+    if order == "before":
+        model, handle = sparse(with_override(load("wan_h64"), other), warmup=0.5)
+    else:
+        model, handle = sparse(load("wan_h64"), warmup=0.5)
+        model = with_override(model, other)
+    out = sample(model, texts=(7, 9))
+    # steps 0-1 dense, 2 search, 3 sparse; the dense step before a search keeps its LSE only where
+    # the search can use it
+    assert handle.latest().schedule.describe() == "steps 0-1 dense, 2 search, 3 sparse"
+    assert calls(handle) == {"dense": 8, "search": 4, "sparse": 4}
+    assert other.count(288, 7) == other.count(288, 9) == 8
+    assert other.count(288, 288) in (4, 8)
+    assert sum(kept_dense(handle).values()) == 16
+    plain, _ = sparse(load("wan_h64"), warmup=0.5)
+    assert_same_video(out, sample(plain, texts=(7, 9)))
+
+
+@pytest.mark.parametrize("order", ["before", "after"])
+def test_other_override_serves_layers_that_stay_dense(load, order):
+    other = Override(reshape_output=True)
+    fields = {"dense_layers": (0,), "sparsity": 0.5}
+    if order == "before":
+        model, handle = sparse(with_override(load("wan_h64"), other), **fields)
+    else:
+        model, handle = sparse(load("wan_h64"), **fields)
+        model = with_override(model, other)
+    sample(model, cfg=1.0)
+    assert other.count(288, 288) == 4
+    assert kept_dense(handle)["listed in `dense_layers`"] == 4
+    assert calls(handle) == {"search": 1, "sparse": 3}
+
+
+def test_other_override_serves_hunyuan_without_knowing_output_shapes(load):
+    other = Override(reshape_output=True)
+    # the dense steps go through the hook in its own layout, [B, H, L, D]
+    model, handle = sparse(with_override(load("hunyuan"), other), warmup=0.5, sparsity=0.0)
+    out = sample(model)
+    assert handle.latest().schedule.describe() == "steps 0-1 dense, 2 search, 3 sparse"
+    assert_same_video(out, sample(load("hunyuan")))
+
+
+def test_fallback_of_a_sparse_layer_reaches_the_other_override_in_its_own_shape(load, monkeypatch):
+    from sparse_attn import eager
+
+    def out_of_memory(*args, **kwargs):
+        raise torch.OutOfMemoryError("no room")
+
+    monkeypatch.setattr(eager, "block_masses", out_of_memory)
+    for name in ("wan_h64", "hunyuan"):
+        other = Override(reshape_output=True)
+        model, _ = sparse(with_override(load(name), other))
+        assert_same_video(sample(model), sample(load(name)))
+        tokens = {q[-2] for q, k, _ in other.calls if q[-2] == k[-2] and q[-2] > 200}
+        assert tokens, "the fallback did not reach the other override"
+
+
+def test_override_placed_after_by_newer_cores_does_not_switch_ours_off(load):
+    # a later node replaces the key outright; ours comes back on top at each call of the model
+    other = Override()
+    model, handle = sparse(load("wan_h64"))
+    replaced = with_override(with_override(model, Override()), other)
+    sample(replaced)
+    assert calls(handle) == {"search": 4, "sparse": 12}
+
+
+def test_ours_is_never_its_own_predecessor(load):
+    model, handle = sparse(with_override(load("wan_h64"), attention_override), sparsity=0.0)
+    assert_same_video(sample(model), sample(load("wan_h64")))
+    assert calls(handle) == {"search": 4, "sparse": 12}
+
+
+# ---- the contract of the hook, as recorded from ComfyUI 0.33 to 0.38
+
+
+def newer_core(override, backend, q, k, v, heads, containers=False, preferred=None, **kwargs):
+    """How ComfyUI 0.33 and later call an override; containers are single-owner boxes."""
+    kwargs["_inside_attn_wrapper"] = True
+    kwargs.pop("preferred_attention", None)
+    if containers:
+        boxes = [[x] for x in (q, k, v)]
+        if hasattr(override, "container_function"):
+            return override.container_function(*boxes, heads, **kwargs)
+        q, k, v = (box.pop() for box in boxes)
+    return override(backend, q, k, v, heads, **kwargs)
+
+
+def test_newer_core_hands_our_override_plain_tensors():
+    seen = {}
+
+    def backend(q, k, v, heads, mask=None, **kwargs):
+        seen.update(kwargs, tensors=all(isinstance(x, torch.Tensor) for x in (q, k, v)))
+        return q
+
+    q = torch.randn(1, 8, 16)
+    out = newer_core(
+        attention_override, backend, q, q, q, 2, containers=True, preferred_attention=object(),
+        transformer_options={}, low_precision_attention=False, scale=0.5, enable_gqa=True,
+    )  # fmt: skip
+    assert out is q
+    assert seen.pop("tensors")
+    # everything is handed on as it came
+    assert seen == {
+        "attn_precision": None, "skip_reshape": False, "skip_output_reshape": False,
+        "transformer_options": {}, "low_precision_attention": False, "scale": 0.5,
+        "enable_gqa": True, "_inside_attn_wrapper": True,
+    }  # fmt: skip
+    # its mere presence would make the core pass containers and no function
+    assert not hasattr(attention_override, "container_function")
+
+
+def test_predecessor_with_a_container_function_gets_plain_calls(load):
+    other = Override()
+    other.container_function = lambda *args, **kwargs: pytest.fail("called without `func`")
+    model, _ = sparse(with_override(load("wan_h64"), other), warmup=0.5)
+    sample(model)
+    assert other.count(288, 9) == 8
+
+
+def test_mask_may_come_by_position():
+    def backend(q, k, v, heads, mask=None, **kwargs):
+        return mask
+
+    q, mask = torch.randn(1, 8, 16), torch.ones(1, 8)
+    assert attention_override(backend, q, q, q, 2, mask) is mask
+
+
+def test_declined_calls_keep_every_argument(load):
+    other = Override()
+    model, _ = sparse(with_override(load("hunyuan"), other))
+    sample(model, steps=2)
+    assert other.calls
+    for _, _, kwargs in other.calls:
+        # without it a decorated backend would enter the override again, without end
+        assert kwargs["_inside_attn_wrapper"] is True
+        assert "transformer_options" in kwargs
+
+
+# ---- torch.compile
+
+
+@pytest.mark.parametrize("order", ["compile_after", "compile_before"])
+@pytest.mark.filterwarnings("ignore")
+def test_compiled_model_gives_the_same_video_and_step_kinds(load, order):
+    import torch._dynamo
+    from comfy_api.torch_helpers import set_torch_compile_wrapper
+
+    def compiled(model):
+        torch._dynamo.reset()
+        model = model.clone(disable_dynamic=True)
+        # the filter of ComfyUI's own compile node
+        guards = {"guard_filter_fn": lambda gs: ["transformer_options" not in g.name for g in gs]}
+        set_torch_compile_wrapper(model, backend="eager", options=guards)
+        return model
+
+    plain, plain_handle = sparse(load("wan_h64"), warmup=0.25)
+    expected = sample(plain, cfg=1.0)
+    if order == "compile_after":
+        model, handle = sparse(load("wan_h64"), warmup=0.25)
+        model = compiled(model)
+    else:
+        model, handle = sparse(compiled(load("wan_h64")), warmup=0.25)
+    out = sample(model, cfg=1.0)
+    torch._dynamo.reset()
+    assert calls(handle) == calls(plain_handle) == {"dense": 2, "search": 2, "sparse": 4}
+    assert_same_video(out, expected)
+    assert set(handle.latest().patterns) == {(0, "positive"), (1, "positive")}

@@ -1,0 +1,175 @@
+"""Which step each call of the model belongs to, and what the step does."""
+
+import pytest
+import torch
+from host_fixtures import VIDEO, assert_same_video, calls, conditioning, sample, sparse
+
+from sparse_attn.config import PRESETS
+from sparse_attn.run_state import RunState
+
+
+@pytest.fixture
+def steps_seen(monkeypatch):
+    """The step of every call of the model."""
+    seen = []
+    enter_step = RunState.enter_step
+
+    def noted(self, step):
+        seen.append(step)
+        return enter_step(self, step)
+
+    monkeypatch.setattr(RunState, "enter_step", noted)
+    return seen
+
+
+def describe(handle):
+    return handle.latest().schedule.describe()
+
+
+def preset(model, name):
+    config = PRESETS[name]
+    return sparse(model, sparsity=config.sparsity, warmup=config.warmup)
+
+
+@pytest.mark.parametrize(
+    "name, steps, expected",
+    [
+        ("Balanced", 4, "steps 0 search, 1-3 sparse"),
+        ("Balanced", 8, "steps 0 dense, 1 search, 2-7 sparse"),
+        ("Fast", 4, "steps 0 search, 1-3 sparse"),
+        ("Fast", 8, "steps 0 search, 1-7 sparse"),
+        ("Quality", 8, "steps 0-1 dense, 2 search, 3-7 sparse"),
+    ],
+)
+def test_presets_on_short_schedules(load, name, steps, expected):
+    model, handle = preset(load("wan_h64"), name)
+    sample(model, steps=steps, cfg=1.0)
+    assert describe(handle) == expected
+    kinds = [kind.value for kind in handle.latest().schedule.kinds]
+    # two layers, one prompt
+    assert calls(handle) == {kind: 2 * kinds.count(kind) for kind in set(kinds)}
+
+
+@pytest.mark.parametrize(
+    "sampler, expected",
+    [
+        # a second evaluation at the end of the interval is the next step's sigma
+        ("heun", [0, 1, 1, 2, 2, 3, 3]),
+        # a second evaluation inside the interval
+        ("dpm_2", [0, 0, 1, 1, 2, 2, 3]),
+        ("euler", [0, 1, 2, 3]),
+    ],
+)
+def test_kind_of_a_step_follows_sigma(load, steps_seen, sampler, expected):
+    model, handle = sparse(load("wan_h64"), warmup=0.25)
+    sample(model, sampler=sampler, cfg=1.0)
+    assert steps_seen == expected
+    assert describe(handle) == "steps 0 dense, 1 search, 2-3 sparse"
+    dense = 2 * expected.count(0)
+    # one search; the same step's second evaluation already runs sparse
+    assert calls(handle) == {"dense": dense, "search": 2, "sparse": 2 * len(expected) - dense - 2}
+
+
+@pytest.mark.parametrize("sampler", ["heun", "dpm_2"])
+def test_samplers_of_two_evaluations_equal_dense_when_all_is_kept(load, sampler):
+    expected = sample(load("wan_h64"), sampler=sampler, cfg=1.0)
+    model, _ = sparse(load("wan_h64"), sparsity=0.0, warmup=0.25)
+    assert_same_video(sample(model, sampler=sampler, cfg=1.0), expected)
+
+
+def test_second_evaluation_of_a_step_does_not_search_again(load):
+    model, handle = sparse(load("wan_h64"), search_points=(0.5, 0.75))
+    sample(model, sampler="dpm_2", cfg=1.0)
+    assert describe(handle) == "steps 0 search, 1 sparse, 2-3 search"
+    # seven evaluations, two layers; steps 2 and 3 search anew
+    assert calls(handle) == {"search": 2, "search_again": 4, "sparse": 12}
+
+
+def halves(model, steps=8, middle=4):
+    import comfy.sample
+
+    first = sample(
+        model, steps=steps, cfg=1.0, start_step=0, last_step=middle, force_full_denoise=False
+    )
+    noise = torch.zeros_like(first)
+    return comfy.sample.sample(
+        model, noise, steps, 1.0, "euler", "simple", conditioning(7, 0), conditioning(9, 1), first,
+        start_step=middle, last_step=steps, force_full_denoise=True, disable_noise=True,
+        disable_pbar=True, seed=1,
+    )  # fmt: skip
+
+
+def test_second_sampler_counts_on_where_the_first_stopped(load):
+    model, handle = sparse(load("wan_h64"), warmup=PRESETS["Balanced"].warmup)
+    halves(model)
+    first, second = handle.runs
+    assert first.schedule.describe() == "steps 0 dense, 1 search, 2-3 sparse"
+    assert second.schedule.describe() == "steps 4 search, 5-7 sparse"
+    assert first.schedule.total_steps == second.schedule.total_steps == 8
+    assert {pattern.step for pattern in first.patterns.values()} == {1}
+    assert {pattern.step for pattern in second.patterns.values()} == {4}
+
+
+def test_two_halves_equal_dense_halves_when_all_is_kept(load):
+    expected = halves(load("wan_h64"))
+    model, _ = sparse(load("wan_h64"), sparsity=0.0)
+    assert_same_video(halves(model), expected)
+    # and the halves are one whole run
+    assert_same_video(expected, sample(load("wan_h64"), steps=8, cfg=1.0))
+
+
+def test_warmup_that_reaches_into_the_second_sampler_ends_there(load):
+    model, handle = sparse(load("wan_h64"), warmup=0.6)
+    halves(model)
+    first, second = handle.runs
+    assert first.schedule.describe() == "steps 0-3 dense"
+    assert second.schedule.describe() == "steps 4 dense, 5 search, 6-7 sparse"
+
+
+def test_denoise_below_one_starts_in_the_middle_of_the_schedule(load):
+    model, handle = sparse(load("wan_h64"), warmup=0.2)
+    sample(model, steps=4, cfg=1.0, denoise=0.5)
+    assert describe(handle) == "steps 4 search, 5-7 sparse"
+    assert handle.latest().schedule.total_steps == 8
+
+
+@pytest.mark.parametrize("sigmas", [[], [1.0]], ids=["none", "one"])
+def test_no_steps_sample_nothing(load, sigmas):
+    import comfy.sample
+    import comfy.samplers
+
+    model, handle = sparse(load("wan_h64"))
+    latent = torch.zeros(VIDEO)
+    out = comfy.sample.sample_custom(
+        model, latent, 1.0, comfy.samplers.sampler_object("euler"), torch.tensor(sigmas),
+        conditioning(7, 0), conditioning(9, 1), latent, disable_pbar=True, seed=1,
+    )  # fmt: skip
+    assert out.shape == latent.shape
+    assert handle.current is None
+    if handle.runs:
+        assert describe(handle) == "no steps"
+        assert "every call ran dense" in handle.latest().summary()
+
+
+def test_percent_window_keeps_both_ends_dense(load):
+    model, handle = sparse(load("wan_h64"), start_percent=0.25, end_percent=0.75)
+    sample(model, steps=8, cfg=1.0)
+    assert describe(handle) == "steps 0-1 dense, 2 search, 3-5 sparse, 6-7 dense"
+
+
+@pytest.mark.parametrize("scheduler", ["normal", "beta", "sgm_uniform"])
+def test_schedulers_do_not_move_the_first_search(load, scheduler):
+    model, handle = sparse(load("wan_h64"), warmup=0.25)
+    sample(model, steps=8, cfg=1.0, scheduler=scheduler)
+    assert describe(handle) == "steps 0-1 dense, 2 search, 3-7 sparse"
+
+
+def test_later_search_chooses_a_new_mask(load):
+    model, handle = sparse(load("wan_h64"), search_points=(0.5,))
+    sample(model, steps=4, cfg=1.0)
+    assert describe(handle) == "steps 0 search, 1 sparse, 2 search, 3 sparse"
+    # a search of the later kind only chooses; its step then runs sparse
+    assert calls(handle) == {"search": 2, "search_again": 2, "sparse": 6}
+    assert {pattern.step for pattern in handle.latest().patterns.values()} == {2}
+    assert not handle.latest().exact()
+    assert "(estimated)" in handle.latest().summary()

@@ -1,0 +1,219 @@
+"""The nodes as ComfyUI sees them: their schema, what they refuse, what they show."""
+
+import pytest
+import torch
+from host_fixtures import VIDEO, assert_same_video, sample
+
+from tests.tools import comfy_inprocess
+
+SOCKETS = {"AdaSpaAttention": ["model"], "AdaSpaReport": ["samples", "adaspa"]}
+# order and defaults are what saved workflows rely on: new widgets go last
+WIDGETS = {
+    "AdaSpaAttention": {
+        "preset": "Balanced",
+        "sparsity": 0.8,
+        "block_size": "64",
+        "warmup": 0.12,
+        "search_points": "",
+        "head_adaptive": False,
+        "dense_layers": "",
+        "start_percent": 0.0,
+        "end_percent": 1.0,
+        "min_tokens": 8192,
+        "cache": "auto",
+        "dense_attention": "auto",
+        "enabled": True,
+    },
+    "AdaSpaReport": {"layer": 0, "head": 0},
+}
+OPTIONS = {
+    "preset": ["Balanced", "Quality", "Fast", "Paper", "Custom"],
+    "block_size": ["64", "128"],
+    "cache": ["auto", "gpu", "cpu"],
+    "dense_attention": ["auto", "host"],
+}
+ADVANCED = [
+    "head_adaptive", "dense_layers", "start_percent", "end_percent", "min_tokens", "cache",
+    "dense_attention", "enabled",
+]  # fmt: skip
+
+
+@pytest.fixture
+def nodes(comfyui, tmp_path):
+    import folder_paths
+
+    before = folder_paths.get_temp_directory()
+    folder_paths.set_temp_directory(str(tmp_path))
+    yield comfy_inprocess.nodes_of(comfy_inprocess.load_pack())
+    folder_paths.set_temp_directory(before)
+
+
+@pytest.fixture
+def attention(nodes):
+    """attention(model, **widgets) -> what the node returns, the other widgets at a default."""
+
+    def run(model, **widgets):
+        node = nodes["AdaSpaAttention"].PREPARE_CLASS_CLONE({"hidden_inputs": {}})
+        return node.execute(model, **{**WIDGETS["AdaSpaAttention"], **widgets})
+
+    return run
+
+
+@pytest.fixture
+def report(nodes):
+    def run(samples, handle, layer=0, head=0):
+        node = nodes["AdaSpaReport"].PREPARE_CLASS_CLONE({"hidden_inputs": {}})
+        return node.execute(samples=samples, adaspa=handle, layer=layer, head=head)
+
+    return run
+
+
+def test_pack_offers_its_nodes(nodes):
+    assert list(nodes) == ["AdaSpaAttention", "AdaSpaReport"]
+
+
+@pytest.mark.parametrize("name", list(WIDGETS))
+def test_inputs_keep_their_order_and_defaults(nodes, name):
+    schema = nodes[name].GET_SCHEMA()
+    assert [put.id for put in schema.inputs] == [*SOCKETS[name], *WIDGETS[name]]
+    defaults = {put.id: put.default for put in schema.inputs if put.id in WIDGETS[name]}
+    assert defaults == WIDGETS[name]
+    assert schema.category == "model/patch"
+    for put in schema.inputs:
+        assert put.tooltip and len(put.tooltip) > 20, put.id
+        if put.id in OPTIONS:
+            assert put.options == OPTIONS[put.id]
+        if put.id in WIDGETS[name]:
+            assert bool(put.advanced) == (put.id in ADVANCED), put.id
+            # optional widgets stand behind the others, so saved values would move
+            assert not put.optional, put.id
+
+
+def test_outputs_and_names_of_the_attention_node(nodes):
+    schema = nodes["AdaSpaAttention"].GET_SCHEMA()
+    assert schema.display_name == "AdaSpa Attention"
+    assert [put.io_type for put in schema.outputs] == ["MODEL", "ADASPA"]
+    assert "sparse attention" in schema.search_aliases
+    assert not schema.is_output_node
+
+
+def test_outputs_and_names_of_the_report_node(nodes):
+    schema = nodes["AdaSpaReport"].GET_SCHEMA()
+    assert schema.display_name == "AdaSpa Report"
+    assert [put.io_type for put in schema.outputs] == ["LATENT", "IMAGE", "STRING"]
+    assert schema.is_output_node
+
+
+@pytest.mark.parametrize("name", list(WIDGETS))
+def test_execute_works_without_the_widgets_of_later_versions(nodes, name):
+    import inspect
+
+    parameters = inspect.signature(nodes[name].execute).parameters
+    assert sorted(parameters) == sorted([*SOCKETS[name], *WIDGETS[name]])
+    for widget in ADVANCED if name == "AdaSpaAttention" else ():
+        assert parameters[widget].default == WIDGETS[name][widget], widget
+
+
+def shown_text(output):
+    return output.ui.as_dict()["text"][0] if hasattr(output.ui, "as_dict") else output.ui["text"][0]
+
+
+def test_attention_node_says_that_it_is_ready(load, attention):
+    model, handle = attention(load("wan_h64")).args
+    assert handle.config.sparsity == 0.8 and handle.config.warmup == 0.12
+    text = shown_text(attention(load("wan_h64"), preset="Fast"))
+    assert text == "AdaSpa is ready: Fast, sparsity 0.90"
+    assert model is not load("wan_h64")
+
+
+def test_preset_decides_its_fields_and_leaves_the_others(load, attention):
+    fields = {"sparsity": 0.3, "search_points": "0.5", "min_tokens": 100, "cache": "cpu"}
+    config = attention(load("wan_h64"), preset="Paper", **fields).args[1].config
+    assert (config.sparsity, config.search_points, config.head_adaptive) == (0.8, (0.6,), True)
+    assert (config.min_tokens, config.cache) == (100, "cpu")
+    config = attention(load("wan_h64"), preset="Custom", **fields).args[1].config
+    assert (config.sparsity, config.search_points) == (0.3, (0.5,))
+
+
+def test_attention_node_says_that_it_is_off(load, attention):
+    output = attention(load("wan_h64"), enabled=False)
+    assert shown_text(output) == "AdaSpa is off"
+    assert_same_video(sample(output.args[0], steps=2), sample(load("wan_h64"), steps=2), 1e-6)
+
+
+def test_attention_node_says_before_sampling_that_a_model_will_run_dense(load, attention):
+    model = load("wan_h64")
+    # any module that is no video model
+    model.add_object_patch("diffusion_model", torch.nn.Linear(2, 2))
+    text = shown_text(attention(model))
+    assert text == "AdaSpa will run dense: Linear is not a video model that AdaSpa knows"
+
+
+@pytest.mark.parametrize(
+    "widgets, words",
+    [
+        ({"sparsity": 1.0}, "`sparsity` must be from 0 to 0.98"),
+        ({"search_points": "0.6, 0.3"}, "`search_points` must ascend"),
+        ({"search_points": "0.05"}, "`search_points` must lie from the warm-up"),
+        ({"search_points": "half"}, "`search_points` must be numbers"),
+        ({"dense_layers": "first"}, "`dense_layers` must be numbers"),
+        ({"block_size": "96"}, "`block_size` must be 64 or 128"),
+        ({"head_adaptive": True, "sparsity": 0.1}, "`head_adaptive` needs"),
+        ({"start_percent": 0.5, "end_percent": 0.5}, "`start_percent` must be"),
+    ],
+)
+def test_bad_value_is_refused_before_sampling(load, attention, widgets, words):
+    with pytest.raises(ValueError) as refused:
+        attention(load("wan_h64"), preset="Custom", **widgets)
+    assert words in str(refused.value)
+    assert "\n" not in str(refused.value) and len(str(refused.value)) < 200
+
+
+# ---- the report
+
+
+def assert_picture(output):
+    _, image, text = output.args
+    assert image.ndim == 4 and image.shape[0] == 1 and image.shape[3] == 3
+    assert image.dtype == torch.float32 and image.min() >= 0 and image.max() <= 1
+    assert output.ui["text"] == (text,) or output.ui["text"] == [text]
+    (file,) = output.ui["images"]
+    assert str(file["filename"]).endswith(".png")
+    return image, text
+
+
+@pytest.mark.parametrize("node", ["before_a_run", "bypassed"])
+def test_report_without_a_run_says_so(load, attention, report, node):
+    handle = attention(load("wan_h64")).args[1] if node == "before_a_run" else None
+    latent = {"samples": torch.zeros(VIDEO)}
+    output = report(latent, handle)
+    assert output.args[0] is latent
+    image, text = assert_picture(output)
+    assert text == "AdaSpa has not run yet."
+    # a line of text, no panels
+    assert image.shape[1] < 200
+
+
+def test_report_of_a_run_shows_text_and_patterns(load, attention, report):
+    model, handle = attention(
+        load("hunyuan"), preset="Custom", sparsity=0.6, warmup=0.0, min_tokens=64
+    ).args
+    latent = {"samples": sample(model)}
+    image, text = assert_picture(report(latent, handle))
+    assert text == "\n".join(handle.latest().lines())
+    assert "295 tokens, steps 0 search, 1-3 sparse" in text or "297 tokens" in text
+    assert "Kept dense: 8 calls" in text
+    assert image.shape[1] > 400 and image.shape[2] == 1120
+    # other heads have other patterns; numbers past the last are the last
+    other, _ = assert_picture(report(latent, handle, layer=2, head=1))
+    past, _ = assert_picture(report(latent, handle, layer=99, head=99))
+    assert not torch.equal(other, image)
+    assert torch.equal(other, past)
+
+
+def test_report_of_a_dense_run_gives_the_reason(load, attention, report):
+    model, handle = attention(load("wan_h64")).args
+    image, text = assert_picture(report({"samples": sample(model)}, handle))
+    assert text.startswith("AdaSpa: every call ran dense: ")
+    assert "too short: 288 tokens, and `min_tokens` is 8,192" in text
+    assert image.shape[1] < 400
