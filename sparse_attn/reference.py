@@ -10,6 +10,12 @@ def scaled_logits(q, k, scale: float, key_bias=None) -> torch.Tensor:
     return logits if key_bias is None else logits + key_bias[:, None, None, :].to(logits.dtype)
 
 
+def weights_of(logits, lse) -> torch.Tensor:
+    """exp(logit - lse), 0 in rows whose LSE is -inf."""
+    nothing = (lse == float("-inf"))[..., None]
+    return (logits - lse[..., None].masked_fill(nothing, 0.0)).exp().masked_fill(nothing, 0.0)
+
+
 def expand_blocks(keep, block_q: int, block_k: int, len_q: int, len_k: int) -> torch.Tensor:
     """Turn a block map [B, H, Nq, Nk] into a token map [B, H, Lq, Lk]."""
     keep = keep.repeat_interleave(block_q, -2)[..., :len_q, :]
@@ -23,7 +29,8 @@ def sparse_attention(q, k, v, keep, *, block_q, block_k, scale, key_bias=None):
         q: [B, H, Lq, D]. k, v: [B, H, Lk, D]. keep: [B, H, Nq, Nk] bool.
 
     Returns:
-        out: [B, H, Lq, D], dtype of `v`. lse: [B, H, Lq], natural log.
+        out: [B, H, Lq, D], dtype of `v`, 0 where a row keeps no block.
+        lse: [B, H, Lq], natural log, -inf where a row keeps no block.
     """
     logits = scaled_logits(q, k, scale, key_bias)
     tokens = expand_blocks(keep, block_q, block_k, q.shape[-2], k.shape[-2])
@@ -38,12 +45,12 @@ def dense_attention(q, k, v, *, scale, key_bias=None):
     """Attention over all keys; shapes as in `sparse_attention`."""
     logits = scaled_logits(q, k, scale, key_bias)
     lse = logits.logsumexp(-1)
-    return (logits - lse[..., None]).exp().to(v.dtype) @ v, lse
+    return weights_of(logits, lse).to(v.dtype) @ v, lse
 
 
 def block_masses(q, k, lse, *, block_q, block_k, scale, key_bias=None) -> torch.Tensor:
     """M[i, j]: sum of exp(logit - lse) over query block i and key block j, [B, H, Nq, Nk]."""
-    weights = (scaled_logits(q, k, scale, key_bias) - lse[..., None]).exp()
+    weights = weights_of(scaled_logits(q, k, scale, key_bias), lse)
     B, H, len_q, len_k = weights.shape
     pad_q, pad_k = -len_q % block_q, -len_k % block_k
     weights = torch.nn.functional.pad(weights, (0, pad_k, 0, pad_q))

@@ -1,29 +1,18 @@
-"""Ground truth and inputs for the kernel tests: dense, obvious, in the dtype of its arguments."""
+"""Inputs for the kernel tests, and the ground truth in the form they need it."""
 
 import torch
 import torch.nn.functional as F
 
-
-def expand(keep, block_q, block_k, Lq, Lk):
-    """[.., Nq, Nk] block pairs as [.., Lq, Lk] token pairs."""
-    keep = keep.repeat_interleave(block_q, -2).repeat_interleave(block_k, -1)
-    return keep[..., :Lq, :Lk]
-
-
-def scores(q, k, scale, key_bias=None, keep=None):
-    """[B, H, Lq, Lk] scaled, biased, -inf where `keep` is False."""
-    s = q @ k.transpose(-1, -2) * scale
-    if key_bias is not None:
-        s = s + key_bias[:, None, None, :].to(s.dtype)
-    return s if keep is None else s.masked_fill(~keep, float("-inf"))
+from sparse_attn import reference
 
 
 def attention(q, k, v, scale, key_bias=None, keep=None):
-    """(out, lse) of the inputs in float64; rows without a key are zero and -inf."""
-    s = scores(q.double(), k.double(), scale, key_bias, keep)
-    lse = s.logsumexp(-1)
-    weights = (s - lse.masked_fill(lse == float("-inf"), 0.0)[..., None]).exp()
-    return weights @ v.double(), lse
+    """(out, lse) of the inputs in float64; `keep` is a [.., Lq, Lk] map of token pairs."""
+    options = {"scale": scale, "key_bias": key_bias}
+    q, k, v = q.double(), k.double(), v.double()
+    if keep is None:
+        return reference.dense_attention(q, k, v, **options)
+    return reference.sparse_attention(q, k, v, keep, block_q=1, block_k=1, **options)
 
 
 def torch_attention(q, k, v, scale, key_bias=None, keep=None):
@@ -38,13 +27,10 @@ def torch_attention(q, k, v, scale, key_bias=None, keep=None):
 
 def block_masses(q, k, lse, scale, block_q, block_k, key_bias=None):
     """[B, H, Nq, Nk] sums of exp(score - lse) in float64."""
-    lse = lse.double()
-    weights = (scores(q.double(), k.double(), scale, key_bias) - lse[..., None]).exp()
-    weights = weights.masked_fill((lse == float("-inf"))[..., None], 0.0)
-    B, H, Lq, Lk = weights.shape
-    weights = F.pad(weights, (0, -Lk % block_k, 0, -Lq % block_q))
-    Nq, Nk = weights.shape[-2] // block_q, weights.shape[-1] // block_k
-    return weights.view(B, H, Nq, block_q, Nk, block_k).sum((3, 5))
+    blocks = {"block_q": block_q, "block_k": block_k}
+    return reference.block_masses(
+        q.double(), k.double(), lse.double(), scale=scale, key_bias=key_bias, **blocks
+    )
 
 
 def random_keep(B, H, Nq, Nk, density, device, seed=0):

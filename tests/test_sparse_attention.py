@@ -8,6 +8,7 @@ from close import assert_as_accurate_as, assert_within
 
 from sparse_attn.kernels.sparse_attention import sparse_attention
 from sparse_attn.kernels.tiles import Tile
+from sparse_attn.reference import expand_blocks
 
 # B, H, Lq, Lk, D, block_q, block_k
 CASES = [
@@ -40,7 +41,7 @@ def run(q, k, v, keep, block_q, block_k, scale, key_bias=None):
 
 def check(q, k, v, keep, block_q, block_k, key_bias=None):
     scale = q.shape[-1] ** -0.5
-    tokens = reference.expand(keep, block_q, block_k, q.shape[2], k.shape[2])
+    tokens = expand_blocks(keep, block_q, block_k, q.shape[2], k.shape[2])
     exact, exact_lse = reference.attention(q, k, v, scale, key_bias, tokens)
     same_dtype = reference.torch_attention(q, k, v, scale, key_bias, tokens)
     out, lse = run(q, k, v, keep, block_q, block_k, scale, key_bias)
@@ -199,7 +200,7 @@ def test_every_tile_gives_the_same(tile, layout, biased, device):
     q, k, v = reference.make(2, 3, 1000, 1111, 128, torch.bfloat16, device, layout)
     bias = torch.randn(2, 1111, device=device) if biased else None
     keep = reference.random_keep(2, 3, blocks(1000, tile.tile_q), 9, 0.3, device)
-    tokens = reference.expand(keep, tile.tile_q, 128, 1000, 1111)
+    tokens = expand_blocks(keep, tile.tile_q, 128, 1000, 1111)
     exact, exact_lse = reference.attention(q, k, v, 0.09, bias, tokens)
     indices, counts = reference.lists(keep)
     out, lse = sparse_attention(
