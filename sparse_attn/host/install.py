@@ -3,7 +3,6 @@
 import comfy.model_management
 import comfy.model_prefetch
 import comfy.patcher_extension
-import torch
 
 from ..config import AdaSpaConfig
 from ..run_handle import RunHandle
@@ -104,7 +103,8 @@ def _apply_model(handle: RunHandle, node_id):
         layout = None
         if family is not None:
             run.statistics.model = family.name
-            layout, reason = _layout(family, model, x, {**inputs, "c_crossattn": c_crossattn})
+            known = {**inputs, "c_crossattn": c_crossattn, "transformer_options": options}
+            layout, reason = _layout(family, model, x, known)
         previous = options.get(OVERRIDE)
         options[CONTEXT] = ModelCall(
             run, step, model, family, layout, reason,
@@ -117,11 +117,16 @@ def _apply_model(handle: RunHandle, node_id):
 
 
 def _layout(family, model, x, inputs):
-    if not isinstance(x, torch.Tensor) or x.ndim != 5:
-        return None, f"a latent of shape {list(getattr(x, 'shape', []))} is not a video"
+    """Return the token layout, or None and the reason there is none."""
+    shape = getattr(x, "shape", ())
+    if inputs.get("latent_shapes"):
+        # video and audio packed into one flat latent, the video first
+        shape = inputs["latent_shapes"][0]
+    if len(shape) != 5:
+        return None, f"a latent of shape {list(shape)} is not a video"
     try:
-        family.num_layers(model)
-        return family.layout(model, x.shape, inputs), ""
-    except (AttributeError, IndexError, TypeError, ValueError) as error:
+        found = family.read(model, shape, inputs)
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
         # a newer ComfyUI may have changed the model; dense is right, a guess is not
         return None, f"the rule for {family.name} no longer fits this ComfyUI ({error})"
+    return (None, found) if isinstance(found, str) else (found, "")

@@ -1,8 +1,9 @@
 """ComfyUI's attention signature <-> [B, H, L, D]: which calls are ours, and the way back."""
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 
@@ -37,6 +38,26 @@ class ModelCall:
     previous: Callable | None
     occurrences: Counter = field(default_factory=Counter)
 
+    def count(self, block: Hashable) -> int:
+        """Return how often a block was met before in this call, and meet it once more."""
+        before = self.occurrences[block]
+        self.occurrences[block] += 1
+        return before
+
+
+class Block(NamedTuple):
+    """The block that a self-attention over the video belongs to.
+
+    Args:
+        key: names the call within the model, the same in every step.
+        number: of the layer, as `dense_layers` counts.
+        layer: the same for people, with numbers of their own for a layer's further calls.
+    """
+
+    key: Hashable
+    number: int
+    layer: int
+
 
 @torch.compiler.disable
 def attention_override(
@@ -60,9 +81,11 @@ def attention_override(
 
     if context is None:
         return original()
-    reason = decline(context, q, k, v, heads, skip_reshape, kwargs)
-    bias, mask_reason = (None, "") if reason else key_bias_of(mask, len(q), k.shape[-2])
-    reason = reason or mask_reason
+    reason = not_the_video(context, q, k, v, heads, mask, skip_reshape)
+    if not reason:
+        block = block_of(context, options)
+        bias, mask_reason = key_bias_of(mask, len(q), k.shape[-2])
+        reason = decline(context, block, options) or mask_reason
     if reason:
         context.run.statistics.kept_dense[reason] += 1
         return original()
@@ -93,7 +116,7 @@ def attention_override(
         return from_heads(out, skip_output_reshape)
 
     outs = []
-    for rows, key, layer, role in conditionings(context, options, q4):
+    for rows, key, layer, role in conditionings(context, block, options, q4):
         call = Call(
             key=key,
             layer=layer,
@@ -109,32 +132,53 @@ def attention_override(
     return from_heads(out, skip_output_reshape)
 
 
-def decline(context, q, k, v, heads, skip_reshape, kwargs) -> str:
-    """Say why a call is not ours, or return an empty string."""
-    config = context.run.config
-    if context.layout is None:
+def not_the_video(context: ModelCall, q, k, v, heads, mask, skip_reshape) -> str:
+    """Say why a call is not the self-attention over the video, or return an empty string."""
+    layout = context.layout
+    if layout is None:
         return context.reason
+    tokens = q.shape[-2]
+    if tokens != layout.tokens == k.shape[-2] and mask is not None:
+        return "an attention mask of guide frames, which splits the queries"
     if q.shape != k.shape or k.shape != v.shape:
         return "cross-attention or grouped heads"
-    tokens = q.shape[-2]
-    layout = context.layout
     if tokens != layout.tokens:
         return f"{tokens:,} tokens are not the {layout.tokens:,} of this model's video sequence"
+    expected = context.family.head_dim
+    head_dim = q.shape[-1] if skip_reshape else q.shape[-1] // heads
+    if expected and head_dim != expected(context.model):
+        return f"heads of {head_dim}, and the video's have {expected(context.model)}"
+    return ""
+
+
+def decline(context: ModelCall, block: Block, options) -> str:
+    """Say why a self-attention over the video is not ours, or return an empty string."""
+    config = context.run.config
+    layout = context.layout
     if layout.frames == 1:
         return "one frame is an image, not a video"
-    if tokens < config.min_tokens:
-        return f"too short: {tokens:,} tokens, and `min_tokens` is {config.min_tokens:,}"
-    if "uuids" not in (kwargs.get("transformer_options") or {}):
+    if layout.tokens < config.min_tokens:
+        return f"too short: {layout.tokens:,} tokens, and `min_tokens` is {config.min_tokens:,}"
+    if "uuids" not in options:
         return "the host does not name its conditionings"
-    if layer_of(context, kwargs["transformer_options"]) in dense_layers(context):
+    if block.number in dense_layers(context):
         return "listed in `dense_layers`"
     return ""
 
 
-def layer_of(context: ModelCall, options) -> int:
-    return context.family.layer_number(
-        context.model, options.get("block_type", "double"), options.get("block_index", 0)
-    )
+def block_of(context: ModelCall, options) -> Block:
+    """Tell the block of a self-attention over the video, and count the call."""
+    family, model = context.family, context.model
+    if "block_index" in options:
+        block = options.get("block_type", "double"), options["block_index"]
+        number = family.layer_number(model, *block)
+        occurrence = context.count(block)
+        layer = number + occurrence * family.num_layers(model)
+        return Block((*block, occurrence), number, layer)
+    # a patch that skips blocks shifts the count, so such a pass is remembered apart
+    block = "counted", frozenset(options.get("patches_replace", {}).get("dit", ()))
+    number = context.count(block)
+    return Block((*block, number), number, number)
 
 
 def dense_layers(context: ModelCall) -> set[int]:
@@ -142,7 +186,7 @@ def dense_layers(context: ModelCall) -> set[int]:
     return {n % total for n in context.run.config.dense_layers if -total <= n < total}
 
 
-def conditionings(context: ModelCall, options, q):
+def conditionings(context: ModelCall, block: Block, options, q):
     """Yield (rows of the batch, state key, layer, role), one per conditioning of the call.
 
     The host may batch conditionings in one step and split them in the next, so what a run
@@ -150,21 +194,17 @@ def conditionings(context: ModelCall, options, q):
     """
     uuids, kinds = options["uuids"], options["cond_or_uncond"]
     size = q.shape[0] // len(uuids)
-    block = (options.get("block_type"), options.get("block_index"))
-    occurrence = context.occurrences[block]
-    context.occurrences[block] += 1
     window = options.get("context_window")
     window = None if window is None else tuple(window.index_list)
-    layer = layer_of(context, options)
     if size not in context.run.foreseen:
         context.run.foreseen.add(size)
-        layers = context.family.num_layers(context.model) - len(dense_layers(context))
+        layers = context.family.num_calls(context.model) - len(dense_layers(context))
         context.run.foresee(q, q, q, layers=layers, batch=size, layout=context.layout)
     for i, (uuid, kind) in enumerate(zip(uuids, kinds, strict=True)):
         context.run.statistics.conditionings.add(uuid)
-        key = (q.device, uuid, window, context.layout, size, *block, occurrence)
+        key = (q.device, uuid, window, context.layout, size, block.key)
         role = {0: "positive", 1: "negative"}.get(kind, f"conditioning {kind}")
-        yield slice(i * size, (i + 1) * size), key, layer, role
+        yield slice(i * size, (i + 1) * size), key, block.layer, role
 
 
 def key_bias_of(mask, batch: int, tokens: int) -> tuple[torch.Tensor | None, str]:

@@ -1,0 +1,85 @@
+"""Where text and video tokens lie, one rule per model family.
+
+A rule reads the latent's shape and the model's inputs and says what the self-attention sequence
+looks like. A call whose token count or head width differs is not ours. Add a family with one row of
+FAMILIES: name, rule for the tokens, layers by block type, width of a head.
+
+Blocks are told apart by the `block_index` and `block_type` that the model publishes. A row marked
+"counted" belongs to a model that publishes none: there the n-th self-attention over the video in a
+call of the model is layer n.
+"""
+
+from . import joint, ltx, video_only, wan
+from .family import Family
+
+_WAN = (wan.layers, wan.head_dim)
+_COSMOS = (video_only.cosmos, video_only.cosmos_layers, video_only.cosmos_head_dim)
+
+# class of the diffusion model -> its family
+FAMILIES = {
+    # [reference image] video [in-context videos]
+    "WanModel": Family("Wan", wan.layout, *_WAN),
+    # video; a VACE block follows a main block and shares its block_index
+    "VaceWanModel": Family("Wan VACE", wan.layout, *_WAN, calls=wan.vace_calls),
+    # video
+    "CameraWanModel": Family("Wan camera", wan.layout, *_WAN),
+    # video [reference] [earlier frames, the older the coarser]
+    "WanModel_S2V": Family("Wan speech to video", wan.speech, *_WAN),
+    # video [references]
+    "HumoWanModel": Family("HuMo", wan.with_reference_last, *_WAN),
+    # [reference image] video
+    "AnimateWanModel": Family("Wan Animate", wan.layout, *_WAN),
+    # video; declined while a pose branch runs
+    "WanAnimate2Model": Family("Wan Animate 2", wan.animate_2, *_WAN),
+    # [references] video [poses, of full or half size]
+    "SCAILWanModel": Family("SCAIL", wan.pose, *_WAN),
+    "SCAIL2WanModel": Family("SCAIL 2", wan.pose, *_WAN),
+    # [reference image] video
+    "WanDancerModel": Family("WanDancer", wan.layout, *_WAN),
+    # video; declined while it runs frame by frame from a KV cache
+    "CausalWanModel": Family("causal Wan", wan.causal, *_WAN),
+    # [vision] [byT5] text [reference] video; single blocks count on after double ones
+    "HunyuanVideo": Family(
+        "HunyuanVideo", joint.hunyuan_video, joint.hunyuan_layers,
+        lambda model: model.hidden_size // model.num_heads,
+    ),
+    # text video; counted
+    "CogVideoXTransformer3DModel": Family(
+        "CogVideoX", joint.cogvideox, joint.blocks, lambda model: model.attention_head_dim
+    ),
+    # video [guide frames, without masked tokens]; counted
+    "LTXVModel": Family("LTX-Video", ltx.layout, ltx.layers, ltx.head_dim),
+    "LTXAVModel": Family("LTX-2", ltx.layout, ltx.layers, ltx.head_dim),
+    # video text; counted
+    "AsymmDiTJoint": Family("Mochi", joint.mochi, joint.blocks, lambda model: model.head_dim),
+    # video; counted, Predict2 in ComfyUI 0.24 too
+    "GeneralDIT": Family("Cosmos 1", *_COSMOS),
+    "MiniTrainDIT": Family("Cosmos Predict2", *_COSMOS),
+    "Anima": Family("Anima", *_COSMOS),
+    # video
+    "Kandinsky5": Family(
+        "Kandinsky 5", video_only.kandinsky, video_only.kandinsky_layers,
+        video_only.kandinsky_head_dim,
+    ),
+    # text [references] audio video; counted up to ComfyUI 0.33
+    "MiniMaxH3Model": Family(
+        "MiniMax-H3", joint.minimax_h3, joint.blocks, lambda model: model.blocks[0].attn.head_dim
+    ),
+}  # fmt: skip
+
+# video models that cannot be served, and why
+NOT_SERVED = {
+    "NaDiT": "SeedVR2 attends in small windows, out of the reach of attention overrides",
+}
+
+
+def family_of(model) -> tuple[Family | None, str]:
+    """Return the family of a diffusion model, or None and the reason there is none."""
+    name = type(model).__name__
+    family = FAMILIES.get(name)
+    if family is None:
+        return None, NOT_SERVED.get(name, f"{name} is not a video model that AdaSpa knows")
+    patch_size = getattr(model, "patch_size", None)
+    if isinstance(patch_size, list | tuple) and len(patch_size) == 2:
+        return None, f"{name} with 2-D patches makes images, not videos"
+    return family, ""

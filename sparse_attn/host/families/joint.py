@@ -1,0 +1,50 @@
+"""Models whose self-attention reads text and video in one sequence."""
+
+from math import prod
+
+from ...token_layout import TokenLayout
+from .family import grid
+
+
+def blocks(model) -> dict[str, int]:
+    return {"double": len(model.blocks)}
+
+
+def hunyuan_layers(model) -> dict[str, int]:
+    return {"double": len(model.double_blocks), "single": len(model.single_blocks)}
+
+
+def hunyuan_video(model, latent_shape, inputs) -> TokenLayout:
+    """vision + byT5 + text, in whatever order, then [reference] + video."""
+    frames, height, width = grid(latent_shape, model.patch_size)
+    text = [inputs.get(name) for name in ("c_crossattn", "txt_byt5", "clip_fea")]
+    before = sum(tokens.shape[1] for tokens in text if tokens is not None)
+    if inputs.get("ref_latent") is not None:
+        before += prod(grid(inputs["ref_latent"].shape, model.patch_size))
+    return TokenLayout(before, frames, height, width)
+
+
+def cogvideox(model, latent_shape, inputs) -> TokenLayout:
+    """Text, then video; the 1.5 models also have patches in time."""
+    patch = (model.patch_size_t or 1, model.patch_size, model.patch_size)
+    return TokenLayout(inputs["c_crossattn"].shape[1], *grid(latent_shape, patch))
+
+
+def mochi(model, latent_shape, inputs) -> TokenLayout:
+    """Video, then as many text tokens as the longest prompt of the batch has."""
+    size = model.patch_size
+    text = min(inputs.get("num_tokens", 256), inputs["c_crossattn"].shape[1])
+    return TokenLayout(0, *grid(latent_shape, (1, size, size)), text)
+
+
+def minimax_h3(model, latent_shape, inputs) -> TokenLayout | str:
+    """Text, [references], audio, then video; ComfyUI lays the sequence out before the run."""
+    packed = (inputs.get("minimax_payload") or {}).get("layout")
+    text = inputs["c_crossattn"].shape[1]
+    if packed is None or packed.signature[0] != text:
+        return "its token layout is not known before the model runs"
+    start, stop, kind = packed.segments[-1]
+    video = TokenLayout(start, *grid(latent_shape, model.patch_size))
+    if kind != "video" or stop != video.tokens:
+        return f"its token layout does not end in {video.video:,} video tokens"
+    return video

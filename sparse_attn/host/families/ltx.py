@@ -1,0 +1,31 @@
+"""LTX-Video and LTX-2: guide frames stand behind the video, and audio in a stream of its own."""
+
+from ...token_layout import TokenLayout
+
+
+def layers(model) -> dict[str, int]:
+    return {"double": len(model.transformer_blocks)}
+
+
+def head_dim(model) -> int:
+    return model.attention_head_dim
+
+
+def layout(model, latent_shape, inputs) -> TokenLayout | str:
+    """Video + [guide frames, without the tokens that their mask removes]; patches of one."""
+    frames, height, width = latent_shape[-3:]
+    positions = inputs.get("keyframe_idxs")
+    guides = 0 if positions is None else positions.shape[2]
+    if not guides:
+        return TokenLayout(0, frames, height, width)
+    if guides % (height * width):
+        return f"{guides:,} guide tokens are not whole frames of {height}x{width}"
+    frames -= guides // (height * width)
+    # negative where a guide of lower resolution has no pixel; the model drops such tokens
+    removed = (inputs["denoise_mask"][0] < 0).any(0)
+    if tuple(removed.shape) != tuple(latent_shape[-3:]):
+        return f"a guide mask of {list(removed.shape)} does not match the latent"
+    in_video, in_guides = (int(part.sum()) for part in (removed[:frames], removed[frames:]))
+    if in_video:
+        return "the guide mask removes tokens of the video"
+    return TokenLayout(0, frames, height, width, guides - in_guides)
