@@ -35,4 +35,4 @@ class TokenLayout:
     def describe(self) -> str:
         extra = self.before + self.after
         grid = f"{self.frames}x{self.height}x{self.width}"
-        return f"{self.tokens:,} tokens ({grid} video" + (f", {extra:,} text or other)" if extra else ")")
+        return f"{self.tokens:,} tokens ({grid} video" + (f", {extra:,} other)" if extra else ")")

@@ -220,7 +220,7 @@ def test_summary_names_tokens_steps_density_and_time(load):
     assert text.startswith("295 tokens, steps 0 dense, 1 search, 2-3 sparse, density 0.")
     assert " of attention" in text
     lines = "\n".join(handle.latest().lines())
-    assert "Model: HunyuanVideo, 295 tokens (3x8x12 video, 7 text)" in lines
+    assert "Model: HunyuanVideo, 295 tokens (3x8x12 video, 7 other)" in lines
     assert "Kept dense: 8 calls, 7 tokens are not the 295" in lines
 
 

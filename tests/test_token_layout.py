@@ -16,4 +16,4 @@ def test_a_ragged_last_block_counts(tokens, blocks):
 
 def test_describes_itself_for_people():
     assert TokenLayout(0, 9, 20, 48).describe() == "8,640 tokens (9x20x48 video)"
-    assert TokenLayout(20, 2, 3, 4, 6).describe() == "50 tokens (2x3x4 video, 26 text)"
+    assert TokenLayout(20, 2, 3, 4, 6).describe() == "50 tokens (2x3x4 video, 26 other)"
