@@ -1,10 +1,14 @@
 """The backend in plain torch: for CPUs, Macs and machines without Triton. It really skips work.
 
-Rows of a head that keep equally many blocks are gathered and attended as one batch, so that torch's
-own attention does the arithmetic on exactly the kept keys.
+The keys and values that a row of blocks lists are gathered and attended by ordinary products. On a CPU
+every thread computes rows of its own; elsewhere rows that list equally many keys make a batch.
 """
 
-import math
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 
 import torch
 
@@ -12,8 +16,10 @@ from .block_mask import BlockMask
 
 # on a CPU one pass over dense attention and masses took 0.88 s where two took 0.74 s
 ONE_PASS_SEARCH = False
-# bytes of one tile of gathered keys or of weights: small enough to stay in a CPU's cache
-TILE_BYTES = 4 << 20
+# bytes of a tile of weights: about what the cache of a CPU's core holds
+TILE_BYTES = 2 << 20
+# the same on other devices, also of a batch of rows: enough work for a GPU, little of its memory
+BATCH_BYTES = 256 << 20
 # exponents above this leave float32; reached only when an earlier LSE is useless
 LARGEST_EXPONENT = 80.0
 
@@ -61,7 +67,7 @@ def dense_attention(
         return *attend(q, k, v, scale, bias), None
     out, lse = _empty_output(q, v), torch.empty(q.shape[:-1], device=q.device)
     per_row = q.shape[0] * q.shape[1] * k.shape[-2] * 4
-    step = max(1, 16 * TILE_BYTES // per_row)
+    step = max(1, BATCH_BYTES // per_row)
     for start in range(0, q.shape[-2], step):
         rows = slice(start, start + step)
         out[..., rows, :], lse[..., rows] = attend(q[..., rows, :], k, v, scale, bias)
@@ -79,8 +85,33 @@ def block_masses(q, k, lse, *, block_q, block_k, scale, key_bias=None, renormali
         [B, H, Nq, Nk] float32.
     """
     masses = _empty_masses(q, k, block_q, block_k)
-    for b, h, _, blocks, weights in _weights(q, k, lse, scale, key_bias, block_q, block_k):
-        masses[b, h, blocks] = _sum_blocks(weights, block_q, block_k)
+    B, H, Lq, D = q.shape
+    Lk = k.shape[-2]
+    padded = Lk + -Lk % block_k
+    room = TILE_BYTES if q.device.type == "cpu" else BATCH_BYTES
+    step = max(1, room // (padded * 4 * block_q)) * block_q
+    # two more columns let the product add the key bias and subtract the LSE; keys that pad the
+    # last block weigh nothing
+    keys = torch.zeros(padded, D + 2, device=k.device)
+    queries = torch.ones(Lq, D + 2, device=q.device)
+
+    def sum_rows(start):
+        weights = queries[start : start + step] @ keys.t()
+        weights.clamp_(max=LARGEST_EXPONENT).exp_()
+        sums = _sum_blocks(weights, block_q, block_k)
+        first = start // block_q
+        masses[b, h, first : first + len(sums)] = sums
+
+    with _each_alone(q.device) as for_each:
+        for b in range(B):
+            keys[:, D] = -1e30
+            keys[:Lk, D] = 0.0 if key_bias is None else key_bias[b].clamp(min=-1e30)
+            keys[:, D + 1] = -1.0
+            for h in range(H):
+                keys[:Lk, :D] = k[b, h]
+                queries[:, :D] = q[b, h].float() * scale
+                queries[:, D + 1] = lse[b, h]
+                for_each(sum_rows, range(0, Lq, step))
     if renormalise:
         starts = torch.arange(masses.shape[2], device=q.device) * block_q
         count = (q.shape[-2] - starts).clamp(max=block_q)
@@ -107,98 +138,138 @@ def sparse_attention(
     """
     B, H, Lq, _ = q.shape
     out = _empty_output(q, v)
-    tile = _Tile(q.device)
-    for b in range(B):
-        bias = None if key_bias is None else _blocks(key_bias[b, :, None], block_k)
-        for h in range(H):
-            q_blocks = _blocks(q[b, h].float() * scale, block_q)
-            k_blocks, v_blocks = (_blocks(x[b, h].float(), block_k) for x in (k, v))
-            head = torch.zeros_like(q_blocks)
-            lists = kv_indices[b, h], kv_num_blocks[b, h]
-            for rows, listed, length in _equal_rows(*lists, k.shape[-2], block_k):
-                logits = tile.multiply(q_blocks[rows], tile.gather(k_blocks, listed, length).mT)
-                if bias is not None:
-                    logits += bias[listed].view(len(rows), 1, -1)[..., :length]
-                torch.softmax(logits, -1, out=logits)
-                # the values take the place of the keys, so that a tile stays in the cache
-                head[rows] = logits @ tile.gather(v_blocks, listed, length)
-            out[b, h] = head.flatten(0, 1)[:Lq]
+    attend_head = _attend_rows if q.device.type == "cpu" else _attend_batches
+    with _each_alone(q.device) as for_each:
+        for b in range(B):
+            bias = None if key_bias is None else _blocks(key_bias[b, :, None], block_k)
+            for h in range(H):
+                q_blocks = _blocks(q[b, h].float() * scale, block_q)
+                k_blocks, v_blocks = (_blocks(x[b, h].float(), block_k) for x in (k, v))
+                counts = kv_num_blocks[b, h]
+                lengths = _lengths(kv_indices[b, h], counts, k.shape[-2], block_k)
+                head = torch.zeros_like(q_blocks)
+                attend_head(
+                    head, q_blocks, k_blocks, v_blocks, bias, kv_indices[b, h], counts, lengths,
+                    for_each,
+                )  # fmt: skip
+                out[b, h] = head.flatten(0, 1)[:Lq]
     return out, None
 
 
-class _Tile:
-    """Memory that one tile after another uses: fresh pages cost a third of the time on a CPU."""
+def _attend_rows(head, q_blocks, k_blocks, v_blocks, bias, kv_indices, counts, lengths, for_each):
+    """Attend one row of blocks at a time: its keys and weights stay in the cache of a core."""
+    room = _Room()
+    # made once: each operation, a view too, has a thread wait for the interpreter's lock
+    q_rows, out_rows = q_blocks.unbind(), head.unbind()
 
-    def __init__(self, device):
-        self.gathered, self.product = (torch.empty(0, device=device) for _ in range(2))
+    def attend_row(row):
+        i, listed, length = row
+        blocks, keys, logits = room.for_row(len(listed), length, q_blocks, k_blocks)
+        torch.index_select(k_blocks, 0, listed, out=blocks)
+        torch.mm(q_rows[i], keys.t(), out=logits)
+        if bias is not None:
+            logits += bias[listed].view(1, -1)[:, :length]
+        torch.softmax(logits, -1, out=logits)
+        # the values take the place of the keys
+        torch.index_select(v_blocks, 0, listed, out=blocks)
+        torch.mm(logits, keys, out=out_rows[i])
 
-    def gather(self, blocks, listed, length):
-        """Collect the listed blocks of each row, [rows, length, D]."""
-        shape = (listed.numel(), *blocks.shape[1:])
-        self.gathered = _room(self.gathered, math.prod(shape))
-        out = self.gathered[: math.prod(shape)].view(shape)
-        torch.index_select(blocks, 0, listed.flatten(), out=out)
-        return out.view(len(listed), -1, blocks.shape[-1])[:, :length]
-
-    def multiply(self, a, b):
-        shape = (len(a), a.shape[1], b.shape[2])
-        self.product = _room(self.product, math.prod(shape))
-        return torch.bmm(a, b, out=self.product[: math.prod(shape)].view(shape))
-
-
-def _room(flat, size):
-    return flat if flat.numel() >= size else torch.empty(size, device=flat.device)
+    rows = zip(kv_indices.unbind(), counts.tolist(), lengths.tolist(), strict=True)
+    for_each(attend_row, [(i, x[:n], length) for i, (x, n, length) in enumerate(rows) if n])
 
 
-def _equal_rows(kv_indices, kv_num_blocks, Lk, block_k):
-    """Yield (rows, their lists, valid keys per list) for a few rows that list equally many keys."""
-    last_block, missing = (Lk - 1) // block_k, -Lk % block_k
-    last = kv_indices.gather(-1, (kv_num_blocks.long() - 1).clamp(min=0)[:, None])[:, 0]
-    lengths = kv_num_blocks * block_k - missing * (last == last_block).int()
-    lengths = lengths.where(kv_num_blocks > 0, 0)
+class _Room(threading.local):
+    """Memory that a thread's rows use one after another: fresh pages cost a third of the time."""
+
+    def __init__(self):
+        self.gathered = self.weights = torch.empty(0)
+        self.views = {}
+
+    def for_row(self, count, length, q_blocks, k_blocks):
+        """Room for `count` blocks, the same as [length, D], and for weights [block_q, length]."""
+        (_, block_q, D), block_k = q_blocks.shape, k_blocks.shape[1]
+        if count * block_k * D > self.gathered.numel():
+            self.gathered = torch.empty(count * block_k * D)
+            self.weights = torch.empty(block_q * count * block_k)
+            self.views.clear()
+        if (count, length) not in self.views:
+            blocks = self.gathered[: count * block_k * D].view(count, block_k, D)
+            weights = self.weights[: block_q * length].view(block_q, length)
+            self.views[count, length] = blocks, blocks.view(-1, D)[:length], weights
+        return self.views[count, length]
+
+
+def _attend_batches(head, q_blocks, k_blocks, v_blocks, bias, kv_indices, counts, lengths, _):
+    """Attend many rows of blocks at once, as many as list equally many keys and fit."""
+    block_k, D = k_blocks.shape[1:]
     for length in lengths.unique().tolist():
         if length == 0:
             continue
         blocks = -(-length // block_k)
-        step = max(1, TILE_BYTES // (blocks * block_k * 512))
+        step = max(1, BATCH_BYTES // (blocks * block_k * 4 * (2 * D + q_blocks.shape[1])))
         for rows in (lengths == length).nonzero()[:, 0].split(step):
-            yield rows, kv_indices[rows, :blocks].long(), length
+            listed = kv_indices[rows, :blocks].long()
+            keys, values = (x[listed].flatten(1, 2)[:, :length] for x in (k_blocks, v_blocks))
+            logits = q_blocks[rows] @ keys.mT
+            if bias is not None:
+                logits += bias[listed].view(len(rows), 1, -1)[..., :length]
+            head[rows] = logits.softmax(-1) @ values
+
+
+def _lengths(kv_indices, kv_num_blocks, Lk, block_k):
+    """How many keys each row of blocks lists; the last block may hold fewer than the others."""
+    last_block, missing = (Lk - 1) // block_k, -Lk % block_k
+    last = kv_indices.gather(-1, (kv_num_blocks.long() - 1).clamp(min=0)[:, None])[:, 0]
+    lengths = kv_num_blocks * block_k - missing * (last == last_block).int()
+    return lengths.where(kv_num_blocks > 0, 0)
+
+
+@contextmanager
+def _each_alone(device):
+    """Yield for_each(work, tiles), which calls work(tile) for every tile; on a CPU, in threads.
+
+    A tile is too little work to share: the threads would wait for each other after each product.
+    So each thread computes whole tiles, alone.
+    """
+    threads = torch.get_num_threads()
+    if device.type != "cpu" or threads == 1:
+
+        def for_each(work: Callable, tiles: Iterable):
+            deque(map(work, tiles), maxlen=0)
+
+        yield for_each
+        return
+
+    def for_each(work: Callable, tiles: Iterable):
+        # one task per thread: one per tile would wake the waiting caller after each
+        rest = deque(tiles)
+
+        # threads do not inherit the caller's inference mode
+        @torch.inference_mode()
+        def take_turns(_):
+            while rest:
+                try:
+                    tile = rest.popleft()
+                except IndexError:
+                    return
+                work(tile)
+
+        deque(pool.map(take_turns, range(threads)), maxlen=0)
+
+    try:
+        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            yield for_each
+    finally:
+        # the last number set is also that of every thread yet to start
+        torch.set_num_threads(threads)
 
 
 def _blocks(x, block):
     """Cut [L, D] into zero-padded blocks [N, block, D]."""
-    x = torch.nn.functional.pad(x, (0, 0, 0, -x.shape[0] % block))
+    missing = -x.shape[0] % block
+    # padding by nothing would still copy
+    x = torch.nn.functional.pad(x, (0, 0, 0, missing)) if missing else x.contiguous()
     return x.view(-1, block, x.shape[-1])
-
-
-def _weights(q, k, lse, scale, key_bias, block_q, block_k):
-    """Yield exp(S - lse) in tiles of whole query blocks of one head.
-
-    Two more columns let the matrix product add the key bias and subtract the LSE, and keys padded
-    to whole blocks weigh nothing.
-
-    Yields:
-        b, h, slice of query rows, slice of query blocks, weights [rows, Nk * block_k] float32.
-    """
-    B, H, Lq, D = q.shape
-    Lk = k.shape[-2]
-    padded = Lk + -Lk % block_k
-    step = max(1, TILE_BYTES // (padded * 4 * block_q)) * block_q
-    keys = torch.zeros(padded, D + 2, device=k.device)
-    queries = torch.ones(Lq, D + 2, device=q.device)
-    for b in range(B):
-        keys[:, D] = -1e30
-        keys[:Lk, D] = 0.0 if key_bias is None else key_bias[b].clamp(min=-1e30)
-        keys[:, D + 1] = -1.0
-        for h in range(H):
-            keys[:Lk, :D] = k[b, h]
-            queries[:, :D] = q[b, h].float() * scale
-            queries[:, D + 1] = lse[b, h]
-            for start in range(0, Lq, step):
-                rows = slice(start, min(start + step, Lq))
-                weights = queries[rows] @ keys.t()
-                weights.clamp_(max=LARGEST_EXPONENT).exp_()
-                yield b, h, rows, slice(start // block_q, -(-rows.stop // block_q)), weights
 
 
 def _sum_blocks(weights, block_q, block_k):

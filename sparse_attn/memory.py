@@ -63,6 +63,7 @@ class Cache:
     def __init__(self, place: str):
         self.place = place
         self._streams = {}
+        # id of a stored tensor -> that tensor, so that its id stays taken, and its copy
         self._fetched = {}
 
     def keep(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -76,7 +77,7 @@ class Cache:
         """Return a stored tensor on `device`."""
         if stored.device == device:
             return stored
-        fetched = self._fetched.pop(id(stored), None)
+        _, fetched = self._fetched.pop(id(stored), (None, None))
         if fetched is None:
             return stored.to(device, non_blocking=True)
         current = torch.cuda.current_stream(device)
@@ -94,7 +95,11 @@ class Cache:
         # the copy into pinned memory was queued on the current stream
         stream.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(stream):
-            self._fetched[id(stored)] = stored.to(device, non_blocking=True)
+            self._fetched[id(stored)] = stored, stored.to(device, non_blocking=True)
+
+    def forget(self, stored: torch.Tensor) -> None:
+        """Drop what was fetched ahead of a stored tensor that gives way to another."""
+        self._fetched.pop(id(stored), None)
 
     def clear(self) -> None:
         self._fetched.clear()

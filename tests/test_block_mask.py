@@ -1,0 +1,51 @@
+import pytest
+import torch
+
+from sparse_attn.block_mask import BlockMask
+
+
+def random_keep(num_k, density=0.3, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.rand(2, 3, 5, num_k, generator=generator) < density
+
+
+@pytest.mark.parametrize("num_k", [1, 7, 8, 9, 16, 23, 130])
+@pytest.mark.parametrize("density", [0.0, 0.3, 1.0])
+def test_bits_round_trip(num_k, density):
+    keep = random_keep(num_k, density)
+    mask = BlockMask.from_dense(keep, block_q=64, block_k=64)
+    assert mask.bits.shape == (2, 3, 5, -(-num_k // 8)) and mask.bits.dtype == torch.uint8
+    assert torch.equal(mask.to_dense(), keep)
+
+
+def test_bit_j_of_byte_b_is_block_8b_plus_j():
+    keep = torch.zeros(1, 1, 1, 11, dtype=torch.bool)
+    keep[..., [0, 3, 9]] = True
+    mask = BlockMask.from_dense(keep, block_q=64, block_k=128)
+    assert mask.bits.flatten().tolist() == [0b1001, 0b10]
+    assert (mask.num_k, mask.block_q, mask.block_k) == (11, 64, 128)
+
+
+@pytest.mark.parametrize("num_k", [9, 64])
+def test_lists_are_ascending_and_packed_left(num_k):
+    keep = random_keep(num_k)
+    keep[0, 0, 0], keep[0, 0, 1] = False, True
+    indices, counts = BlockMask.from_dense(keep, block_q=64, block_k=64).kv_lists()
+    assert indices.dtype == counts.dtype == torch.int32
+    for index in torch.cartesian_prod(*map(torch.arange, keep.shape[:-1])).tolist():
+        row, count = tuple(index), int(counts[tuple(index)])
+        assert indices[row][:count].tolist() == keep[row].nonzero()[:, 0].tolist()
+
+
+def test_density_is_the_kept_share_of_each_head():
+    keep = torch.zeros(1, 2, 4, 10, dtype=torch.bool)
+    keep[0, 1, 0, :4] = True
+    mask = BlockMask.from_dense(keep, block_q=64, block_k=64)
+    torch.testing.assert_close(mask.density(), torch.tensor([[0.0, 0.1]]))
+
+
+def test_other_bits_keep_the_geometry():
+    mask = BlockMask.from_dense(random_keep(9), block_q=64, block_k=128)
+    other = mask.with_bits(torch.zeros_like(mask.bits))
+    assert not other.to_dense().any() and other.to_dense().shape == mask.to_dense().shape
+    assert (other.num_k, other.block_q, other.block_k) == (9, 64, 128)

@@ -1,0 +1,33 @@
+import pytest
+import torch
+
+from sparse_attn import reference
+from sparse_attn.recall import recall
+
+
+@pytest.mark.parametrize("length, block", [(256, 64), (200, 64), (300, 128)])
+def test_equals_the_token_by_token_share(length, block):
+    torch.manual_seed(0)
+    q, k = torch.randn(2, 2, 3, length, 16, dtype=torch.float64)
+    n = -(-length // block)
+    keep = torch.rand(2, 3, n, n) < 0.5
+    options = {"block_q": block, "block_k": block, "scale": 0.25}
+    lse = reference.scaled_logits(q, k, 0.25).logsumexp(-1)
+    masses = reference.block_masses(q, k, lse, **options).float()
+    exact = reference.recall(q, k, keep, **options)
+    torch.testing.assert_close(recall(masses, keep).double(), exact, atol=1e-6, rtol=0)
+
+
+def test_all_blocks_recall_everything_and_none_nothing():
+    masses = torch.rand(1, 2, 5, 5)
+    keep = torch.zeros(1, 2, 5, 5, dtype=torch.bool)
+    keep[:, 1] = True
+    torch.testing.assert_close(recall(masses, keep), torch.tensor([[0.0, 1.0]]))
+
+
+def test_nan_is_not_hidden_by_a_dropped_block():
+    masses = torch.ones(1, 2, 3, 3)
+    masses[0, 0, 1, 1] = float("nan")
+    keep = torch.eye(3, dtype=torch.bool).logical_not().expand(1, 2, 3, 3)
+    held = recall(masses, keep)
+    assert held[0, 0].isnan() and held[0, 1] == pytest.approx(2 / 3)

@@ -1,0 +1,514 @@
+"""What one attention call does, step by step, with plain torch and a counted host."""
+
+import gc
+import weakref
+from types import SimpleNamespace
+
+import pytest
+import torch
+from close import assert_within
+
+from sparse_attn import eager, reference, run_state, stopwatch
+from sparse_attn.config import AdaSpaConfig
+from sparse_attn.recall import recall
+from sparse_attn.run_state import NOT_A_NUMBER, OUT_OF_MEMORY, Call, RunState
+from sparse_attn.schedule import Schedule, StepKind
+from sparse_attn.selection import select
+from sparse_attn.token_layout import TokenLayout
+
+KINDS = {"D": StepKind.DENSE, "S": StepKind.SEARCH, "s": StepKind.SPARSE}
+# 20 text tokens and 620 of video: ten blocks, the first a sink
+LAYOUT = TokenLayout(20, 5, 4, 31)
+L, H, D, SCALE = LAYOUT.tokens, 2, 16, 0.25
+BLOCKS = {"block_q": 64, "block_k": 64, "scale": SCALE}
+
+
+def schedule(kinds, first=0):
+    sigmas = tuple(float(x) for x in range(len(kinds), 0, -1))
+    return Schedule(tuple(KINDS[k] for k in kinds), first, first + len(kinds), sigmas)
+
+
+def tensors(seed=0, batch=1):
+    generator = torch.Generator().manual_seed(seed)
+    centres = torch.randn(batch, H, 5, D, generator=generator).repeat_interleave(L // 5, 2)
+    q, k = (centres + torch.randn(batch, H, L, D, generator=generator) for _ in range(2))
+    return q, k, torch.randn(batch, H, L, D, generator=generator)
+
+
+class Backend:
+    """Plain torch that notes what it is asked to do; `one_pass` as the kernels search."""
+
+    def __init__(self, one_pass=False):
+        self.ONE_PASS_SEARCH = one_pass
+        self.did = []
+        self.fails = {}
+
+    def _note(self, what):
+        self.did.append(what)
+        if what in self.fails:
+            raise self.fails[what]
+
+    def dense_attention(self, q, k, v, *, previous_lse=None, block_q=64, block_k=64, **options):
+        self._note("dense" if previous_lse is None else "dense with masses")
+        out, lse, _ = eager.dense_attention(q, k, v, **options)
+        if previous_lse is None:
+            return out, lse, None
+        blocks = {"block_q": block_q, "block_k": block_k}
+        return out, lse, eager.block_masses(q, k, previous_lse, **blocks, **options)
+
+    def block_masses(self, *args, **options):
+        self._note("masses")
+        return eager.block_masses(*args, **options)
+
+    def sparse_attention(self, *args, **options):
+        self._note("sparse")
+        return eager.sparse_attention(*args, **options)
+
+    unpack_mask = staticmethod(eager.unpack_mask)
+
+
+class Host:
+    """The attention the host would have run, counted."""
+
+    def __init__(self):
+        self.calls = 0
+
+    def __call__(self, q, k, v):
+        self.calls += 1
+        return reference.dense_attention(q, k, v, scale=SCALE)[0]
+
+
+@pytest.fixture
+def make_run(monkeypatch):
+    def make(kinds, backend=None, first=0, **config):
+        backend = backend or Backend()
+        monkeypatch.setattr(run_state.attention, "choose", lambda *args: (backend, "a backend"))
+        fields = {"sparsity": 0.6, "min_tokens": 0, **config}
+        run = RunState(AdaSpaConfig(**fields), schedule(kinds, first))
+        return SimpleNamespace(state=run, backend=backend, host=Host())
+
+    return make
+
+
+def attend(run, step, qkv=None, key="layer 0", layer=0, role="positive", key_bias=None):
+    """One call; returns its output and what the backend and the host did for it."""
+    q, k, v = qkv or tensors()
+    run.backend.did, before = [], run.host.calls
+    call = Call(key, layer, role, step, LAYOUT, SCALE, run.host, key_bias)
+    out = run.state.attend(call, q, k, v)
+    return out, run.backend.did + (run.host.calls - before) * ["host"]
+
+
+def state_of(run, key="layer 0"):
+    return run.state.layers[key]
+
+
+def exact_masses(q, k, key_bias=None):
+    lse = reference.scaled_logits(q.double(), k.double(), SCALE, key_bias).logsumexp(-1)
+    return reference.block_masses(q.double(), k.double(), lse, key_bias=key_bias, **BLOCKS).float()
+
+
+def dense(q, k, v, key_bias=None):
+    bias = None if key_bias is None else key_bias.double()
+    qkv = [x.double() for x in (q, k, v)]
+    return reference.dense_attention(*qkv, scale=SCALE, key_bias=bias)[0]
+
+
+SEQUENCES = [
+    # kinds, one pass, what each step's call does
+    ("Sss", False, [["dense", "masses"], ["sparse"], ["sparse"]]),
+    ("Sss", True, [["dense", "masses"], ["sparse"], ["sparse"]]),  # no earlier LSE yet
+    ("DSs", True, [["dense"], ["dense with masses"], ["sparse"]]),
+    ("SsSs", False, [["dense", "masses"], ["sparse"], ["masses", "sparse"], ["sparse"]]),
+    ("SSSs", False, [["dense", "masses"], ["masses", "sparse"], ["masses", "sparse"], ["sparse"]]),
+    ("DSSs", True, [["dense"], ["dense with masses"], ["masses", "sparse"], ["sparse"]]),
+]
+
+
+@pytest.mark.parametrize("kinds, one_pass, did", SEQUENCES, ids=lambda x: str(x)[:5])
+def test_each_step_does_its_kind_of_work(make_run, kinds, one_pass, did):
+    run = make_run(kinds, Backend(one_pass))
+    assert [attend(run, step, tensors(step))[1] for step in range(len(kinds))] == did
+
+
+def test_the_first_search_answers_with_its_own_dense_output(make_run):
+    run, qkv = make_run("Ss"), tensors()
+    out, _ = attend(run, 0, qkv)
+    assert_within("out", out, dense(*qkv), 1e-5)
+
+
+@pytest.mark.parametrize("biased", [False, True], ids=["", "biased"])
+@pytest.mark.parametrize("head_adaptive", [False, True], ids=["uniform", "head-adaptive"])
+def test_a_sparse_step_attends_what_the_search_chose(make_run, head_adaptive, biased):
+    run = make_run("Ss", head_adaptive=head_adaptive)
+    bias = None
+    if biased:
+        bias = torch.zeros(1, L)
+        bias[:, 150:400] = -1e30
+    first, later = tensors(0), tensors(1)
+    attend(run, 0, first, key_bias=bias)
+    out, _ = attend(run, 1, later, key_bias=bias)
+    keep, _ = select(exact_masses(*first[:2], bias), LAYOUT, run.state.config)
+    assert torch.equal(state_of(run).mask.to_dense(), keep) and not keep.all()
+    exact, _ = reference.sparse_attention(
+        *(x.double() for x in later), keep, **BLOCKS, key_bias=bias
+    )
+    assert_within("out", out, exact, 1e-5)
+
+
+def test_keeping_everything_equals_dense_at_every_step(make_run):
+    run = make_run("SsSs", sparsity=0.0)
+    for step in range(4):
+        qkv = tensors(step)
+        assert_within("out", attend(run, step, qkv)[0], dense(*qkv), 1e-5)
+
+
+def test_a_conditioning_that_first_appears_late_searches_then(make_run):
+    run = make_run("Ssss")
+    attend(run, 0)
+    assert attend(run, 2, key="late", role="negative")[1] == ["dense", "masses"]
+    assert attend(run, 2)[1] == ["sparse"]
+    assert attend(run, 3, key="late", role="negative")[1] == ["sparse"]
+
+
+def test_a_second_call_of_the_same_search_step_runs_sparse(make_run):
+    """As heun and cond/uncond windows do."""
+    run = make_run("SsSs")
+    assert attend(run, 0)[1] == ["dense", "masses"]
+    assert attend(run, 0)[1] == ["sparse"]
+    assert attend(run, 2)[1] == ["masses", "sparse"]
+    assert attend(run, 2)[1] == ["sparse"]
+
+
+def test_a_later_search_finds_the_new_pattern_with_the_old_lse(make_run):
+    run, first, later = make_run("SSs"), tensors(0), tensors(1)
+    attend(run, 0, first)
+    old = state_of(run).mask.to_dense()
+    attend(run, 1, later)
+    mask = state_of(run).mask.to_dense()
+    assert not torch.equal(mask, old)
+    masses = exact_masses(*later[:2])
+    _, held = select(masses, LAYOUT, run.state.config)
+    assert (held - recall(masses, mask) < 0.02).all()
+
+
+@pytest.mark.parametrize("one_pass", [False, True], ids=["two passes", "one pass"])
+def test_the_lse_lives_exactly_as_long_as_a_search_needs_it(make_run, one_pass):
+    run = make_run("DSsSs", Backend(one_pass))
+    if one_pass:
+        attend(run, 0)
+        assert state_of(run).lse is not None and state_of(run).mask is None
+    has_lse = []
+    for step in range(1, 5):
+        attend(run, step)
+        has_lse.append(state_of(run).lse is not None)
+    assert has_lse == [True, True, False, False]
+    run = make_run("Sss")
+    attend(run, 0)
+    assert state_of(run).lse is None, "no later search needs it"
+
+
+def test_only_a_backend_that_searches_in_one_pass_wants_an_lse_before(make_run):
+    q, k, v = tensors()
+    for one_pass in (False, True):
+        run = make_run("DDSs", Backend(one_pass)).state
+        assert [run.wants_lse(step, q, k, v) for step in range(4)] == [
+            False, one_pass, False, False,
+        ]  # fmt: skip
+
+
+def test_a_replaced_mask_takes_its_prefetched_copy_along(make_run):
+    run, forgotten = make_run("SSs"), []
+    run.state.cache.forget = forgotten.append
+    attend(run, 0)
+    assert forgotten == []
+    old = state_of(run).mask.bits
+    attend(run, 1)
+    assert len(forgotten) == 1 and forgotten[0] is old
+
+
+def test_layers_and_conditionings_do_not_share_masks(make_run):
+    run = make_run("Ss")
+    for key, seed in (("a", 0), ("b", 1)):
+        attend(run, 0, tensors(seed), key=key)
+    for key, seed in (("a", 0), ("b", 1)):
+        q, k, _ = tensors(seed)
+        keep, _ = select(exact_masses(q, k), LAYOUT, run.state.config)
+        assert torch.equal(state_of(run, key).mask.to_dense(), keep)
+
+
+# ---- trouble
+
+
+@pytest.mark.parametrize("place", range(3), ids="qkv")
+@pytest.mark.parametrize("step", [0, 1], ids=["search", "sparse"])
+def test_nan_gives_the_dense_result_and_is_reported(make_run, step, place):
+    run = make_run("Sss", first=7)
+    if step:
+        attend(run, 0)
+    broken = tensors()
+    broken[place][0, 1, 100, 3] = float("nan")
+    out, did = attend(run, step, broken)
+    assert did[-1] == "host"
+    expected = reference.dense_attention(*broken, scale=SCALE)[0]
+    assert torch.equal(out.isnan(), expected.isnan())
+    # the layer stays dense, another one does not
+    assert attend(run, 2)[1] == ["host"]
+    assert attend(run, 2, key="other")[1] == ["dense", "masses"]
+    run.state.end_step()
+    statistics = run.state.statistics
+    assert statistics.kept_dense == {NOT_A_NUMBER: 2}
+    assert statistics.warnings == [
+        f"{NOT_A_NUMBER}: the layers concerned run dense from step {7 + step}"
+    ]
+    assert state_of(run).mask is None and state_of(run).lse is None
+
+
+def test_nan_in_a_search_leaves_no_pattern(make_run):
+    run = make_run("Ss")
+    q, k, v = tensors()
+    k[0, 0, 5, 5] = float("nan")
+    attend(run, 0, (q, k, v))
+    run.state.end_step()
+    assert run.state.statistics.patterns == {}
+
+
+@pytest.mark.parametrize("at", ["dense", "masses"])
+def test_out_of_memory_in_the_first_search_keeps_sampling_dense(make_run, at):
+    run, qkv = make_run("Sss"), tensors()
+    run.backend.fails[at] = torch.OutOfMemoryError("CUDA out of memory")
+    out, did = attend(run, 0, qkv)
+    assert did[-1] == "host"
+    assert_within("out", out, dense(*qkv), 1e-5)
+    assert attend(run, 1)[1] == ["host"]
+    assert run.state.statistics.kept_dense == {OUT_OF_MEMORY: 2}
+    assert run.state.statistics.warnings == [
+        f"{OUT_OF_MEMORY}: the layers concerned run dense from step 0"
+    ]
+
+
+def test_out_of_memory_lets_go_of_the_search_before_the_dense_pass(make_run):
+    """An exception's traceback holds the frames, and with them the tensors, that ran out."""
+    run, alive = make_run("Ss"), []
+
+    def out_of_memory(q, *args, **options):
+        large = torch.empty(100)
+        alive.append(weakref.ref(large))
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    def host(q, k, v):
+        alive_now.append(alive[0]() is not None)
+        return Host()(q, k, v)
+
+    alive_now = []
+    run.backend.block_masses = out_of_memory
+    call = Call("layer 0", 0, "positive", 0, LAYOUT, SCALE, host)
+    run.state.attend(call, *tensors())
+    assert alive_now == [False]
+
+
+def test_out_of_memory_in_a_later_search_keeps_the_pattern(make_run):
+    run = make_run("SSs")
+    attend(run, 0)
+    old = state_of(run).mask
+    run.backend.fails["masses"] = torch.OutOfMemoryError("CUDA out of memory")
+    assert attend(run, 1, layer=3)[1] == ["masses", "sparse"]
+    assert state_of(run).mask is old and state_of(run).lse is None
+    assert attend(run, 1)[1] == ["sparse"], "does not try again in the same step"
+    assert run.state.statistics.warnings == [f"{OUT_OF_MEMORY}: layer 3 kept its earlier pattern"]
+
+
+def test_other_errors_are_not_swallowed(make_run):
+    run = make_run("Ss")
+    run.backend.fails["masses"] = RuntimeError("a bug")
+    with pytest.raises(RuntimeError, match="a bug"):
+        attend(run, 0)
+
+
+def test_without_a_backend_every_call_runs_on_the_host(make_run, monkeypatch):
+    run = make_run("DSs", Backend(one_pass=True))
+    monkeypatch.setattr(run_state.attention, "choose", lambda *args: (None, "no backend"))
+    assert not run.state.wants_lse(0, *tensors())
+    assert [attend(run, step)[1] for step in range(3)] == 3 * [["host"]]
+    assert run.state.statistics.kept_dense == {"no backend": 3}
+
+
+def test_free_drops_every_tensor(make_run):
+    run = make_run("DSsSs", Backend(one_pass=True))
+    for step in range(3):
+        for key in ("a", "b"):
+            attend(run, step, key=key)
+    states = [state_of(run, key) for key in ("a", "b")]
+    found = [weakref.ref(x) for s in states for x in (s.lse, s.mask.bits)]
+    found += [weakref.ref(pending[1]) for pending in run.state._pending]
+    assert len(found) > 4 and all(ref() is not None for ref in found)
+    del states
+    run.state.free()
+    gc.collect()
+    assert [ref() for ref in found] == len(found) * [None]
+
+
+# ---- what a run tells
+
+
+def test_patterns_hold_the_true_density_and_recall(make_run):
+    run = make_run("DDSs", Backend(one_pass=True), first=3)
+    qkv = tensors(batch=2)
+    attend(run, 2, qkv, layer=4)
+    run.state.end_step()
+    ((key, pattern),) = run.state.statistics.patterns.items()
+    assert key == (4, "positive") and pattern.step == 5 and pattern.exact
+    keep = state_of(run).mask.to_dense()
+    true = reference.recall(*(x.double() for x in qkv[:2]), keep, **BLOCKS).mean(0)
+    assert pattern.recall == pytest.approx(true.tolist(), abs=1e-5)
+    density = keep.double().mean((-1, -2)).mean(0)
+    assert pattern.density == pytest.approx(density.tolist(), abs=1e-6)
+    assert torch.equal(pattern.block_map, keep[0].to(torch.uint8) * 255)
+
+
+def test_recall_of_a_later_search_is_called_an_estimate(make_run):
+    run = make_run("SSs")
+    attend(run, 0)
+    attend(run, 1)
+    run.state.end_step()
+    assert not run.state.statistics.patterns[0, "positive"].exact
+    assert not run.state.statistics.exact()
+
+
+def test_seconds_are_counted_per_kind_and_video(make_run, monkeypatch):
+    run = make_run("DSsSs", Backend(one_pass=False))
+    clock = SimpleNamespace(now=0.0)
+    clock.perf_counter = lambda: clock.now
+    monkeypatch.setattr(stopwatch, "time", clock)
+
+    def slow(name, seconds):
+        function = getattr(run.backend, name)
+
+        def slowed(*args, **options):
+            clock.now += seconds
+            return function(*args, **options)
+
+        setattr(run.backend, name, slowed)
+
+    slow("dense_attention", 8.0)
+    slow("block_masses", 4.0)
+    slow("sparse_attention", 2.0)
+    qkv = tensors(batch=2)
+    with run.state.timed_dense(qkv[0]):
+        clock.now += 8.0
+    for step in range(1, 5):
+        attend(run, step, qkv)
+    timing = run.state.statistics.timing
+    assert timing.dense == [4.0, 4.0] and timing.search == [6.0, 6.0]
+    assert timing.search_dense == [4.0, 4.0] and timing.search_again == [2.0, 2.0]
+    assert timing.sparse == 6 * [1.0]
+    # dense, 8 rows of 4 s after the first step; they took 12 s of search, 4 s of search again, 6 s
+    assert timing.saved() == pytest.approx(32 - 12 - 4 - 6)
+
+
+def test_held_memory_is_the_sum_of_masks_and_lse(make_run):
+    run = make_run("SsSs")
+    for key in ("a", "b"):
+        attend(run, 0, key=key)
+    one = state_of(run, "a").mask.bits.nbytes + state_of(run, "a").lse.nbytes
+    assert run.state.statistics.held_bytes == 2 * one
+    run.state.free()
+    assert run.state.statistics.held_bytes == 2 * one, "the fullest moment, not the last"
+
+
+@pytest.mark.parametrize("kinds", ["Sss", "DSs", "SsSs", "DSSs", "DDD"])
+@pytest.mark.parametrize("one_pass", [False, True], ids=["two passes", "one pass"])
+def test_memory_is_predicted_to_the_byte(make_run, kinds, one_pass):
+    run = make_run(kinds, Backend(one_pass))
+    q, k, v = tensors(batch=2)
+    run.state.foresee(q, k, v, layers=3, batch=2, layout=LAYOUT)
+    for step in range(len(kinds)):
+        for layer in range(3):
+            if kinds[step] != "D" or run.state.wants_lse(step, q, k, v):
+                attend(run, step, (q, k, v), key=layer, layer=layer)
+    statistics = run.state.statistics
+    assert statistics.held_bytes == statistics.predicted_bytes
+    assert (statistics.held_bytes > 0) == ("S" in kinds)
+    assert statistics.tokens == L and statistics.layout == LAYOUT.describe()
+
+
+PLACES = [
+    # cache, free bytes, where the cache lives
+    ("auto", None, "cpu"),  # no GPU at all
+    ("auto", 10**12, "gpu"),
+    ("auto", 10**3, "cpu"),  # short of memory
+    ("gpu", 10**3, "gpu"),
+    ("cpu", 10**12, "cpu"),
+]
+
+
+@pytest.mark.parametrize("cache, free_bytes, place", PLACES)
+def test_where_the_cache_lives(make_run, cache, free_bytes, place):
+    run = make_run("Ss", cache=cache).state
+    run.free_bytes = free_bytes
+    run.foresee(*tensors(), layers=60, batch=1, layout=LAYOUT)
+    assert run.statistics.cache_place == place
+    if free_bytes is not None:
+        assert run.cache.place == place
+
+
+def test_the_fastest_exact_attention_serves_a_dense_step(make_run):
+    run = make_run("DDS")
+    qkv = tensors()
+    choice = run.state.dense_choice
+    choice.choose = lambda *args, **options: "own"
+    out = run.state.dense_step(*qkv, scale=SCALE, host=run.host)
+    assert_within("out", out, dense(*qkv), 1e-5)
+    assert len(run.state.statistics.timing.dense) == 1
+    choice.choose = lambda *args, **options: "host"
+    assert run.state.dense_step(*qkv, scale=SCALE, host=run.host) is None
+    assert run.host.calls == 0, "the caller runs the host itself"
+    assert run.state.statistics.dense_choice == "host"
+
+
+def test_a_new_step_is_noticed_once(make_run, monkeypatch):
+    run = make_run("DSs").state
+    clock = SimpleNamespace(now=100.0)
+    clock.perf_counter = lambda: clock.now
+    monkeypatch.setattr(run_state, "time", clock)
+    entered = []
+    for step in (0, 0, 1, 1, 2):
+        entered.append(run.enter_step(step))
+        clock.now += 1.0
+    run.end()
+    assert entered == [True, False, True, False, True]
+    assert run.statistics.steps == [
+        (StepKind.DENSE, 2.0), (StepKind.SEARCH, 2.0), (StepKind.SPARSE, 1.0),
+    ]  # fmt: skip
+    assert run.statistics.finished
+
+
+def test_the_summary_of_a_whole_run(make_run):
+    run = make_run("DSsSs", sparsity=0.7)
+    q, k, v = tensors()
+    run.state.foresee(q, k, v, layers=1, batch=1, layout=LAYOUT)
+    with run.state.timed_dense(q):
+        run.host(q, k, v)
+    for step in range(1, 5):
+        run.state.enter_step(step)
+        attend(run, step)
+    run.state.end()
+    statistics = run.state.statistics
+    statistics.timing.dense = [9.0]
+    statistics.timing.search, statistics.timing.search_again = [12.0], [4.0]
+    statistics.timing.sparse = [2.0] * 3
+    mean, worst = statistics.recall()
+    assert 0.5 < worst <= mean <= 1
+    # ten blocks: the first is a sink, the others keep three of ten each
+    assert statistics.summary() == (
+        "640 tokens, steps 0 dense, 1 search, 2 sparse, 3 search, 4 sparse, density 0.37, "
+        f"recall {mean:.2f} (estimated), worst head {worst:.2f}, saved 14 s of attention"
+    ).replace("14 s", "14.0 s")
+
+
+def test_an_interrupted_run_frees_without_reading_the_device(make_run):
+    run = make_run("Sss")
+    attend(run, 0)
+    run.state.free()
+    run.state.end_step()
+    assert run.state.statistics.patterns == {} and not run.state.statistics.finished

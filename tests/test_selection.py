@@ -1,0 +1,99 @@
+import pytest
+import torch
+
+from sparse_attn import reference
+from sparse_attn.config import AdaSpaConfig
+from sparse_attn.row_wise_top_k import row_budget
+from sparse_attn.selection import pack, select
+from sparse_attn.token_layout import TokenLayout
+
+LAYOUTS = [
+    TokenLayout(0, 4, 8, 32),  # no text
+    TokenLayout(77, 4, 8, 30),  # text first, ragged
+    TokenLayout(0, 4, 8, 30, 5),  # text last
+    TokenLayout(70, 4, 8, 30, 70),
+    TokenLayout(0, 1, 3, 5),  # less than a block
+]
+
+
+def masses_of(layout, block, heads=4, batch=2, seed=0):
+    """Masses with heads from concentrated to scattered, renormalised by row."""
+    n = layout.num_blocks(block)
+    generator = torch.Generator().manual_seed(seed)
+    sharpness = torch.linspace(1, 6, heads)[:, None, None]
+    weights = torch.randn(batch, heads, n, n, generator=generator).mul(sharpness).exp()
+    return reference.renormalised(weights, layout.tokens, block)
+
+
+def naive_select(masses, layout, config):
+    """Every step in plain Python."""
+    n = masses.shape[-1]
+    sink = reference.sink_blocks(layout, config.block_size)
+    budget = row_budget(config.density, n, sum(sink))
+    budgets = [[budget] * masses.shape[1] for _ in masses]
+    keep = reference.row_wise_top_k(masses, budgets, sink)
+    if config.head_adaptive:
+        for b, video in enumerate(masses):
+            held = [
+                float((m * kept).sum() / m.sum()) for m, kept in zip(video, keep[b], strict=True)
+            ]
+            for h, sparsity in enumerate(reference.head_sparsities(held, config.sparsity)):
+                low, high = min(n, sum(sink) + 1), n
+                room = min(budget // 2, budget - low, high - budget)
+                moved = (sparsity < config.sparsity) - (sparsity > config.sparsity)
+                budgets[b][h] = budget + moved * room
+        keep = reference.row_wise_top_k(masses, budgets, sink)
+    return keep, budgets, sink
+
+
+@pytest.mark.parametrize("head_adaptive", [False, True], ids=["uniform", "head-adaptive"])
+@pytest.mark.parametrize("block", [64, 128])
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda x: x.describe())
+def test_matches_the_naive_selection(layout, block, head_adaptive):
+    masses = masses_of(layout, block)
+    config = AdaSpaConfig(sparsity=0.6, block_size=block, head_adaptive=head_adaptive)
+    keep, held = select(masses, layout, config)
+    expected, budgets, sink = naive_select(masses, layout, config)
+    assert torch.equal(keep, expected)
+    video = [not s for s in sink]
+    counts = keep.sum(-1)[:, :, video]
+    assert (counts == torch.tensor(budgets)[..., None]).all()
+    assert keep[..., sink].all() and keep[..., sink, :].all()
+    exact = (masses.double() * keep).sum((-1, -2)) / masses.double().sum((-1, -2))
+    torch.testing.assert_close(held.double(), exact, atol=1e-6, rtol=0)
+
+
+def test_head_adaptive_moves_blocks_and_leaves_the_mean_sparsity():
+    layout = TokenLayout(0, 8, 16, 40)
+    masses = masses_of(layout, 64)
+    uniform, _ = select(masses, layout, AdaSpaConfig(sparsity=0.8))
+    moved, _ = select(masses, layout, AdaSpaConfig(sparsity=0.8, head_adaptive=True))
+    assert not torch.equal(uniform, moved)
+    assert uniform.sum() == moved.sum() and uniform[0].sum() == moved[0].sum()
+    # the sharpest head gives, the flattest takes
+    assert moved[0, 3].sum() < uniform[0, 3].sum() and moved[0, 0].sum() > uniform[0, 0].sum()
+
+
+def test_zero_sparsity_keeps_every_block():
+    layout = LAYOUTS[1]
+    keep, held = select(masses_of(layout, 64), layout, AdaSpaConfig(sparsity=0.0))
+    assert keep.all()
+    torch.testing.assert_close(held, torch.ones_like(held))
+
+
+def test_nan_in_one_head_shows_in_its_recall_alone():
+    layout = LAYOUTS[0]
+    masses = masses_of(layout, 64)
+    masses[1, 2, 3, 4] = float("nan")
+    keep, held = select(masses, layout, AdaSpaConfig(sparsity=0.8))
+    assert held.isnan().nonzero().tolist() == [[1, 2]]
+    assert (keep.sum(-1) == keep[0, 0, 0].sum()).all()
+
+
+def test_pack_keeps_the_choice_and_the_block_size():
+    layout = LAYOUTS[3]
+    config = AdaSpaConfig(sparsity=0.7, block_size=128)
+    keep, _ = select(masses_of(layout, 128), layout, config)
+    mask = pack(keep, config)
+    assert torch.equal(mask.to_dense(), keep)
+    assert (mask.block_q, mask.block_k) == (128, 128)
