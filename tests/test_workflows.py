@@ -2,20 +2,56 @@ import json
 import re
 import urllib.request
 import uuid
-from itertools import combinations
+from dataclasses import replace
+from itertools import combinations, pairwise
+from math import exp
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
-from workflow_builder import NODES, TITLE_HEIGHT, VERSIONS, pairs
+from PIL import Image
+from workflow_builder import TITLE_HEIGHT, VERSIONS, pairs
 from workflow_graphs import WORKFLOWS, graphs
+from workflow_nodes import NODES
+from workflow_thumbnails import HEIGHT, MOST_BYTES, WIDTH, draw
 
 from sparse_attn.config import AdaSpaConfig, from_preset
 from sparse_attn.schedule import plan
 
 FILES = {path.stem: path for path in sorted(WORKFLOWS.glob("*.json"))}
 OURS = ("AdaSpaAttention", "AdaSpaReport")
-SAMPLERS = ("KSamplerAdvanced", "SamplerCustomAdvanced")
+SAMPLERS = ("KSampler", "KSamplerAdvanced", "SamplerCustomAdvanced")
+LOADERS = ("UNETLoader", "CheckpointLoaderSimple")
+LORAS = ("LoraLoader", "LoraLoaderModelOnly")
+# what may follow our node
+AFTER = (
+    "ModelSamplingSD3",
+    "WanContextWindowsManual",
+    "CFGGuider",
+    "BasicGuider",
+    "BasicScheduler",
+)
 # the value of these widgets is a file, which a server lists only if it has it
-FILE_WIDGETS = ("unet_name", "clip_name", "clip_name1", "clip_name2", "vae_name", "lora_name")
+FILE_WIDGETS = (
+    "unet_name",
+    "ckpt_name",
+    "clip_name",
+    "clip_name1",
+    "clip_name2",
+    "text_encoder",
+    "vae_name",
+    "lora_name",
+    "model_name",
+)
+FOLDERS = {
+    "checkpoints",
+    "clip_vision",
+    "diffusion_models",
+    "latent_upscale_models",
+    "loras",
+    "text_encoders",
+    "vae",
+}
 
 
 @pytest.fixture(params=FILES)
@@ -37,7 +73,7 @@ def values_of(node):
     named = {}
     for name, _ in pairs(NODES[node["type"]][1]):
         named[name] = values.pop(0)
-        if name == "noise_seed":
+        if name in ("seed", "noise_seed"):
             assert values.pop(0) in ("fixed", "increment", "decrement", "randomize")
         if name == "image":
             assert values.pop(0) == "image"
@@ -51,10 +87,11 @@ def source(workflow, node, name):
     return by_id(workflow)[next(entry[1] for entry in workflow["links"] if entry[0] == link)]
 
 
-def upstream(workflow, node, name, kinds):
-    """The first node of one of `kinds`, following the input of that name."""
+def upstream(workflow, node, names, kinds):
+    """The first node of one of `kinds`, following the first wired input of these names."""
     while True:
-        node = source(workflow, node, name)
+        wired = [slot["name"] for slot in node["inputs"] if slot["link"]]
+        node = source(workflow, node, next(name for name in names if name in wired))
         if node["type"] in kinds:
             return node
 
@@ -71,11 +108,37 @@ def test_files_are_what_the_builder_writes():
 
 def test_names_tell_model_and_task():
     assert list(FILES) == [
+        "hunyuanvideo_1_5_i2v",
         "hunyuanvideo_1_5_t2v",
+        "kandinsky5_t2v",
+        "ltx_2_3_i2v",
+        "ltx_2_3_t2v",
+        "minimax_h3_i2v",
+        "minimax_h3_t2v",
+        "wan2_1_vace_14b_reference_4_step_lora",
         "wan2_2_14b_i2v",
         "wan2_2_14b_t2v",
         "wan2_2_14b_t2v_4_step_lora",
+        "wan2_2_14b_t2v_long_context_windows",
+        "wan2_2_5b_t2v_i2v",
     ]
+
+
+@pytest.mark.parametrize("graph", graphs(), ids=lambda graph: graph.name)
+def test_thumbnail_is_the_picture_of_its_graph(graph):
+    path = WORKFLOWS / f"{graph.name}.jpg"
+    assert path.stat().st_size <= MOST_BYTES
+    with Image.open(path) as image:
+        assert (image.format, image.size) == ("JPEG", (WIDTH, HEIGHT))
+        stored = np.asarray(image.convert("RGB"), dtype=int)
+    drawn = draw(graph)
+    assert drawn.size == (WIDTH, HEIGHT)
+    # JPEG and another Pillow's font blur edges; a picture of another graph is further away
+    assert np.abs(stored - np.asarray(drawn, dtype=int)).mean() < 2.5
+
+
+def test_every_thumbnail_has_a_graph():
+    assert sorted(path.stem for path in WORKFLOWS.glob("*.jpg")) == list(FILES)
 
 
 def test_graph_is_of_the_interface_format(workflow):
@@ -158,23 +221,27 @@ def test_every_model_file_can_be_downloaded(workflow):
         models = node["properties"].get("models", [])
         assert names == [model["name"] for model in models]
         for model in models:
-            assert model["url"].startswith("https://huggingface.co/Comfy-Org/")
-            assert model["url"].endswith(f"/{model['directory']}/{model['name']}")
+            assert model["url"].startswith("https://huggingface.co/")
+            assert model["url"].endswith(f"/{model['name']}")
+            assert model["directory"] in FOLDERS
             assert f"`models/{model['directory']}`: [{model['name']}]({model['url']})" in notes(
                 workflow
             )
 
 
-def test_our_node_sits_between_model_and_sampling_shift(workflow):
-    found = nodes_of(workflow, "AdaSpaAttention")
-    assert len(found) == len(nodes_of(workflow, "UNETLoader"))
-    loras = nodes_of(workflow, "LoraLoaderModelOnly")
-    for node in found:
-        assert source(workflow, node, "model")["type"] == (
-            "LoraLoaderModelOnly" if loras else "UNETLoader"
-        )
-    shifts = nodes_of(workflow, "ModelSamplingSD3")
-    assert [source(workflow, shift, "model") for shift in shifts] == found
+def test_our_node_sits_between_model_and_sampling(workflow):
+    """Every use of a model leads through our node, behind the LoRA if there is one."""
+    nodes, models = by_id(workflow), nodes_of(workflow, *LOADERS, *LORAS)
+    assert len(nodes_of(workflow, "AdaSpaAttention")) == len(nodes_of(workflow, *SAMPLERS))
+    for link, from_node, _, to_node, _, kind in workflow["links"]:
+        source, target = nodes[from_node], nodes[to_node]
+        if kind == "MODEL" and source in models:
+            assert target["type"] in ("AdaSpaAttention", *LORAS), link
+        if kind == "MODEL" and source["type"] == "AdaSpaAttention":
+            assert target["type"] in AFTER, link
+        if kind == "MODEL" and target["type"] == "AdaSpaAttention":
+            lora = nodes_of(workflow, *LORAS)
+            assert source["type"] in (LORAS if lora else LOADERS), link
 
 
 def test_report_reads_the_node_that_patched_its_sampler(workflow):
@@ -182,15 +249,13 @@ def test_report_reads_the_node_that_patched_its_sampler(workflow):
     reports = nodes_of(workflow, "AdaSpaReport")
     assert [source(workflow, report, "samples") for report in reports] == samplers
     for report, sampler in zip(reports, samplers, strict=True):
-        guided = (
-            sampler
-            if sampler["type"] == "KSamplerAdvanced"
-            else source(workflow, sampler, "guider")
-        )
-        patched = upstream(workflow, guided, "model", ("AdaSpaAttention",))
+        patched = upstream(workflow, sampler, ("guider", "model"), ("AdaSpaAttention",))
         assert source(workflow, report, "adaspa") is patched
-    decoded = nodes_of(workflow, "VAEDecode")[0]
-    assert source(workflow, decoded, "samples") is reports[-1]
+    for decoded in nodes_of(
+        workflow, "VAEDecode", "VAEDecodeTiled", "VAEDecodeAudio", "LTXVAudioVAEDecode"
+    ):
+        found = upstream(workflow, decoded, ("samples", "av_latent"), ("AdaSpaReport",))
+        assert found is reports[-1]
 
 
 def test_widgets_hold_what_the_preset_stands_for(workflow):
@@ -209,55 +274,148 @@ def test_widgets_hold_what_the_preset_stands_for(workflow):
         assert values["enabled"] is True
 
 
+def straight(sigma):
+    return 1 - sigma
+
+
+def ltx_progress(sigma):
+    """Inverse of the time shift that LTX-Video's schedule has, by 2.37."""
+    return 1 - 1 / (1 + exp(2.37) * (1 / sigma - 1)) if sigma else 1.0
+
+
 def runs(workflow):
-    """(total steps, first step, last step) of every sampler."""
+    """(sigmas, progress of a sigma) of every sampler."""
     for sampler in nodes_of(workflow, *SAMPLERS):
-        if sampler["type"] == "KSamplerAdvanced":
-            values = values_of(sampler)
-            yield values["steps"], values["start_at_step"], values["end_at_step"]
-        else:
-            steps = values_of(source(workflow, sampler, "sigmas"))["steps"]
-            yield steps, 0, steps
+        schedule = sampler
+        if sampler["type"] == "SamplerCustomAdvanced":
+            schedule = source(workflow, sampler, "sigmas")
+        values = values_of(schedule)
+        if schedule["type"] == "ManualSigmas":
+            yield [float(sigma) for sigma in values["sigmas"].split(",")], ltx_progress
+            continue
+        total = values["steps"]
+        first, last = values.get("start_at_step", 0), values.get("end_at_step", total)
+        yield [1 - step / total for step in range(first, last + 1)], straight
 
 
-def test_samplers_run_the_whole_schedule_once(workflow):
-    steps = [range(first, last) for _, first, last in runs(workflow)]
-    (total,) = {total for total, _, _ in runs(workflow)}
-    assert [step for part in steps for step in part] == list(range(total))
+def test_samplers_run_the_whole_schedule(workflow):
+    """Once, where a sampler takes over from another; LTX adds noise again in between."""
+    at = 0.0
+    for sigmas, progress in runs(workflow):
+        begin, end = progress(sigmas[0]), progress(sigmas[-1])
+        assert begin == at or (progress is ltx_progress and begin < at)
+        assert begin < end
+        at = end
+    assert at == 1
 
 
 def test_note_names_the_steps_that_the_schedule_gives(workflow):
     patched = nodes_of(workflow, "AdaSpaAttention")
-    for node, (total, first, last) in zip(patched, runs(workflow), strict=True):
-        sigmas = [1 - step / total for step in range(first, last + 1)]
-        schedule = plan(sigmas, lambda s: 1 - s, from_preset(values_of(node)["preset"]))
-        assert schedule.describe() in notes(workflow)
+    for node, (sigmas, progress) in zip(patched, runs(workflow), strict=True):
+        schedule = plan(sigmas, progress, from_preset(values_of(node)["preset"]))
+        assert schedule.describe().removeprefix("steps ") in notes(workflow)
+
+
+@pytest.mark.parametrize(
+    ("name", "steps", "config"),
+    [
+        ("minimax_h3_t2v", 6, from_preset("Balanced")),
+        ("minimax_h3_i2v", 6, from_preset("Balanced")),
+        ("wan2_1_vace_14b_reference_4_step_lora", 4, replace(from_preset("Balanced"), warmup=0.25)),
+    ],
+)
+def test_advice_of_the_note_does_what_it_says(name, steps, config):
+    workflow = json.loads(FILES[name].read_text("utf-8"))
+    sigmas = [1 - step / steps for step in range(steps + 1)]
+    described = plan(sigmas, straight, config).describe().removeprefix("steps ")
+    if steps == 6:
+        assert f"6 steps it becomes {described};" in notes(workflow)
+    else:
+        assert described == "0 dense, 1 search, 2-3 sparse"
+        said = f"*warmup* {config.warmup}, which keeps the first step dense and searches in the"
+        assert said in notes(workflow)
+
+
+# edge of a token in pixels, latent frames of a length, distance between lengths
+FOURS = (16, lambda length: (length - 1) // 4 + 1, 4)
+SIZES = {
+    "EmptyHunyuanLatentVideo": FOURS,
+    "EmptyHunyuanVideo15Latent": FOURS,
+    "EmptyLTXVLatentVideo": (32, lambda length: (length - 1) // 8 + 1, 8),
+    "HunyuanVideo15ImageToVideo": FOURS,
+    "Kandinsky5ImageToVideo": FOURS,
+    "MiniMaxH3ImageToVideo": (32, lambda length: (length - 5) // 17 * 5 + 2, 17),
+    "Wan22ImageToVideoLatent": (32, *FOURS[1:]),
+    "WanImageToVideo": FOURS,
+    "WanVaceToVideo": (16, lambda length: (length - 1) // 4 + 2, 4),
+}
+
+
+def sizes(workflow):
+    """(width, height, length, rule) of every video that is sampled."""
+    (node,) = nodes_of(workflow, *SIZES)
+    width, height, length = (values_of(node)[name] for name in ("width", "height", "length"))
+    for window in nodes_of(workflow, "WanContextWindowsManual"):
+        length = values_of(window)["context_length"]
+    yield width, height, length, SIZES[node["type"]]
+    if nodes_of(workflow, "LTXVLatentUpsampler"):
+        yield 2 * width, 2 * height, length, SIZES[node["type"]]
 
 
 def test_note_counts_the_tokens_of_this_video(workflow):
-    (size,) = nodes_of(
-        workflow, "EmptyHunyuanLatentVideo", "EmptyHunyuanVideo15Latent", "WanImageToVideo"
+    for width, height, length, (pixels, frames, step) in sizes(workflow):
+        plane = (width // pixels) * (height // pixels)
+        assert width % pixels == height % pixels == 0
+        assert f"{plane * frames(length):,} tokens" in notes(workflow)
+        assert plane * frames(length) > AdaSpaConfig().min_tokens
+        assert f"{AdaSpaConfig().min_tokens:,} tokens" in notes(workflow)
+        lengths = range(length % step or step, length + 1, step)
+        begins = next(n for n in lengths if plane * frames(n) >= AdaSpaConfig().min_tokens)
+        assert f"At {width} x {height} that is passed from {begins} frames on" in notes(workflow)
+
+
+def test_long_video_is_cut_into_the_windows_that_the_note_counts(comfyui):
+    from comfy.context_windows import ContextSchedules, get_matching_context_schedule
+
+    workflow = json.loads(FILES["wan2_2_14b_t2v_long_context_windows"].read_text("utf-8"))
+    first, second = (values_of(n) for n in nodes_of(workflow, "WanContextWindowsManual"))
+    assert first == second
+    # windows that moved would need a search at every step
+    assert first["context_schedule"] == ContextSchedules.STATIC_STANDARD
+    (size,) = nodes_of(workflow, "EmptyHunyuanLatentVideo")
+    length = values_of(size)["length"]
+    handler = SimpleNamespace(
+        context_length=(first["context_length"] - 1) // 4 + 1,
+        context_overlap=first["context_overlap"] // 4,
     )
-    values = values_of(size)
-    frames = (values["length"] - 1) // 4 + 1
-    tokens = (values["width"] // 16) * (values["height"] // 16) * frames
-    assert f"{tokens:,} tokens" in notes(workflow)
-    assert tokens > AdaSpaConfig().min_tokens
+    schedule = get_matching_context_schedule(first["context_schedule"])
+    windows = schedule.func((length - 1) // 4 + 1, handler, {})
+    starts = [window[0] for window in windows]
+    # evenly, so that no two overlap more than they say
+    assert len({b - a for a, b in pairwise(starts)}) == 1
+    assert f"{length} frames long" in notes(workflow)
+    assert f"{len(windows)} windows of {first['context_length']} frames" in notes(workflow)
+    assert f"by {first['context_overlap']};" in notes(workflow)
+    assert length > 4 * first["context_length"]
 
 
 def test_seed_stays_the_same_for_comparing(workflow):
     for node in workflow["nodes"]:
-        if node["type"] in ("KSamplerAdvanced", "RandomNoise"):
+        if node["type"] in ("KSampler", "KSamplerAdvanced", "RandomNoise"):
             assert "fixed" in node["widgets_values"]
 
 
 # against a running ComfyUI
 
 
-def get(server, path):
+def fetch(server, path):
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     with opener.open(server.url + path, timeout=60) as response:
-        return json.load(response)
+        return response.read()
+
+
+def get(server, path):
+    return json.loads(fetch(server, path))
 
 
 @pytest.fixture(scope="module")
@@ -306,7 +464,7 @@ def test_server_takes_every_widget_value(workflow, object_info):
             if options := options_of(kind, extra):
                 keys = [option["key"] if isinstance(option, dict) else option for option in options]
                 assert value in keys, where
-            elif kind in ("INT", "FLOAT"):
+            elif kind in ("INT", "FLOAT", "FLOAT,INT"):
                 assert extra.get("min", value) <= value <= extra.get("max", value), where
             elif kind == "BOOLEAN":
                 assert isinstance(value, bool), where
@@ -340,6 +498,8 @@ def test_template_browser_offers_the_files(comfy_server):
     for name, path in FILES.items():
         served = get(comfy_server, f"/api/workflow_templates/{pack}/{name}.json")
         assert served == json.loads(path.read_text(encoding="utf-8"))
+        picture = fetch(comfy_server, f"/api/workflow_templates/{pack}/{name}.jpg")
+        assert picture == path.with_suffix(".jpg").read_bytes()
 
 
 def test_prompts_avoid_what_a_note_cannot_show(workflow):

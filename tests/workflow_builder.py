@@ -1,79 +1,14 @@
 """Nodes, links and groups as ComfyUI's interface stores them, for the files in workflows/.
 
-What the graphs contain is in workflow_graphs.py.
+What the graphs contain is in workflow_graphs.py, the sockets of a node in workflow_nodes.py.
 """
 
 import json
 import uuid
 
-VERSIONS = {"adaspa": "0.1.0", "comfy-core": "0.30.0"}
+from workflow_nodes import NODES
 
-# type: (sockets, widgets, outputs), each "name:TYPE"; "?" marks a socket that may stay empty
-NODES = {
-    "AdaSpaAttention": (
-        "model:MODEL",
-        "preset:COMBO sparsity:FLOAT block_size:COMBO warmup:FLOAT search_points:STRING "
-        "head_adaptive:BOOLEAN dense_layers:STRING start_percent:FLOAT end_percent:FLOAT "
-        "min_tokens:INT cache:COMBO dense_attention:COMBO enabled:BOOLEAN",
-        "model:MODEL adaspa:ADASPA",
-    ),
-    "AdaSpaReport": (
-        "samples:LATENT adaspa:ADASPA?",
-        "layer:INT head:INT",
-        "samples:LATENT picture:IMAGE text:STRING",
-    ),
-    "BasicScheduler": ("model:MODEL", "scheduler:COMBO steps:INT denoise:FLOAT", "SIGMAS:SIGMAS"),
-    "CFGGuider": (
-        "model:MODEL positive:CONDITIONING negative:CONDITIONING",
-        "cfg:FLOAT",
-        "GUIDER:GUIDER",
-    ),
-    "CLIPLoader": ("", "clip_name:COMBO type:COMBO device:COMBO", "CLIP:CLIP"),
-    "CLIPTextEncode": ("clip:CLIP", "text:STRING", "CONDITIONING:CONDITIONING"),
-    "CreateVideo": ("images:IMAGE audio:AUDIO?", "fps:FLOAT bit_depth:INT", "VIDEO:VIDEO"),
-    "DualCLIPLoader": (
-        "",
-        "clip_name1:COMBO clip_name2:COMBO type:COMBO device:COMBO",
-        "CLIP:CLIP",
-    ),
-    "EmptyHunyuanLatentVideo": (
-        "",
-        "width:INT height:INT length:INT batch_size:INT",
-        "LATENT:LATENT",
-    ),
-    "EmptyHunyuanVideo15Latent": (
-        "",
-        "width:INT height:INT length:INT batch_size:INT",
-        "LATENT:LATENT",
-    ),
-    "KSamplerAdvanced": (
-        "model:MODEL positive:CONDITIONING negative:CONDITIONING latent_image:LATENT",
-        "add_noise:COMBO noise_seed:INT steps:INT cfg:FLOAT sampler_name:COMBO scheduler:COMBO "
-        "start_at_step:INT end_at_step:INT return_with_leftover_noise:COMBO",
-        "LATENT:LATENT",
-    ),
-    "KSamplerSelect": ("", "sampler_name:COMBO", "SAMPLER:SAMPLER"),
-    "LoadImage": ("", "image:COMBO", "IMAGE:IMAGE MASK:MASK"),
-    "LoraLoaderModelOnly": ("model:MODEL", "lora_name:COMBO strength_model:FLOAT", "MODEL:MODEL"),
-    "MarkdownNote": ("", "", ""),
-    "ModelSamplingSD3": ("model:MODEL", "shift:FLOAT", "MODEL:MODEL"),
-    "RandomNoise": ("", "noise_seed:INT", "NOISE:NOISE"),
-    "SamplerCustomAdvanced": (
-        "noise:NOISE guider:GUIDER sampler:SAMPLER sigmas:SIGMAS latent_image:LATENT",
-        "",
-        "output:LATENT denoised_output:LATENT",
-    ),
-    "SaveVideo": ("video:VIDEO", "filename_prefix:STRING format:COMBO codec:COMBO", "video:VIDEO"),
-    "UNETLoader": ("", "unet_name:COMBO weight_dtype:COMBO", "MODEL:MODEL"),
-    "VAEDecode": ("samples:LATENT vae:VAE", "", "IMAGE:IMAGE"),
-    "VAELoader": ("", "vae_name:COMBO", "VAE:VAE"),
-    "WanImageToVideo": (
-        "positive:CONDITIONING negative:CONDITIONING vae:VAE "
-        "clip_vision_output:CLIP_VISION_OUTPUT? start_image:IMAGE?",
-        "width:INT height:INT length:INT batch_size:INT",
-        "positive:CONDITIONING negative:CONDITIONING latent:LATENT",
-    ),
-}
+VERSIONS = {"adaspa": "0.1.0", "comfy-core": "0.30.0"}
 
 COLORS = {
     "AdaSpaAttention": {"color": "#24534a", "bgcolor": "#2c3f3b"},
@@ -86,7 +21,19 @@ GAP = 80
 
 
 def pairs(text: str) -> list[tuple[str, str]]:
-    return [tuple(item.split(":")) for item in text.split()]
+    return [tuple(item.replace("~", " ").split(":")) for item in text.split()]
+
+
+def address(model: str | tuple[str, str]) -> str:
+    return model if isinstance(model, str) else model[0]
+
+
+def name_of(model: str | tuple[str, str]) -> str:
+    return address(model).rsplit("/", 1)[1]
+
+
+def folder(model: str | tuple[str, str]) -> str:
+    return model.rsplit("/", 2)[1] if isinstance(model, str) else model[1]
 
 
 class Column:
@@ -105,8 +52,11 @@ class Graph:
     def __init__(self, name: str):
         self.name, self.nodes, self.links, self.groups = name, [], [], []
 
-    def add(self, kind, at, values=(), title=None, models=(), **sources) -> dict:
-        """A node; `at` is (position, size), each keyword a socket and the output that feeds it."""
+    def add(self, kind, at, values=(), title=None, models=(), mode=0, **sources) -> dict:
+        """A node; `at` is (position, size), each keyword a socket and the output that feeds it.
+
+        A model is its address, with the folder it belongs in where the address does not say so.
+        """
         sockets, widgets, outputs = (pairs(text) for text in NODES[kind])
         properties = {}
         if kind != "MarkdownNote":
@@ -114,8 +64,8 @@ class Graph:
             properties = {"cnr_id": pack, "ver": VERSIONS[pack], "Node name for S&R": kind}
         if models:
             properties["models"] = [
-                {"name": url.rsplit("/", 1)[1], "url": url, "directory": url.rsplit("/", 2)[1]}
-                for url in models
+                {"name": name_of(model), "url": address(model), "directory": folder(model)}
+                for model in models
             ]
         node = {
             "id": len(self.nodes) + 1,
@@ -124,7 +74,7 @@ class Graph:
             "size": at[1],
             "flags": {},
             "order": len(self.nodes),
-            "mode": 0,
+            "mode": mode,
             "inputs": [
                 {"name": n, "type": t.rstrip("?"), "link": None}
                 | ({"shape": 7} if t.endswith("?") else {})
