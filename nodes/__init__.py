@@ -3,9 +3,20 @@
 from comfy_api.latest import ComfyExtension
 
 from .attention import AdaSpaAttention
+from .attention_pair import AdaSpaAttentionPair
+from .compare import AdaSpaCompare
+from .load_pattern import AdaSpaLoadPattern
 from .report import AdaSpaReport
+from .save_pattern import AdaSpaSavePattern
 
 
 class AdaSpaExtension(ComfyExtension):
     async def get_node_list(self):
-        return [AdaSpaAttention, AdaSpaReport]
+        return [
+            AdaSpaAttention,
+            AdaSpaAttentionPair,
+            AdaSpaReport,
+            AdaSpaCompare,
+            AdaSpaSavePattern,
+            AdaSpaLoadPattern,
+        ]

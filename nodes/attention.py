@@ -2,16 +2,8 @@
 
 from comfy_api.latest import io, ui
 
-from ..sparse_attn.config import (
-    BLOCK_SIZES,
-    CACHES,
-    DENSE_CHOICES,
-    MAX_SPARSITY,
-    PRESETS,
-    from_preset,
-    parse_numbers,
-)
 from ..sparse_attn.host.install import install, why_not
+from .settings import config_of, setting_inputs, status_of
 from .sockets import AdaSpaRun
 
 
@@ -36,108 +28,7 @@ class AdaSpaAttention(io.ComfyNode):
             ],
             inputs=[
                 io.Model.Input("model", tooltip="A video model, after its loader and LoRAs."),
-                io.Combo.Input(
-                    "preset",
-                    options=[*PRESETS, "Custom"],
-                    default="Balanced",
-                    tooltip="Quality stays closest to the dense video, Fast skips the most, Paper "
-                    "is the published method. Custom uses the values below.",
-                ),
-                io.Float.Input(
-                    "sparsity",
-                    default=0.8,
-                    min=0.0,
-                    max=MAX_SPARSITY,
-                    step=0.01,
-                    tooltip="Share of attention blocks to skip (preset Custom). Higher is faster "
-                    "and drifts further from the dense video; 0 skips nothing.",
-                ),
-                io.Combo.Input(
-                    "block_size",
-                    options=[str(size) for size in BLOCK_SIZES],
-                    default="64",
-                    tooltip="Tokens per block (preset Custom). 64 follows the picture more "
-                    "closely, 128 needs less memory.",
-                ),
-                io.Float.Input(
-                    "warmup",
-                    default=0.12,
-                    min=0.0,
-                    max=0.9,
-                    step=0.01,
-                    tooltip="Share of the steps that run dense first (preset Custom). They fix "
-                    "the composition: more keeps the video closer to dense, less saves more time.",
-                ),
-                io.String.Input(
-                    "search_points",
-                    default="",
-                    tooltip="When to look for the pattern again, as shares of the schedule such "
-                    "as 0.6 (preset Custom). Empty looks once, after the warm-up. A search costs "
-                    "a part of a dense step and holds more memory until then.",
-                ),
-                io.Boolean.Input(
-                    "head_adaptive",
-                    default=False,
-                    advanced=True,
-                    tooltip="Heads that concentrate keep fewer blocks and heads that do not keep "
-                    "more, at the same total (preset Custom).",
-                ),
-                io.String.Input(
-                    "dense_layers",
-                    default="",
-                    advanced=True,
-                    tooltip="Layers that always run dense, such as 0, 1, -1. Each costs its share "
-                    "of the speed.",
-                ),
-                io.Float.Input(
-                    "start_percent",
-                    default=0.0,
-                    min=0.0,
-                    max=1.0,
-                    step=0.01,
-                    advanced=True,
-                    tooltip="Steps before this share of the schedule run dense.",
-                ),
-                io.Float.Input(
-                    "end_percent",
-                    default=1.0,
-                    min=0.0,
-                    max=1.0,
-                    step=0.01,
-                    advanced=True,
-                    tooltip="Steps from this share of the schedule on run dense. 0.9 can calm "
-                    "flicker at the cost of speed.",
-                ),
-                io.Int.Input(
-                    "min_tokens",
-                    default=8192,
-                    min=0,
-                    max=1 << 24,
-                    advanced=True,
-                    tooltip="Shorter videos run dense: below this there is little to gain.",
-                ),
-                io.Combo.Input(
-                    "cache",
-                    options=list(CACHES),
-                    default="auto",
-                    advanced=True,
-                    tooltip="Where the pattern lives between steps. CPU frees GPU memory and "
-                    "copies it back ahead of time; auto moves it when memory is short.",
-                ),
-                io.Combo.Input(
-                    "dense_attention",
-                    options=list(DENSE_CHOICES),
-                    default="auto",
-                    advanced=True,
-                    tooltip="Who runs the dense steps. Auto measures the exact ones on the first "
-                    "step and takes the fastest; host leaves them to ComfyUI's own setting.",
-                ),
-                io.Boolean.Input(
-                    "enabled",
-                    default=True,
-                    advanced=True,
-                    tooltip="Off leaves the model as it is, for a comparison at the same seed.",
-                ),
+                *setting_inputs(),
             ],
             outputs=[
                 io.Model.Output(display_name="model"),
@@ -154,27 +45,11 @@ class AdaSpaAttention(io.ComfyNode):
         dense_layers="", start_percent=0.0, end_percent=1.0, min_tokens=8192, cache="auto",
         dense_attention="auto", enabled=True,
     ) -> io.NodeOutput:  # fmt: skip
-        config = from_preset(
-            preset,
-            sparsity=sparsity,
-            block_size=int(block_size),
-            warmup=warmup,
-            search_points=parse_numbers(search_points, float, "search_points"),
-            head_adaptive=head_adaptive,
-            dense_layers=parse_numbers(dense_layers, int, "dense_layers"),
-            start_percent=start_percent,
-            end_percent=end_percent,
-            min_tokens=min_tokens,
-            cache=cache,
-            dense_attention=dense_attention,
-            enabled=enabled,
-        )
+        config = config_of(
+            preset, sparsity, block_size, warmup, search_points, head_adaptive, dense_layers,
+            start_percent, end_percent, min_tokens, cache, dense_attention, enabled,
+        )  # fmt: skip
         patched, handle = install(model, config, cls.hidden.unique_id)
-        reason = why_not(model)
-        if not enabled:
-            status = "AdaSpa is off"
-        elif reason:
-            status = f"AdaSpa will run dense: {reason}"
-        else:
-            status = f"AdaSpa is ready: {preset}, sparsity {config.sparsity:.2f}"
-        return io.NodeOutput(patched, handle, ui=ui.PreviewText(status))
+        return io.NodeOutput(
+            patched, handle, ui=ui.PreviewText(status_of(config, preset, why_not(model)))
+        )

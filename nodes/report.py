@@ -46,11 +46,12 @@ class AdaSpaReport(io.ComfyNode):
     @classmethod
     def execute(cls, samples, layer, head, adaspa=None) -> io.NodeOutput:
         statistics = None if adaspa is None else adaspa.latest()
-        lines = ["AdaSpa has not run yet."] if statistics is None else statistics.lines()
+        runs = [] if adaspa is None else adaspa.recent()
+        lines = [line for run in runs for line in run.lines()] or ["AdaSpa has not run yet."]
         text = "\n".join(lines)
         picture = np.asarray(draw(statistics, layer, head, lines), dtype=np.float32) / 255
         image = torch.from_numpy(picture)[None]
         shown = {**ui.PreviewImage(image, cls=cls).as_dict(), **ui.PreviewText(text).as_dict()}
-        if statistics is not None:
-            shown["adaspa"] = [statistics.as_dict()]
+        if runs:
+            shown["adaspa"] = [run.as_dict() for run in runs]
         return io.NodeOutput(samples, image, text, ui=shown)

@@ -59,7 +59,8 @@ def draw(statistics, layer: int, head: int, lines: list[str]) -> Image.Image:
     _panel(image, pen, x, y, colours(cells), f"Blocks of layer {layer}, head {head}", body)
     note = f"keys across, queries down; density {pattern.density[head]:.2f}"
     pen.text((x, y + 26 + PANEL + 6), note, MUTED, font=small)
-    found = f"recall {pattern.recall[head]:.3f}, searched at step {pattern.step}"
+    how = "carried, sampled" if pattern.carried else "searched"
+    found = f"recall {pattern.recall[head]:.3f}, {how} at step {pattern.step}"
     pen.text((x, y + 26 + PANEL + 26), found, MUTED, font=small)
     return image
 

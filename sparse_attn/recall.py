@@ -2,6 +2,11 @@
 
 import torch
 
+from .block_mask import BlockMask
+
+# share of 1 by which an evenly spread, never repeating sequence moves on
+GOLDEN = 0.6180339887498949
+
 
 def recall(masses: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
     """Share of each head's mass on the kept blocks.
@@ -15,3 +20,34 @@ def recall(masses: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
     """
     kept = (masses * keep).sum((-1, -2), dtype=torch.float32)
     return kept / masses.sum((-1, -2), dtype=torch.float32)
+
+
+def sample_rows(tokens: int, rows: int) -> list[int]:
+    """Choose query rows all over a sequence; never in step with its frames or lines."""
+    return sorted({int(tokens * ((i + 0.5) * GOLDEN % 1)) for i in range(min(rows, tokens))})
+
+
+def sampled_recall(
+    q, k, mask: BlockMask, rows: list[int], *, scale: float, key_bias=None
+) -> torch.Tensor:
+    """Recall of a mask on some query rows, each an exact float32 softmax over all keys.
+
+    Args:
+        q, k: [B, H, L, D]. rows: numbers of query rows. key_bias: [B, L] float32 or None.
+
+    Returns:
+        [B, H] float32.
+    """
+    B, H, L, _ = k.shape
+    rows = torch.tensor(rows, device=q.device)
+    held = torch.zeros(B, H, device=q.device)
+    listed = mask.with_bits(mask.bits[:, :, rows // mask.block_q]).to_dense()
+    # one head at a time: the rows of all heads would be a gigabyte
+    for b in range(B):
+        for h in range(H):
+            logits = (q[b, h, rows].float() @ k[b, h].float().mT) * scale
+            if key_bias is not None:
+                logits += key_bias[b]
+            kept = listed[b, h].repeat_interleave(mask.block_k, -1)[:, :L]
+            held[b, h] = (logits.softmax(-1) * kept).sum(-1).mean()
+    return held

@@ -16,6 +16,8 @@ from .dense_choice import DenseChoice
 from .fused_online_search import fused_online_search
 from .lse_cached_search import lse_cached_search
 from .memory import GPU_SHARE, Cache, predict
+from .pattern import CarriedLayer, CarriedPattern, LayerName
+from .recall import sample_rows, sampled_recall
 from .run_statistics import Pattern, RunStatistics, block_map
 from .schedule import Schedule, StepKind
 from .stopwatch import Stopwatch
@@ -23,6 +25,9 @@ from .token_layout import TokenLayout
 
 OUT_OF_MEMORY = "out of memory while searching"
 NOT_A_NUMBER = "NaN or infinity in q, k or v"
+# a carried mask may hold this much less of a layer than when it was found
+RECALL_LOSS = 0.05
+SAMPLED_ROWS = 64
 
 
 @dataclass(frozen=True)
@@ -37,6 +42,7 @@ class Call:
         scale: multiplies q @ k.T.
         key_bias: [B, L] float32 added to the logits of every query, or None.
         dense: dense(q, k, v) -> [B, H, L, D], the attention the host would have run.
+        name: names the layer in every run; None where its mask means nothing to another run.
     """
 
     key: Hashable
@@ -47,17 +53,26 @@ class Call:
     scale: float
     dense: Callable
     key_bias: torch.Tensor | None = None
+    name: LayerName | None = None
 
 
 @dataclass
 class LayerState:
-    """What a run remembers of one layer: its mask, its LSE, and whether it gave up."""
+    """What a run remembers of one layer: its mask, its LSE, and whether it gave up.
+
+    `density` and `recall`, one number per head, are those of the search that found the mask.
+    """
 
     backend: ModuleType
     mask: BlockMask | None = None
     lse: torch.Tensor | None = None
     searched_at: int = -1
     stays_dense: str = ""
+    name: LayerName | None = None
+    layout: TokenLayout | None = None
+    density: torch.Tensor | None = None
+    recall: torch.Tensor | None = None
+    carried: bool = False
 
 
 class RunState:
@@ -69,6 +84,7 @@ class RunState:
         dense_choice: measurements of the exact candidates; may outlive the run.
         outlives_block: context in which tensors that outlive a transformer block are allocated.
         free_bytes: free memory of the GPU when the run starts, or None where there is none.
+        carried: masks of another run to begin with, or None.
     """
 
     NO_CONTEXT = nullcontext
@@ -80,6 +96,7 @@ class RunState:
         dense_choice: DenseChoice | None = None,
         outlives_block: Callable = NO_CONTEXT,
         free_bytes: int | None = None,
+        carried: CarriedPattern | None = None,
     ):
         self.config = config
         self.schedule = schedule
@@ -87,6 +104,9 @@ class RunState:
         self.dense_choice = dense_choice or DenseChoice(config.dense_attention)
         self.outlives_block = outlives_block
         self.free_bytes = free_bytes
+        self.carried = carried
+        if carried is not None:
+            self.statistics.carried_from = carried.source or "an earlier run"
         self.cache = Cache("cpu" if config.cache == "cpu" else "gpu")
         self.stopwatch = Stopwatch()
         self.layers: dict[Hashable, LayerState] = {}
@@ -116,10 +136,16 @@ class RunState:
             return self._dense(call, q, k, v)
         if kind is StepKind.DENSE:
             return self._dense_with_lse(call, state, q, k, v)
+        if state.mask is None and self.carried is not None:
+            self._carry(call, state, q, k)
         if state.mask is None:
             return self._first_search(call, state, q, k, v)
-        if kind is StepKind.SEARCH and state.searched_at != call.step and state.lse is not None:
-            self._search_again(call, state, q, k)
+        if kind is StepKind.SEARCH and state.searched_at != call.step:
+            if state.lse is not None:
+                self._search_again(call, state, q, k)
+            elif state.carried:
+                # no search of this run has left an LSE
+                return self._first_search(call, state, q, k, v)
         return self._sparse(call, state, q, k, v)
 
     def _dense(self, call, q, k, v):
@@ -169,6 +195,53 @@ class RunState:
         self._count_held()
         return self._checked(call, state, out, None, q, k, v)
 
+    def _carry(self, call, state, q, k):
+        """Begin with the carried mask, if it holds here what it held when it was found.
+
+        Reads one number from the device, once per layer and run: the choice is due in this call.
+        """
+        statistics = self.statistics
+        layer, reason = self.carried.find(
+            call.name,
+            family=statistics.model,
+            layout=call.layout,
+            block_size=self.config.block_size,
+            batch=len(q),
+            heads=q.shape[1],
+        )
+        if layer is not None:
+            try:
+                with self.stopwatch.measure(q.device, self._recorder("carry", len(q))):
+                    reason = self._adopt_carried(call, state, layer, q, k)
+            except torch.OutOfMemoryError:
+                reason = "out of memory while measuring the recall"
+        if reason:
+            with self._lock:
+                statistics.not_carried[reason] += 1
+
+    def _adopt_carried(self, call, state, layer: CarriedLayer, q, k) -> str:
+        size = self.config.block_size
+        mask = BlockMask(layer.bits.to(q.device), call.layout.num_blocks(size), size, size)
+        rows = sample_rows(call.layout.tokens, SAMPLED_ROWS)
+        held = sampled_recall(q, k, mask, rows, scale=call.scale, key_bias=call.key_bias)
+        # not (a >= b): also where it is NaN
+        if not held.mean() >= layer.mean_recall() - RECALL_LOSS:
+            return f"recall more than {RECALL_LOSS} below what the pattern had"
+        cells = block_map(mask.with_bits(mask.bits[:1]).to_dense()[0])
+        with self.outlives_block():
+            state.mask = mask.with_bits(self.cache.keep(mask.bits))
+        if not self.schedule.searches_after(call.step):
+            state.lse = None
+        state.carried, state.searched_at = True, call.step
+        state.density, state.recall = torch.tensor(layer.density), torch.tensor(layer.recall)
+        step = self.schedule.first_step + call.step
+        with self._lock:
+            self.statistics.carried += 1
+            self.statistics.carried_recall += layer.recall
+            self._pending.append((call, state, (step, False, state.density, held.mean(0), cells)))
+        self._count_held()
+        return ""
+
     def _search_again(self, call, state, q, k):
         try:
             with self.stopwatch.measure(q.device, self._recorder("search_again", len(q))):
@@ -204,13 +277,16 @@ class RunState:
         """Turn masses into the layer's mask, and note what the mask holds."""
         keep, recall = selection.select(masses, call.layout, self.config)
         del masses
+        if state.mask is not None:
+            self.cache.forget(state.mask.bits)
         with self.outlives_block():
             mask = selection.pack(keep, self.config)
             state.mask = mask.with_bits(self.cache.keep(mask.bits))
         state.searched_at = call.step
         density = keep.flatten(2).sum(-1) / keep[0, 0].numel()
+        state.density, state.recall, state.carried = density.mean(0), recall.mean(0), False
         step = self.schedule.first_step + call.step
-        found = (step, exact, density.mean(0), recall.mean(0), block_map(keep[0]))
+        found = (step, exact, state.density, state.recall, block_map(keep[0]))
         with self._lock:
             self._pending.append((call, state, found))
 
@@ -250,6 +326,7 @@ class RunState:
                 backend, why = attention.choose(q, k, v, self.config.block_size)
                 self.statistics.backend = why
                 state = LayerState(backend, stays_dense="" if backend else why)
+                state.name, state.layout = call.name, call.layout
                 self.layers[call.key] = state
         return state
 
@@ -333,7 +410,7 @@ class RunState:
         self._step_began = now
 
     def end_step(self) -> None:
-        """Read what the step left on the device. The only place that waits for the GPU."""
+        """Read what the step left on the device. With `_carry`, all that waits for the GPU."""
         with self._lock:
             pending, self._pending = self._pending, []
         self.stopwatch.drain()
@@ -342,7 +419,9 @@ class RunState:
                 healthy = bool(torch.isfinite(found))
             else:
                 step, exact, density, recall, cells = found
-                pattern = Pattern(step, exact, density.tolist(), recall.tolist(), cells.cpu())
+                pattern = Pattern(
+                    step, exact, density.tolist(), recall.tolist(), cells.cpu(), state.carried
+                )
                 healthy = all(0 <= r <= 1.001 for r in pattern.recall)
                 if healthy:
                     self.statistics.patterns[call.layer, call.role] = pattern
@@ -354,11 +433,35 @@ class RunState:
                     f"{NOT_A_NUMBER}: the layers concerned run dense after step {step}"
                 )
 
-    def end(self) -> None:
-        """Finish the statistics and free every tensor of the run."""
+    def end(self, keep_pattern: bool = False) -> CarriedPattern | None:
+        """Finish the statistics and free every tensor of the run.
+
+        Returns:
+            The run's masks on the CPU if `keep_pattern`, and there are any.
+        """
         self._leave_step(self.step)
+        pattern = self._pattern() if keep_pattern else None
         self.statistics.finished = True
         self.free()
+        return pattern
+
+    def _pattern(self) -> CarriedPattern | None:
+        layers, first = {}, None
+        for state in self.layers.values():
+            if state.mask is None or state.name is None or state.name in layers:
+                continue
+            like = state.layout, state.mask.bits.shape
+            # one sequence a pattern: a part of the picture with a prompt of its own may be another
+            first = first or like
+            if like == first:
+                layers[state.name] = CarriedLayer(
+                    state.mask.bits.cpu(),
+                    tuple(state.density.tolist()),
+                    tuple(state.recall.tolist()),
+                )
+        if first is None:
+            return None
+        return CarriedPattern(self.statistics.model, first[0], self.config.block_size, layers)
 
     def free(self) -> None:
         """Let go of every tensor without waiting for the device."""
@@ -375,3 +478,6 @@ class RunState:
             for tensor in (state.lse, None if state.mask is None else state.mask.bits):
                 held += 0 if tensor is None else tensor.nbytes
         self.statistics.held_bytes = max(self.statistics.held_bytes, held)
+        # context windows hold a mask each, and how many there will be is not known before
+        if self.config.cache == "auto" and self.free_bytes and held > GPU_SHARE * self.free_bytes:
+            self.cache.place = self.statistics.cache_place = "cpu"

@@ -21,6 +21,7 @@ class Pattern:
         exact: whether the masses came with the step's own LSE; else recall is an estimate.
         density, recall: per head, mean over the batch.
         block_map: [H, n, n] uint8, kept share of each cell times 255, first of the batch.
+        carried: found by another run; `recall` is what a sample of this run's rows has.
     """
 
     step: int
@@ -28,6 +29,7 @@ class Pattern:
     density: list[float]
     recall: list[float]
     block_map: torch.Tensor
+    carried: bool = False
 
 
 @dataclass
@@ -37,6 +39,7 @@ class Timing:
     Args:
         search: first searches, dense output included; `search_dense` is their dense pass alone.
         search_again: later searches, without output.
+        carry: measuring what carried masks hold.
     """
 
     dense: list[float] = field(default_factory=list)
@@ -44,9 +47,10 @@ class Timing:
     search_dense: list[float] = field(default_factory=list)
     search_again: list[float] = field(default_factory=list)
     sparse: list[float] = field(default_factory=list)
+    carry: list[float] = field(default_factory=list)
 
     def searching(self) -> float:
-        return sum(self.search) + sum(self.search_again)
+        return sum(self.search) + sum(self.search_again) + sum(self.carry)
 
     def spent(self) -> float:
         return sum(self.dense) + self.searching() + sum(self.sparse)
@@ -72,15 +76,22 @@ class RunStatistics:
         schedule: what each step did.
         steps: kind and seconds of each finished step of the whole model.
         model: name of the model family, or why there is none.
+        part: which of several models, for people.
+        expected: what was said before the run.
+        carried_from: where a carried pattern comes from; `carried` counts the masks in use,
+            `carried_recall` holds what they had when found, `not_carried` counts why others are not.
+        kept_pattern: what outlives the run in memory and on disk.
     """
 
     schedule: Schedule
     model: str = ""
+    part: str = ""
     layout: str = ""
     tokens: int = 0
     backend: str = ""
     dense_choice: str = "host"
     cache_place: str = "gpu"
+    expected: str = ""
     predicted_bytes: int = 0
     held_bytes: int = 0
     conditionings: set = field(default_factory=set)
@@ -88,6 +99,11 @@ class RunStatistics:
     steps: list[tuple[StepKind, float]] = field(default_factory=list)
     kept_dense: Counter = field(default_factory=Counter)
     patterns: dict[tuple[int, str], Pattern] = field(default_factory=dict)
+    carried_from: str = ""
+    carried: int = 0
+    carried_recall: list[float] = field(default_factory=list)
+    not_carried: Counter = field(default_factory=Counter)
+    kept_pattern: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     finished: bool = False
 
@@ -108,6 +124,12 @@ class RunStatistics:
     def exact(self) -> bool:
         return all(p.exact for p in self.patterns.values())
 
+    def recall_label(self) -> str:
+        """How the recall was found, where it was not measured whole."""
+        if self.exact():
+            return ""
+        return "sampled" if all(p.carried for p in self.patterns.values()) else "estimated"
+
     def step_seconds(self) -> dict[str, float]:
         """Median seconds of a step by kind; a first step also pays for what is set up once."""
         times: dict[str, list[float]] = {}
@@ -122,12 +144,12 @@ class RunStatistics:
             ran = self.schedule.describe() if self.tokens else "no sparse attention"
             return "AdaSpa: every call ran dense" + (f": {why}" if why else f" ({ran})")
         mean, worst = self.recall()
-        estimated = "" if self.exact() else " (estimated)"
+        label = self.recall_label()
         parts = [
             f"{self.tokens:,} tokens",
             self.schedule.describe(),
             f"density {self.density():.2f}",
-            f"recall {mean:.2f}{estimated}, worst head {worst:.2f}",
+            f"recall {mean:.2f}{f' ({label})' if label else ''}, worst head {worst:.2f}",
         ]
         saved = self.timing.saved()
         if saved is not None:
@@ -138,7 +160,8 @@ class RunStatistics:
     def lines(self) -> list[str]:
         """The whole report, a line each."""
         timing = self.timing
-        text = [self.summary()]
+        part = f"{self.part.capitalize()}: " if self.part else ""
+        text = [part + self.summary()]
         if self.model:
             text.append(f"Model: {self.model}" + (f", {self.layout}" if self.layout else ""))
         if self.backend:
@@ -164,9 +187,25 @@ class RunStatistics:
                 f"Memory held: {gib(self.held_bytes)} on the {self.cache_place.upper()} for "
                 f"{len(self.conditionings)} conditioning(s), predicted {gib(self.predicted_bytes)} each"
             )
+        text += self.carried_lines()
         for reason, count in self.kept_dense.most_common():
             text.append(f"Kept dense: {count} calls, {reason}")
         return text + [f"Note: {warning}" for warning in self.warnings]
+
+    def carried_lines(self) -> list[str]:
+        if not self.carried_from:
+            return list(self.kept_pattern)
+        text = [f"Pattern of {self.carried_from}: {self.carried} masks used without a search"]
+        if self.carried:
+            now = [r for p in self.patterns.values() if p.carried for r in p.recall]
+            found = sum(self.carried_recall) / len(self.carried_recall)
+            if now:
+                text[0] += (
+                    f", recall {sum(now) / len(now):.2f} here (sampled), {found:.2f} when found"
+                )
+        for reason, count in self.not_carried.most_common():
+            text.append(f"Searched after all: {count} masks, {reason}")
+        return text + self.kept_pattern
 
     def as_dict(self) -> dict:
         """Plain numbers for a file or another program."""
@@ -176,6 +215,7 @@ class RunStatistics:
             "model": self.model,
             "tokens": self.tokens,
             "steps": self.schedule.describe(),
+            "expected": self.expected,
             "density": self.density(),
             "recall": mean,
             "recall_worst_head": worst,
@@ -189,6 +229,8 @@ class RunStatistics:
             "predicted_bytes": self.predicted_bytes,
             "backend": self.backend,
             "dense_choice": self.dense_choice,
+            "carried": self.carried,
+            "not_carried": dict(self.not_carried),
             "kept_dense": dict(self.kept_dense),
             "warnings": list(self.warnings),
         }

@@ -69,7 +69,10 @@ def report(nodes):
 
 
 def test_pack_offers_its_nodes(nodes):
-    assert list(nodes) == ["AdaSpaAttention", "AdaSpaReport"]
+    assert list(nodes) == [
+        "AdaSpaAttention", "AdaSpaAttentionPair", "AdaSpaReport", "AdaSpaCompare",
+        "AdaSpaSavePattern", "AdaSpaLoadPattern",
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", list(WIDGETS))

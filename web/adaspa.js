@@ -7,9 +7,11 @@ import { readStatus } from "./status.js";
 import { statusView } from "./status_view.js";
 
 const ATTENTION = "AdaSpaAttention";
+const PAIR = "AdaSpaAttentionPair";
 const REPORT = "AdaSpaReport";
 const HINTS = {
   [ATTENTION]: "Run the workflow: the steps and what they saved appear here.",
+  [PAIR]: "Run the workflow: the steps of both experts and what they saved appear here.",
   [REPORT]: "Run the workflow: what was kept appears here.",
 };
 // under this name the interface looks for a node's progress text; owning it shows one line, not two
@@ -69,7 +71,7 @@ app.registerExtension({
 
   nodeCreated(node) {
     if (!(node.comfyClass in HINTS)) return;
-    if (node.comfyClass === ATTENTION) {
+    if (node.comfyClass === ATTENTION || node.comfyClass === PAIR) {
       watchPreset(node, () => {
         applyPreset(node);
         node.setDirtyCanvas?.(true, true);

@@ -1,14 +1,18 @@
 """Installs AdaSpa on a ModelPatcher: two wrappers, nothing on the model, nothing on the module."""
 
+import threading
+
 import comfy.model_management
 import comfy.model_prefetch
 import comfy.patcher_extension
 
+from ..attention import choose
 from ..config import AdaSpaConfig
+from ..estimate import estimate, too_short
 from ..run_handle import RunHandle
 from ..run_state import RunState
 from ..schedule import plan
-from . import messages
+from . import messages, patterns
 from .families import family_of
 from .override import CONTEXT, ModelCall, attention_override
 from .progress import progress_of
@@ -17,14 +21,19 @@ KEY = "adaspa"
 OVERRIDE = "optimized_attention_override"
 
 
-def install(model, config: AdaSpaConfig, node_id: str | None = None):
+def install(
+    model, config: AdaSpaConfig, node_id: str | None = None, *,
+    first: RunHandle | None = None, part: str = "",
+):  # fmt: skip
     """Return a clone of `model` that samples with AdaSpa, and the handle of its runs.
 
     Args:
         model: a ModelPatcher. A second installation replaces the first.
         node_id: the node that shows progress, or None.
+        first: the handle of the expert that samples before this model.
+        part: which of several models, for people.
     """
-    handle = RunHandle(config)
+    handle = RunHandle(config, first, part)
     patched = model.clone()
     wrappers = comfy.patcher_extension.WrappersMP
     for kind, wrapper in (
@@ -34,6 +43,10 @@ def install(model, config: AdaSpaConfig, node_id: str | None = None):
         patched.remove_wrappers_with_key(kind, KEY)
         if config.enabled:
             patched.add_wrapper_with_key(kind, KEY, wrapper)
+    # a pattern wish of an earlier installation was for that one's runs
+    for wish in (patterns.BEGIN, patterns.SAVE):
+        patched.remove_attachments(wish)
+    patched.set_attachments(patterns.HANDLE, handle)
     return patched, handle
 
 
@@ -46,7 +59,8 @@ def _outer_sample(handle: RunHandle, node_id):
     """One sampler run: its state is born here and freed here, also on error or interrupt."""
 
     def wrapper(executor, noise, latent_image, sampler, sigmas, *args, **kwargs):
-        run = handle.current = _begin(handle, executor.class_obj.model_patcher, sigmas)
+        patcher = executor.class_obj.model_patcher
+        run = handle.current = _begin(handle, patcher, sigmas)
         handle.runs.append(run.statistics)
         try:
             out = executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
@@ -56,7 +70,7 @@ def _outer_sample(handle: RunHandle, node_id):
             messages.send(node_id, run.statistics, line, max(run.step, 0), True)
             raise
         else:
-            run.end()
+            patterns.end(run, patcher, handle)
             messages.log.info("AdaSpa: %s", run.statistics.summary())
             last = len(run.schedule.kinds) - 1
             messages.send(node_id, run.statistics, "\n".join(run.statistics.lines()), last, True)
@@ -72,14 +86,19 @@ def _begin(handle: RunHandle, patcher, sigmas) -> RunState:
     schedule = plan(sigmas.tolist(), lambda sigma: progress_of(sampling, sigma), handle.config)
     device = patcher.load_device
     on_gpu = device.type == "cuda"
-    return RunState(
+    run = RunState(
         handle.config,
         schedule,
         handle.dense_choice,
         # ComfyUI 0.35 and later record allocations per block; ours outlive it
         getattr(comfy.model_prefetch, "pause_malloc_graph", None) or RunState.NO_CONTEXT,
         comfy.model_management.get_free_memory(device) if on_gpu else None,
+        patterns.pattern_to_begin(patcher, handle),
     )
+    run.statistics.part = handle.part
+    # the new run's takes its place
+    handle.pattern = None
+    return run
 
 
 def _apply_model(handle: RunHandle, node_id):
@@ -93,9 +112,8 @@ def _apply_model(handle: RunHandle, node_id):
         # the run's dictionary is shared by its steps; ours lives for this call
         options = dict(transformer_options or {})
         step = run.schedule.step_of(float(t.flatten()[0]))
-        if run.enter_step(step):
-            line = messages.progress_line(run.statistics, step)
-            messages.send(node_id, run.statistics, line, step, False)
+        first = run.step < 0
+        line = messages.progress_line(run.statistics, step) if run.enter_step(step) else ""
         model = executor.class_obj.diffusion_model
         # a compiled model is a wrapper of another class
         model = getattr(model, "_orig_mod", model)
@@ -105,15 +123,52 @@ def _apply_model(handle: RunHandle, node_id):
             run.statistics.model = family.name
             known = {**inputs, "c_crossattn": c_crossattn, "transformer_options": options}
             layout, reason = _layout(family, model, x, known)
+        foretell = None
+        if first and layout is not None:
+            foretell = _foreteller(handle, run, model, family, layout, node_id)
+        elif line:
+            messages.send(node_id, run.statistics, line, step, False)
         previous = options.get(OVERRIDE)
         options[CONTEXT] = ModelCall(
             run, step, model, family, layout, reason,
-            None if previous is attention_override else previous,
+            None if previous is attention_override else previous, foretell,
         )  # fmt: skip
         options[OVERRIDE] = attention_override
-        return executor(x, t, c_concat, c_crossattn, control, options, **inputs)
+        out = executor(x, t, c_concat, c_crossattn, control, options, **inputs)
+        if foretell is not None:
+            # said here if no attention call was ours
+            foretell(None)
+        return out
 
     return wrapper
+
+
+def _foreteller(handle, run, model, family, layout, node_id):
+    """Return foretell(q, batch), which says once, before the first attention, what to expect."""
+    step, waits = run.step, threading.Lock()
+
+    def foretell(q, batch=1):
+        if not waits.acquire(blocking=False):
+            return
+        line = messages.progress_line(run.statistics, step)
+        if q is not None:
+            backend, _ = choose(q, q, q, handle.config.block_size)
+            expected = estimate(
+                layout, run.schedule, handle.config,
+                layers=family.num_calls(model), batch=batch, heads=q.shape[1],
+                one_pass=backend is not None and backend.ONE_PASS_SEARCH,
+                carried=run.carried is not None and run.carried.layout == layout,
+            )  # fmt: skip
+            run.statistics.expected = expected.line()
+            line += "\n" + expected.line()
+        messages.send(node_id, run.statistics, line, step, False)
+
+    if reason := too_short(layout, handle.config):
+        run.statistics.expected = reason
+        waits.acquire()
+        line = messages.progress_line(run.statistics, step) + "\n" + reason
+        messages.send(node_id, run.statistics, line, step, False)
+    return foretell
 
 
 def _layout(family, model, x, inputs):

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import torch
 
+from ..pattern import LayerName
 from ..run_state import Call, RunState
 from ..schedule import StepKind
 from ..token_layout import TokenLayout
@@ -27,6 +28,7 @@ class ModelCall:
         step: number of the step within the run.
         layout: tokens of the video's self-attention, or None with the `reason` there is none.
         previous: the override that stood before ours, or None.
+        foretell: foretell(q, batch), told of every call that is ours, or None.
     """
 
     run: RunState
@@ -36,6 +38,7 @@ class ModelCall:
     layout: TokenLayout | None
     reason: str
     previous: Callable | None
+    foretell: Callable | None = None
     occurrences: Counter = field(default_factory=Counter)
 
     def count(self, block: Hashable) -> int:
@@ -106,6 +109,8 @@ def attention_override(
     q4, k4, v4 = (x if skip_reshape else to_heads(x, heads) for x in (q, k, v))
     scale = kwargs.get("scale") or q4.shape[-1] ** -0.5
     run, step = context.run, context.step
+    if context.foretell is not None:
+        context.foretell(q4, len(q4) // len(options["uuids"]))
     if run.schedule.kind(step) is StepKind.DENSE and not run.wants_lse(step, q4, k4, v4):
         out = run.dense_step(
             q4, k4, v4, scale=scale, key_bias=bias, host=dense_rows(slice(None))
@@ -126,6 +131,7 @@ def attention_override(
             scale=scale,
             dense=dense_rows(rows),
             key_bias=None if bias is None else bias[rows],
+            name=name_of(block, role, options),
         )
         outs.append(run.attend(call, q4[rows], k4[rows], v4[rows]))
     out = outs[0] if len(outs) == 1 else torch.cat(outs)
@@ -179,6 +185,17 @@ def block_of(context: ModelCall, options) -> Block:
     block = "counted", frozenset(options.get("patches_replace", {}).get("dit", ()))
     number = context.count(block)
     return Block((*block, number), number, number)
+
+
+def name_of(block: Block, role: str, options) -> LayerName | None:
+    """Name a layer as another run would; None where two masks of a run would share the name."""
+    if options.get("context_window") is not None or role.startswith("conditioning"):
+        return None
+    kind, index, occurrence = block.key
+    if kind == "counted":
+        # `index` is the set of patched blocks: a pass that skips blocks counts others
+        return None if index else LayerName(role, kind, occurrence, 0)
+    return LayerName(role, kind, index, occurrence)
 
 
 def dense_layers(context: ModelCall) -> set[int]:

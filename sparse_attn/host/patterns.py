@@ -52,9 +52,8 @@ def end(run, patcher, handle: RunHandle) -> None:
     free_path = patcher.get_attachment(SAVE)
     kept = run.end(keep_pattern=handle.keeps_pattern or free_path is not None)
     lines = run.statistics.kept_pattern
-    handle.pattern = None
     if handle.keeps_pattern and kept is not None:
-        handle.pattern = kept.named(f"{handle.part or 'the first'} expert")
+        handle.pattern = kept.named(f"the {handle.part or 'first'} expert")
         lines.append(
             f"Pattern kept for the next expert: {len(kept.layers)} masks, {gib(kept.nbytes())} "
             "on the CPU"

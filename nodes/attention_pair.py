@@ -1,0 +1,50 @@
+"""AdaSpa Attention (two experts): both models of a pair, one set of settings, one report."""
+
+from comfy_api.latest import io, ui
+
+from ..sparse_attn.host.install import install, why_not
+from .settings import config_of, setting_inputs, status_of
+from .sockets import AdaSpaRun
+
+
+class AdaSpaAttentionPair(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="AdaSpaAttentionPair",
+            display_name="AdaSpa Attention (two experts)",
+            category="model/patch",
+            description=(
+                "AdaSpa Attention for models that come in two parts, such as Wan 2.2 14B with its "
+                "high noise and low noise experts. The second begins with the pattern that the "
+                "first has found, and looks for its own where that does not fit."
+            ),
+            search_aliases=["sparse attention", "AdaSpa", "wan 2.2", "high noise", "low noise"],
+            inputs=[
+                io.Model.Input(
+                    "model_high", tooltip="The high noise expert, after its loader and LoRAs."
+                ),
+                io.Model.Input(
+                    "model_low", tooltip="The low noise expert, after its loader and LoRAs."
+                ),
+                *setting_inputs(),
+            ],
+            outputs=[
+                io.Model.Output("model_high", display_name="model_high"),
+                io.Model.Output("model_low", display_name="model_low"),
+                AdaSpaRun.Output("adaspa", display_name="adaspa"),
+            ],
+            hidden=[io.Hidden.unique_id],
+            # two nodes with equal settings must not share one handle through ComfyUI's cache
+            not_idempotent=True,
+        )
+
+    @classmethod
+    def execute(cls, model_high, model_low, **settings) -> io.NodeOutput:
+        config = config_of(**settings)
+        node_id = cls.hidden.unique_id
+        high, handle = install(model_high, config, node_id, part="high noise")
+        low, _ = install(model_low, config, node_id, first=handle, part="low noise")
+        reason = why_not(model_high) or why_not(model_low)
+        text = status_of(config, settings["preset"], reason)
+        return io.NodeOutput(high, low, handle, ui=ui.PreviewText(text))

@@ -1,0 +1,57 @@
+"""AdaSpa Load Pattern: a run begins with the pattern of an earlier one."""
+
+from comfy_api.latest import io, ui
+
+from ..sparse_attn.host.patterns import begin_with
+from ..sparse_attn.pattern import load
+from .pattern_files import listed
+from .sockets import AdaSpaRun
+
+
+class AdaSpaLoadPattern(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="AdaSpaLoadPattern",
+            display_name="AdaSpa Load Pattern",
+            category="model/patch",
+            description=(
+                "Place it between AdaSpa Attention and the sampler. The run begins with a saved "
+                "pattern and needs no search. Where the pattern does not fit the model, the size "
+                "or the video, the run searches as usual, and the report says why."
+            ),
+            search_aliases=["AdaSpa pattern", "load sparse pattern"],
+            inputs=[
+                io.Model.Input("model", tooltip="From the AdaSpa Attention node."),
+                AdaSpaRun.Input("adaspa", tooltip="From the same AdaSpa Attention node."),
+                io.Combo.Input(
+                    "file",
+                    options=list(listed()),
+                    tooltip="A pattern in the folder adaspa of ComfyUI's output or input folder. "
+                    "It decides how much is skipped, whatever sparsity is set to.",
+                ),
+            ],
+            outputs=[
+                io.Model.Output(display_name="model"),
+                AdaSpaRun.Output("adaspa", display_name="adaspa"),
+            ],
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, file=None, **inputs):
+        path = listed().get(file)
+        stat = path.stat() if path else None
+        return stat and (stat.st_mtime_ns, stat.st_size)
+
+    @classmethod
+    def execute(cls, model, adaspa, file) -> io.NodeOutput:
+        path = listed().get(file)
+        if path is None:
+            raise ValueError(f"There is no pattern {file!r}; choose one from the list.")
+        pattern = load(path)
+        text = (
+            f"{pattern.family}, {pattern.layout.describe()}, density {pattern.density():.2f}, "
+            f"recall {pattern.recall():.2f} when it was found"
+        )
+        patched = begin_with(model, adaspa, pattern)
+        return io.NodeOutput(patched, adaspa, ui=ui.PreviewText(text))

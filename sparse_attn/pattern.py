@@ -1,0 +1,241 @@
+"""Carried patterns: the masks of one run, for another run of the same sequence, and their files."""
+
+import json
+import os
+import zlib
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from .token_layout import TokenLayout
+
+FORMAT, VERSION = "adaspa pattern", 1
+# the video's tokens in (t, h, w) order, as every model of today has them
+ORDER = "raster"
+NO_PATTERN = "is not an AdaSpa pattern file; choose one that AdaSpa Save Pattern wrote"
+
+
+class LayerName(NamedTuple):
+    """One attention layer of one conditioning, under a name that means the same in every run."""
+
+    role: str
+    block_type: str
+    block_index: int
+    occurrence: int
+
+
+@dataclass(frozen=True)
+class CarriedLayer:
+    """The mask of one layer, on the CPU.
+
+    Args:
+        bits: [B, H, N, ceil(N / 8)] uint8, as in `BlockMask`.
+        density, recall: one number per head, as they were when the mask was searched.
+    """
+
+    bits: torch.Tensor
+    density: tuple[float, ...]
+    recall: tuple[float, ...]
+
+    def mean_recall(self) -> float:
+        return sum(self.recall) / len(self.recall)
+
+
+@dataclass(frozen=True)
+class CarriedPattern:
+    """The masks of a run.
+
+    Args:
+        family: name of the model family.
+        layout: the sequence that the masks are for.
+        block_size: tokens per query block and per key block.
+        layers: by `LayerName`; all of one batch and one number of heads.
+        source: where the pattern comes from, for people.
+    """
+
+    family: str
+    layout: TokenLayout
+    block_size: int
+    layers: dict[LayerName, CarriedLayer] = field(default_factory=dict)
+    source: str = ""
+
+    def nbytes(self) -> int:
+        return sum(layer.bits.nbytes for layer in self.layers.values())
+
+    def density(self) -> float:
+        return _mean(d for layer in self.layers.values() for d in layer.density)
+
+    def recall(self) -> float:
+        return _mean(r for layer in self.layers.values() for r in layer.recall)
+
+    def named(self, source: str) -> "CarriedPattern":
+        return replace(self, source=source)
+
+    def find(
+        self,
+        name: LayerName | None,
+        *,
+        family: str,
+        layout: TokenLayout,
+        block_size: int,
+        batch: int,
+        heads: int,
+    ) -> tuple[CarriedLayer | None, str]:
+        """Return the mask of a layer, or None and the reason that it does not fit."""
+        if family != self.family:
+            return None, f"the pattern is of {self.family}, and this model is {family}"
+        if layout != self.layout:
+            return None, (
+                f"the pattern is for {self.layout.describe()}, and this run has {layout.describe()}"
+            )
+        if block_size != self.block_size:
+            return None, (
+                f"the pattern has blocks of {self.block_size}, and `block_size` is {block_size}"
+            )
+        if name is None:
+            return None, "parts of a video and passes that skip blocks do not share patterns"
+        layer = self.layers.get(name)
+        if layer is None:
+            return None, "the pattern does not know the layer or the prompt"
+        if tuple(layer.bits.shape[:2]) != (batch, heads):
+            return None, (
+                f"the pattern is for {layer.bits.shape[0]} video(s) and {layer.bits.shape[1]} "
+                f"heads, and this run has {batch} and {heads}"
+            )
+        return layer, ""
+
+
+def save(pattern: CarriedPattern, path: Path) -> None:
+    """Write a pattern as safetensors; the file appears whole or not at all.
+
+    Raises:
+        ValueError: the pattern is empty. OSError: the file cannot be written.
+    """
+    from safetensors.torch import save_file
+
+    if not pattern.layers:
+        raise ValueError("there is no pattern to save, because no layer ran sparse")
+    layers, tensors, checksum = [], {}, 0
+    for number, (name, layer) in enumerate(pattern.layers.items()):
+        bits = layer.bits.contiguous()
+        tensors[_tensor_name(number)] = bits
+        checksum = _checksum(bits, checksum)
+        layers.append([*name, [round(d, 4) for d in layer.density],
+                       [round(r, 4) for r in layer.recall]])  # fmt: skip
+    layout = pattern.layout
+    metadata = {
+        "format": FORMAT,
+        "version": str(VERSION),
+        "family": pattern.family,
+        "grid": json.dumps([layout.frames, layout.height, layout.width]),
+        "before": str(layout.before),
+        "after": str(layout.after),
+        "block_size": str(pattern.block_size),
+        "order": ORDER,
+        "density": f"{pattern.density():.4f}",
+        "recall": f"{pattern.recall():.4f}",
+        "crc32": str(checksum),
+        "layers": json.dumps(layers, separators=(",", ":")),
+    }
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        save_file(tensors, part, metadata=metadata)
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def load(path: Path) -> CarriedPattern:
+    """Read and check a pattern file.
+
+    Raises:
+        ValueError: one sentence on what is wrong with the file.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    name = Path(path).name
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            if metadata.get("format") != FORMAT:
+                raise ValueError(f"{name} {NO_PATTERN}.")
+            _check_version(metadata, name)
+            # a copy, so that the file is not kept open
+            tensors = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise ValueError(
+            f"{name} cannot be read ({_first_line(error)}); save the pattern again."
+        ) from None
+    try:
+        pattern = _build(metadata, tensors)
+    except (KeyError, TypeError, IndexError, ValueError) as error:
+        why = f"{error.args[0]} is missing" if isinstance(error, KeyError) else error
+        raise ValueError(f"{name} is damaged ({why}); save the pattern again.") from None
+    return pattern.named(name)
+
+
+def _check_version(metadata, name):
+    version = metadata.get("version", "")
+    if not version.isdigit():
+        raise ValueError(f"{name} {NO_PATTERN}.")
+    if int(version) > VERSION:
+        raise ValueError(
+            f"{name} was written by a newer AdaSpa (format {version}, this one reads {VERSION}); "
+            "update AdaSpa."
+        )
+
+
+def _build(metadata, tensors) -> CarriedPattern:
+    if metadata["order"] != ORDER:
+        raise ValueError(f"token order {metadata['order']!r} is not {ORDER!r}")
+    frames, height, width = json.loads(metadata["grid"])
+    layout = TokenLayout(int(metadata["before"]), frames, height, width, int(metadata["after"]))
+    block_size = int(metadata["block_size"])
+    sizes = frames, height, width, block_size
+    if not all(isinstance(n, int) and n > 0 for n in sizes) or min(layout.before, layout.after) < 0:
+        raise ValueError("its grid or block size is not positive")
+    listed = json.loads(metadata["layers"])
+    if len(listed) != len(tensors) or not listed:
+        raise ValueError(f"{len(tensors)} masks for {len(listed)} layers")
+    blocks = layout.num_blocks(block_size)
+    layers, checksum = {}, 0
+    for number, (role, kind, index, occurrence, density, recall) in enumerate(listed):
+        bits = tensors[_tensor_name(number)]
+        checksum = _checksum(bits, checksum)
+        if bits.dtype != torch.uint8:
+            raise ValueError(f"a mask of {bits.dtype} instead of uint8")
+        if bits.ndim != 4 or tuple(bits.shape[2:]) != (blocks, -(-blocks // 8)):
+            raise ValueError(f"a mask of shape {list(bits.shape)} for {blocks} blocks")
+        if not len(density) == len(recall) == bits.shape[1] > 0 or not len(bits):
+            raise ValueError("its numbers per head do not fit its masks")
+        if not all(0 <= float(x) <= 1.001 for x in (*density, *recall)):
+            raise ValueError("a density or recall outside 0 to 1")
+        if (bits.amax(-1) == 0).any():
+            raise ValueError("a mask that leaves a part of the video without attention")
+        if blocks % 8 and (bits[..., -1] >> (blocks % 8)).any():
+            raise ValueError("a mask that lists blocks behind the last")
+        layer_name = LayerName(str(role), str(kind), int(index), int(occurrence))
+        layers[layer_name] = CarriedLayer(bits, tuple(density), tuple(recall))
+    if str(checksum) != metadata["crc32"]:
+        raise ValueError("its masks are not those that were written")
+    return CarriedPattern(metadata["family"], layout, block_size, layers)
+
+
+def _tensor_name(number: int) -> str:
+    return f"mask.{number:05}"
+
+
+def _checksum(bits, before: int) -> int:
+    # a memory view needs no copy of what may be hundreds of megabytes
+    return zlib.crc32(memoryview(bits.contiguous().view(torch.uint8).numpy()).cast("B"), before)
+
+
+def _first_line(error) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def _mean(values) -> float:
+    values = list(values)
+    return sum(values) / len(values) if values else 0.0

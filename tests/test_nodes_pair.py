@@ -1,0 +1,190 @@
+"""Two experts: shared settings, one report, and the first's pattern in the second."""
+
+import inspect
+
+import pytest
+import torch
+from host_fixtures import VIDEO, calls, conditioning, sample
+from test_nodes import ADVANCED, WIDGETS
+
+from tests.tools import comfy_inprocess
+
+SETTINGS = {
+    **WIDGETS["AdaSpaAttention"], "preset": "Custom", "sparsity": 0.6, "warmup": 0.0,
+    "min_tokens": 64, "dense_attention": "host",
+}  # fmt: skip
+
+
+@pytest.fixture
+def nodes(comfyui):
+    return comfy_inprocess.nodes_of(comfy_inprocess.load_pack())
+
+
+@pytest.fixture
+def pair(nodes):
+    def run(high, low, **settings):
+        node = nodes["AdaSpaAttentionPair"].PREPARE_CLASS_CLONE({"hidden_inputs": {}})
+        return node.execute(model_high=high, model_low=low, **{**SETTINGS, **settings})
+
+    return run
+
+
+def halves(high, low, steps=4, middle=2, seed=1, cfg=5.0):
+    """Sample as two KSamplerAdvanced do, the noisy steps with `high`."""
+    import comfy.sample
+
+    first = sample(
+        high, steps=steps, cfg=cfg, start_step=0, last_step=middle, force_full_denoise=False,
+        seed=seed,
+    )  # fmt: skip
+    return comfy.sample.sample(
+        low, torch.zeros_like(first), steps, cfg, "euler", "simple", conditioning(7, 0),
+        conditioning(9, 1), first, start_step=middle, last_step=steps, force_full_denoise=True,
+        disable_noise=True, disable_pbar=True, seed=seed,
+    )  # fmt: skip
+
+
+def test_settings_are_those_of_the_single_node(nodes):
+    single = nodes["AdaSpaAttention"].GET_SCHEMA().inputs
+    schema = nodes["AdaSpaAttentionPair"].GET_SCHEMA()
+    assert [put.id for put in schema.inputs[:2]] == ["model_high", "model_low"]
+    assert [put.as_dict() for put in schema.inputs[2:]] == [put.as_dict() for put in single[1:]]
+    assert [put.id for put in schema.inputs[2:]] == list(WIDGETS["AdaSpaAttention"])
+    assert [put.io_type for put in schema.outputs] == ["MODEL", "MODEL", "ADASPA"]
+    assert [put.id for put in schema.outputs] == ["model_high", "model_low", "adaspa"]
+    assert schema.not_idempotent and schema.category == "model/patch"
+
+
+def test_a_workflow_of_an_earlier_version_may_lack_later_widgets(nodes, load):
+    node = nodes["AdaSpaAttentionPair"].PREPARE_CLASS_CLONE({"hidden_inputs": {}})
+    early = {name: value for name, value in SETTINGS.items() if name not in ADVANCED}
+    handle = node.execute(load("wan_h64"), load("wan_h64"), **early).args[2]
+    assert handle.config.min_tokens == 8192
+    assert "settings" in inspect.signature(node.execute).parameters
+
+
+def test_the_node_names_the_settings_and_the_model_that_will_run_dense(pair, load):
+    ready = pair(load("wan_h64"), load("wan_h64"), preset="Fast").ui.as_dict()["text"][0]
+    assert ready == "AdaSpa is ready: Fast, sparsity 0.90"
+    low = load("wan_h64")
+    low.add_object_patch("diffusion_model", torch.nn.Linear(2, 2))
+    text = pair(load("wan_h64"), low).ui.as_dict()["text"][0]
+    assert text == "AdaSpa will run dense: Linear is not a video model that AdaSpa knows"
+    with pytest.raises(ValueError, match="`search_points` must ascend"):
+        pair(load("wan_h64"), load("wan_h64"), search_points="0.6, 0.3")
+
+
+def test_the_second_expert_begins_with_the_pattern_of_the_first(pair, load):
+    # one set of weights twice: the pattern of the first fits the second
+    high, low, handle = pair(load("wan_h64"), load("wan_h64")).args
+    halves(high, low)
+    first, second = handle.runs
+    assert [run.part for run in handle.runs] == ["high noise", "low noise"]
+    assert handle.latest() is second
+    assert first.schedule.describe() == "steps 0 search, 1 sparse"
+    assert second.schedule.describe() == "steps 2 search, 3 sparse"
+    assert len(first.timing.search) == 4 and first.carried == 0
+    # a second search only where the recall fell; every layer is accounted for
+    assert second.carried >= 2
+    assert second.carried + sum(second.not_carried.values()) == 4
+    assert len(second.timing.search) == 4 - second.carried
+    text = "\n".join(second.lines())
+    assert text.startswith("Low noise: 288 tokens, steps 2 search, 3 sparse, density 0.4")
+    assert f"Pattern of the high noise expert: {second.carried} masks used without a search" in text
+    (line,) = first.kept_pattern
+    assert line.startswith("Pattern kept for the next expert: 4 masks, ")
+    assert handle.pattern.nbytes() == 4 * 4 * 5 * 1
+
+
+def test_the_report_of_either_run_is_on_one_socket(pair, load, nodes):
+    high, low, handle = pair(load("wan_h64"), load("wan_h64")).args
+    halves(high, low)
+    node = nodes["AdaSpaReport"].PREPARE_CLASS_CLONE({"hidden_inputs": {}})
+    text = node.execute({"samples": torch.zeros(VIDEO)}, 0, 0, handle).args[2]
+    high_noise, low_noise = (run.lines() for run in handle.runs)
+    assert text.split("\n") == high_noise + low_noise
+    assert text.startswith("High noise: 288 tokens, steps 0 search, 1 sparse")
+    assert "\nLow noise: 288 tokens, steps 2 search, 3 sparse" in text
+    # a further run of the second alone takes the place of its earlier one
+    sample(low)
+    text = node.execute({"samples": torch.zeros(VIDEO)}, 0, 0, handle).args[2]
+    assert text.count("High noise: ") == text.count("Low noise: ") == 1
+    assert "\nLow noise: 288 tokens, steps 0 search, 1-3 sparse" in text
+
+
+def test_a_pattern_that_does_not_hold_is_searched_anew(pair, load):
+    high, low = load("wan_h64"), load("wan_h64")
+    # another expert: other weights of the queries, so other blocks matter
+    name = "diffusion_model.blocks.1.self_attn.q.weight"
+    shape = low.model.diffusion_model.blocks[1].self_attn.q.weight.shape
+    low.add_patches({name: ("diff", (torch.randn(shape, generator=seed(3)) * 0.2,))}, 1.0)
+    high, low, handle = pair(high, low, sparsity=0.8).args
+    halves(high, low)
+    second = handle.latest()
+    (reason,) = second.not_carried
+    assert reason.startswith("recall more than 0.05 below")
+    assert len(second.timing.search) == second.not_carried[reason] > 0
+    assert f"Searched after all: {second.not_carried[reason]} masks, recall" in "\n".join(
+        second.lines()
+    )
+
+
+def seed(number):
+    return torch.Generator().manual_seed(number)
+
+
+def test_the_second_expert_alone_searches_for_itself(pair, load):
+    _, low, handle = pair(load("wan_h64"), load("wan_h64")).args
+    sample(low)
+    assert calls(handle) == {"search": 4, "sparse": 12}
+    assert not handle.latest().carried_from
+
+
+def test_a_new_seed_does_not_begin_with_the_old_pattern(pair, load):
+    high, low, handle = pair(load("wan_h64"), load("wan_h64")).args
+    out = halves(high, low, seed=1)
+    halves(high, low, seed=2)
+    assert torch.equal(halves(high, low, seed=1), out)
+    first = handle.runs[-2]
+    assert first.part == "high noise" and len(first.timing.search) == 4
+
+
+def test_a_stopped_run_leaves_no_pattern_of_an_earlier_one(pair, load):
+    high, low, handle = pair(load("wan_h64"), load("wan_h64")).args
+    halves(high, low)
+    assert handle.pattern is not None
+
+    def stop(*args):
+        raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        sample(high, callback=stop)
+    assert handle.pattern is None
+
+
+def test_runs_of_the_two_experts_do_not_share_state(pair, load):
+    """A sampler that holds both may call one while the other's run is open."""
+    high, low, handle = pair(load("wan_h64"), load("wan_t2v")).args
+    seen = []
+
+    def inside(*args):
+        if not seen:
+            seen.append(sample(low, steps=2, cfg=1.0, seed=5))
+
+    out = sample(high, seed=1, callback=inside)
+    alone, _, _ = pair(load("wan_h64"), load("wan_t2v")).args
+    assert torch.equal(out, sample(alone, seed=1))
+    assert sorted(run.part for run in handle.runs) == ["high noise", "low noise"]
+
+
+def test_the_second_expert_keeps_nothing(pair, load):
+    high, low, handle = pair(load("wan_h64"), load("wan_h64")).args
+    halves(high, low)
+    assert not handle.latest().kept_pattern
+    assert low.get_attachment("adaspa").pattern is None
+
+
+def test_off_leaves_both_models_as_they_are(pair, load):
+    high, low, handle = pair(load("wan_h64"), load("wan_h64"), enabled=False).args
+    assert torch.equal(halves(high, low), halves(load("wan_h64"), load("wan_h64")))
+    assert not handle.runs
