@@ -14,7 +14,8 @@ import torch
 
 from .block_mask import BlockMask
 
-# on a CPU one pass over dense attention and masses took 0.88 s where two took 0.74 s
+# one pass over dense attention and masses took 0.88 s where two took 0.74 s: 4 heads x 8,320
+# tokens x 64, float32, two cores of a 2.8 GHz Xeon
 ONE_PASS_SEARCH = False
 # bytes of a tile of weights: about what the cache of a CPU's core holds
 TILE_BYTES = 2 << 20
