@@ -16,6 +16,12 @@ def device():
 
 
 @pytest.fixture(autouse=True)
+def seeded():
+    """The same random numbers in every run of a test."""
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
 def poisoned_empty(monkeypatch):
     """What is never written must be seen: floats start as NaN, integers as nonsense."""
     empty = torch.empty
