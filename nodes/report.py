@@ -1,11 +1,21 @@
 """AdaSpa Report: what the last run did, as text and as a picture."""
 
+from math import isclose
+
 import numpy as np
 import torch
 from comfy_api.latest import io, ui
 
+from ..sparse_attn.host.install import latent_sum
 from .report_picture import draw
 from .sockets import AdaSpaRun
+
+
+def came_from(samples, statistics) -> bool:
+    """Whether a latent is what the run returned; True where that cannot be told."""
+    seen = latent_sum(samples)
+    known = statistics.result_sum
+    return None in (seen, known) or isclose(seen, known, rel_tol=1e-4, abs_tol=1e-2)
 
 
 class AdaSpaReport(io.ComfyNode):
@@ -47,7 +57,11 @@ class AdaSpaReport(io.ComfyNode):
     def execute(cls, samples, layer, head, adaspa=None) -> io.NodeOutput:
         statistics = None if adaspa is None else adaspa.latest()
         runs = [] if adaspa is None else adaspa.recent()
-        lines = [line for run in runs for line in run.lines()] or ["AdaSpa has not run yet."]
+        off = adaspa is not None and not adaspa.config.enabled
+        lines = [line for run in runs for line in run.lines()]
+        lines = lines or ["AdaSpa is off." if off else "AdaSpa has not run yet."]
+        if statistics is not None and not came_from(samples["samples"], statistics):
+            lines.insert(0, "These samples are not the result of the run below.")
         text = "\n".join(lines)
         picture = np.asarray(draw(statistics, layer, head, lines), dtype=np.float32) / 255
         image = torch.from_numpy(picture)[None]

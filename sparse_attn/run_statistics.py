@@ -78,6 +78,7 @@ class RunStatistics:
         model: name of the model family, or why there is none.
         part: which of several models, for people.
         expected: what was said before the run.
+        result_sum: sum of the latent that the run returned, or None.
         carried_from: where a carried pattern comes from; `carried` counts the masks in use,
             `carried_recall` holds what they had when found, `not_carried` counts why others are not.
         kept_pattern: what outlives the run in memory and on disk.
@@ -105,6 +106,7 @@ class RunStatistics:
     not_carried: Counter = field(default_factory=Counter)
     kept_pattern: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
+    result_sum: float | None = None
     finished: bool = False
 
     def warn(self, message: str) -> None:
@@ -134,7 +136,8 @@ class RunStatistics:
         """Median seconds of a step by kind; a first step also pays for what is set up once."""
         times: dict[str, list[float]] = {}
         for kind, took in self.steps:
-            times.setdefault(kind.value, []).append(took)
+            # where no pattern was found, every step ran dense, whatever was planned
+            times.setdefault(kind.value if self.patterns else "dense", []).append(took)
         return {kind: median(took) for kind, took in times.items()}
 
     def summary(self) -> str:

@@ -259,3 +259,10 @@ def test_cache_on_the_cpu_gives_the_same_video(load):
     on_cpu, handle = sparse(load("wan_h64"), search_points=(0.5,), cache="cpu")
     assert torch.equal(sample(on_cpu), sample(on_gpu))
     assert handle.latest().cache_place == "cpu"
+
+
+def test_dense_layers_that_the_model_lacks_are_said(load):
+    model, handle = sparse(load("wan_h64"), dense_layers=(0, 99))
+    sample(model)
+    (warning,) = handle.latest().warnings
+    assert warning.startswith("`dense_layers` lists [99], and this model has layers 0 to ")

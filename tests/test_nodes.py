@@ -220,3 +220,16 @@ def test_report_of_a_dense_run_gives_the_reason(load, attention, report):
     assert text.startswith("AdaSpa: every call ran dense: ")
     assert "too short: 288 tokens, and `min_tokens` is 8,192" in text
     assert image.shape[1] < 400
+
+
+def test_report_says_when_the_samples_are_not_the_run_s(load, attention, report):
+    patched, handle = attention(load("wan_h64"), min_tokens=0).args
+    out = sample(patched)
+    assert "not the result" not in report({"samples": out}, handle).args[2]
+    text = report({"samples": out + 1}, handle).args[2]
+    assert text.startswith("These samples are not the result of the run below.")
+
+
+def test_report_says_that_adaspa_is_off(load, attention, report):
+    handle = attention(load("wan_h64"), enabled=False).args[1]
+    assert report({"samples": torch.zeros(VIDEO)}, handle).args[2] == "AdaSpa is off."

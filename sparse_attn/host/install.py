@@ -5,6 +5,7 @@ import threading
 import comfy.model_management
 import comfy.model_prefetch
 import comfy.patcher_extension
+import torch
 
 from ..attention import choose
 from ..config import AdaSpaConfig
@@ -55,6 +56,11 @@ def why_not(model) -> str:
     return family_of(model.get_model_object("diffusion_model"))[1]
 
 
+def latent_sum(latent) -> float | None:
+    """A number that tells one run's latent from another's, or None for a latent of several parts."""
+    return float(latent.cpu().double().sum()) if type(latent) is torch.Tensor else None
+
+
 def _outer_sample(handle: RunHandle, node_id):
     """One sampler run: its state is born here and freed here, also on error or interrupt."""
 
@@ -71,6 +77,7 @@ def _outer_sample(handle: RunHandle, node_id):
             raise
         else:
             patterns.end(run, patcher, handle)
+            run.statistics.result_sum = latent_sum(out)
             messages.log.info("AdaSpa: %s", run.statistics.summary())
             last = len(run.schedule.kinds) - 1
             messages.send(node_id, run.statistics, "\n".join(run.statistics.lines()), last, True)

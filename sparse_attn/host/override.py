@@ -200,7 +200,13 @@ def name_of(block: Block, role: str, options) -> LayerName | None:
 
 def dense_layers(context: ModelCall) -> set[int]:
     total = context.family.num_layers(context.model)
-    return {n % total for n in context.run.config.dense_layers if -total <= n < total}
+    listed = context.run.config.dense_layers
+    missing = [n for n in listed if not -total <= n < total]
+    if missing:
+        context.run.statistics.warn(
+            f"`dense_layers` lists {missing}, and this model has layers 0 to {total - 1}"
+        )
+    return {n % total for n in listed if n not in missing}
 
 
 def conditionings(context: ModelCall, block: Block, options, q):

@@ -223,7 +223,9 @@ def _offer_workflows(source: Path, target: Path) -> None:
 # doctor
 
 _REPORT = """
-import sys
+import sys, warnings
+# a torch without NumPy warns on import, and nothing here needs NumPy
+warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
 sys.path[:0] = [{root!r}]
 from sparse_attn import doctor
 said = doctor.report()
@@ -309,6 +311,9 @@ def main(argv: list[str], root: Path) -> int:
     if argv[0] not in COMMANDS:
         say(f"There is no command {argv[0]}; choose one of {', '.join(COMMANDS)}.")
         return 2
+    if argv[0] in ("serve", "doctor") and {"-h", "--help"} & set(argv[1:]):
+        say(HELP.format(versions=", ".join(pins.COMFYUI)))
+        return 0
     options, extra = _parse(argv)
     options.root = root
     try:
