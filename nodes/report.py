@@ -60,7 +60,7 @@ class AdaSpaReport(io.ComfyNode):
         off = adaspa is not None and not adaspa.config.enabled
         lines = [line for run in runs for line in run.lines()]
         lines = lines or ["AdaSpa is off." if off else "AdaSpa has not run yet."]
-        if statistics is not None and not came_from(samples["samples"], statistics):
+        if runs and not any(came_from(samples["samples"], run) for run in runs):
             lines.insert(0, "These samples are not the result of the run below.")
         text = "\n".join(lines)
         picture = np.asarray(draw(statistics, layer, head, lines), dtype=np.float32) / 255

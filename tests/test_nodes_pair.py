@@ -4,7 +4,7 @@ import inspect
 
 import pytest
 import torch
-from host_fixtures import VIDEO, calls, conditioning, sample
+from host_fixtures import calls, conditioning, sample
 from test_nodes import ADVANCED, WIDGETS
 
 from tests.tools import comfy_inprocess
@@ -98,16 +98,15 @@ def test_the_second_expert_begins_with_the_pattern_of_the_first(pair, load):
 
 def test_the_report_of_either_run_is_on_one_socket(pair, load, nodes):
     high, low, handle = pair(load("wan_h64"), load("wan_h64")).args
-    halves(high, low)
+    out = halves(high, low)
     node = nodes["AdaSpaReport"].PREPARE_CLASS_CLONE({"hidden_inputs": {}})
-    text = node.execute({"samples": torch.zeros(VIDEO)}, 0, 0, handle).args[2]
+    text = node.execute({"samples": out}, 0, 0, handle).args[2]
     high_noise, low_noise = (run.lines() for run in handle.runs)
     assert text.split("\n") == high_noise + low_noise
     assert text.startswith("High noise: 288 tokens, steps 0 search, 1 sparse")
     assert "\nLow noise: 288 tokens, steps 2 search, 3 sparse" in text
     # a further run of the second alone takes the place of its earlier one
-    sample(low)
-    text = node.execute({"samples": torch.zeros(VIDEO)}, 0, 0, handle).args[2]
+    text = node.execute({"samples": sample(low)}, 0, 0, handle).args[2]
     assert text.count("High noise: ") == text.count("Low noise: ") == 1
     assert "\nLow noise: 288 tokens, steps 0 search, 1-3 sparse" in text
 
