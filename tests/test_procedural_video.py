@@ -12,6 +12,7 @@ TINY = Path(__file__).resolve().parent / "tiny_model"
 sys.path.insert(0, str(TINY))
 
 import check_model  # noqa: E402
+import networks  # noqa: E402
 import procedural_video as video  # noqa: E402
 import train  # noqa: E402
 
@@ -19,10 +20,10 @@ WEIGHTS = TINY / "tiny_wan.safetensors"
 RED = [-1.0, 1.0, -1.0, 1.0, 1.0, 1.0, 1.0, -1.0]
 
 
-def scenes(count, seed=0, things=None):
+def scenes(count, seed=0, things=None, rich=False):
     rng, found = random.Random(seed), []
     while len(found) < count:
-        scene = video.random_scene(rng, frames=32, aspect=1.3)
+        scene = video.random_scene(rng, frames=32, aspect=1.3, rich=rich)
         found += [scene] if things in (None, len(scene.things)) else []
     return found
 
@@ -54,10 +55,11 @@ def test_training_latents_are_of_the_size_of_the_noise():
     assert latent.mean((0, 2, 3, 4)).abs().max() < 0.3
 
 
-def test_rendered_scenes_read_back():
+@pytest.mark.parametrize("rich", [False, True])
+def test_rendered_scenes_read_back(rich):
     """The detector must be right on perfect videos, or it cannot judge a model's."""
     right = 0
-    chosen = scenes(16, things=1)
+    chosen = scenes(16, things=1, rich=rich)
     for scene, clip in zip(chosen, video.render(chosen, 32, 80, 104), strict=True):
         thing, found = scene.things[0], video.describe(clip)[0]
         keys = ("colour", "shape", "direction", "speed")
@@ -83,6 +85,58 @@ def test_a_thing_moves_the_way_its_sentence_says():
         assert torch.allclose(drift, expected, atol=0.02), direction
 
 
+def moved(scene, frames=8):
+    """How far each pixel's brightness changes over the clip."""
+    clip = video.render([scene], frames, 80, 104)[0].sum(0)
+    return (clip - clip[:1]).abs().amax(0)
+
+
+def test_the_front_thing_hides_the_one_behind():
+    first, second = (
+        video.replace(scenes(1, things=1)[0].things[0], colour=c, shape="square", x=0.65, y=0.5)
+        for c in ("red", "blue")
+    )
+    scene = video.replace(scenes(1)[0], things=(first, second), pattern="plain", pan="")
+    middle = video.render([scene], 1, 80, 104)[0, :, 0, 40, 52]
+    assert torch.allclose(middle, torch.tensor(video.COLOURS["red"]))
+
+
+@pytest.mark.parametrize("texture", video.TEXTURES)
+def test_a_texture_moves_and_turns_with_its_thing(texture):
+    """Seen from the thing nothing changes: frames differ by a shift only."""
+    thing = video.replace(
+        scenes(1, things=1)[0].things[0], texture=texture, shape="circle", size="large", radius=0.2,
+        direction="right", speed="quickly", x=0.65, y=0.5,
+    )  # fmt: skip
+    # 0.023 frame heights a frame are 23 pixels of a frame of 1,000
+    clip = video.render(
+        [video.replace(scenes(1)[0], things=(thing,), pattern="plain", pan="")], 3, 1000, 1300
+    )[0]
+    assert torch.allclose(clip[:, 0, :, :-46], clip[:, 2, :, 46:], atol=1e-3)
+    dark = clip[0, 0, 300:700, 450:850] < 0.5 * clip[0, 0].max()
+    assert bool(texture) == (dark.float().mean() > 0.3)
+
+
+@pytest.mark.parametrize("pan, shift", [("left", (0, 1)), ("up", (1, 0))])
+def test_clouds_pan_with_the_camera(pan, shift):
+    thing = video.replace(scenes(1)[0].things[0], x=9.0, y=9.0)
+    scene = video.replace(scenes(1)[0], things=(thing,), pattern="clouds", pan=pan)
+    # 0.012 frame heights a frame are 12 pixels of a frame of 1,000
+    before, after = video.render([scene], 2, 1000, 1000)[0].unbind(1)
+    down, right = (12 * s for s in shift)
+    assert torch.allclose(
+        before[:, : 1000 - down, : 1000 - right], after[:, down:, right:], atol=1e-3
+    )
+    assert moved(video.replace(scene, pan="")).max() == 0
+
+
+def test_the_tiny_models_world_knows_no_textures():
+    words = {w for s in scenes(200) for w in video.prompt(s).split()}
+    assert not words & {"striped", "dotted", "clouds"}
+    rich = {w for s in scenes(200, rich=True) for w in video.prompt(s).split()}
+    assert {"striped", "dotted", "clouds"} <= rich
+
+
 def test_words_are_the_same_on_every_machine():
     """The weights were trained on these signs; a change makes the model deaf."""
     embedding = video.embed_prompt("a large red star")
@@ -92,7 +146,7 @@ def test_words_are_the_same_on_every_machine():
 
 
 def test_no_two_words_share_a_vector():
-    words = {w for scene in scenes(400) for w in video.words_of(video.prompt(scene))}
+    words = {w for scene in scenes(400, rich=True) for w in video.words_of(video.prompt(scene))}
     vectors = {tuple(video.word_vector(*w)) for w in words}
     assert len(vectors) == len(words) > 60
 
@@ -104,14 +158,14 @@ def test_a_colour_belongs_to_its_clause():
 
 
 def test_every_sentence_fits():
-    assert max(len(video.prompt(s).split()) for s in scenes(400)) <= video.TEXT_TOKENS
+    assert max(len(video.prompt(s).split()) for s in scenes(400, rich=True)) <= video.TEXT_TOKENS
 
 
 def test_training_reads_text_as_the_node_does():
-    data = train.Data(seed=0, device="cpu")
+    data = train.Data(seed=0, rich=False, count=4, frames=32, aspect=1.3)
     prompts = [video.prompt(s) for s in scenes(4)] + [""]
     expected = torch.stack([video.embed_prompt(p) for p in prompts])
-    assert torch.equal(data.text(prompts), expected)
+    assert torch.equal(data.text(prompts).float(), expected)
 
 
 def test_noise_levels_cover_the_schedule():
@@ -169,6 +223,46 @@ def test_training_and_sampling_agree_on_noise_and_target(tiny):
     assert torch.allclose(sampling.timestep(sigma), 1000 * sigma)
     denoised = sampling.calculate_denoised(sigma, noise - latent, noisy)
     assert torch.allclose(denoised, latent, atol=1e-6)
+
+
+SMALL = {
+    "wan": {"heads": 2, "head_dim": 64, "layers": 2, "ffn": 64},
+    "hunyuan": {"heads": 1, "head_dim": 128, "layers": 3, "double": 1},
+}
+
+
+@pytest.mark.parametrize("family", SMALL)
+def test_a_trained_model_is_loaded_and_resumed_as_it_was(family, comfyui, tmp_path):
+    path = tmp_path / "small.safetensors"
+    args = train.parser().parse_args(["--out", str(tmp_path), "--no-compile", "--family", family])
+    vars(args).update(SMALL[family], comfyui=str(comfyui), rich=True, workers=0, gate=0.3)
+    trainer = train.Trainer(args, torch.device("cpu"))
+    batch = next(train.batches(args, 2, 8, 10, 2, "cpu"))
+    losses = [float(trainer.step(*batch, 3e-3)) for _ in range(12)]
+    assert losses[-1] < losses[0]
+    trainer.save(path)
+
+    model = check_model.load(path, str(comfyui)).model.diffusion_model.float()
+    latent, sigma = torch.randn(2, 16, 2, 8, 10), torch.tensor([300.0, 800.0])
+    text = torch.stack([video.embed_prompt("a large red star")] * 2)
+    inputs = [latent, sigma, text] + [torch.zeros(2, 768)] * (family == "hunyuan")
+    args.resume = path
+    resumed = train.Trainer(args, torch.device("cpu")).model
+    with torch.no_grad():
+        found, expected = (m(*inputs, transformer_options={}) for m in (model, resumed))
+    assert expected.abs().max() > 0.01
+    assert torch.allclose(found, expected, atol=1e-4)
+
+
+def test_eight_bit_rows_round_by_half_a_step(tmp_path):
+    state = {"wide": torch.randn(256, 128), "small": torch.randn(8), "thin": torch.randn(2, 2)}
+    networks.save(state, tmp_path / "w.safetensors", {"config": "{}"}, bits=8)
+    found, metadata = networks.read(tmp_path / "w.safetensors")
+    assert metadata == {"config": "{}"} and found.keys() == state.keys()
+    step = state["wide"].abs().amax(1, keepdim=True) / 127
+    error = (found["wide"].float() - state["wide"]).abs()
+    assert (error <= 0.5 * step + 0.004 * state["wide"].abs()).all()
+    assert torch.equal(found["small"], state["small"].bfloat16())
 
 
 def test_a_short_small_run_shows_the_colours_and_the_directions(tiny):

@@ -11,15 +11,16 @@ import argparse
 import json
 import os
 import random
-import sys
 import time
 from pathlib import Path
 
+import networks
 import procedural_video as video
 import torch
 import torch.nn.functional as F
 
 BLOCK = 64
+DENSITIES = (0.2, 0.1)
 FIXED_PROMPTS = (
     "a large red star moving left slowly over a navy gradient",
     "a small yellow circle moving right quickly over forest checks camera panning left",
@@ -28,21 +29,23 @@ FIXED_PROMPTS = (
     "a large green spinning triangle moving down quickly over a slate gradient camera panning right",
     "a small orange star moving up quickly and a large blue square moving left slowly over teal stripes",
 )
+RICH_PROMPTS = (
+    "a large striped red star moving left slowly over navy clouds",
+    "a small yellow circle moving right quickly over forest checks camera panning left",
+    "a large dotted white ring moving up slowly and a small pink circle moving right slowly over plain plum",
+    "a large dotted cyan spinning square moving right slowly over brown stripes camera panning up",
+    "a large green triangle moving down quickly over slate clouds camera panning right",
+    "a small striped orange star moving up quickly and a large blue square moving left slowly over teal clouds",
+)
 
 
 def load(path: Path, comfyui: str):
     """The model as the stock UNETLoader gives it."""
-    if comfyui not in sys.path:
-        sys.path.insert(0, comfyui)
-    import comfy.cli_args
-
-    comfy.cli_args.args.cpu = not torch.cuda.is_available()
-    comfy.cli_args.args.use_pytorch_cross_attention = True
-    import comfy.model_management
+    networks.prepare(comfyui, training=False)
     import comfy.sd
 
-    comfy.model_management.in_training = False
-    return comfy.sd.load_diffusion_model(str(path))
+    state, metadata = networks.read(path)
+    return comfy.sd.load_diffusion_model_state_dict(state, metadata=metadata)
 
 
 def generate(model, prompts, size, steps: int, seed: int, override=None) -> torch.Tensor:
@@ -56,8 +59,9 @@ def generate(model, prompts, size, steps: int, seed: int, override=None) -> torc
     noise = comfy.sample.prepare_noise(latent, seed)
     text = torch.stack([video.embed_prompt(p) for p in prompts])
     empty = torch.stack([video.embed_prompt("")] * len(prompts))
+    pooled = {"pooled_output": torch.zeros(len(prompts), networks.POOLED_DIM)}
     out = comfy.sample.sample(
-        clone, noise, steps, 1.0, "euler", "simple", [[text, {}]], [[empty, {}]], latent,
+        clone, noise, steps, 1.0, "euler", "simple", [[text, pooled]], [[empty, pooled]], latent,
         denoise=1.0, disable_pbar=True, seed=seed,
     )  # fmt: skip
     return model.get_model_object("latent_format").process_in(out.float().cpu())
@@ -86,33 +90,53 @@ def keep_largest(masses: torch.Tensor, density: float) -> torch.Tensor:
     return torch.zeros_like(masses, dtype=torch.bool).scatter_(-1, best, True)
 
 
+def over_video(attend, text: int = 0):
+    """An `optimized_attention_override` that hands self-attention over the video to `attend`.
+
+    `attend(layer, q, k, v)` gets and returns [B, H, L, D], or returns None where the host shall
+    attend. A layer is a block's type, if the model says it, and its index; `text` tokens come
+    before the video.
+    """
+
+    def attention(func, q, k, v, heads, mask=None, **kwargs):
+        options = kwargs.get("transformer_options") or {}
+        index = options.get("block_index")
+        q4, k4, v4 = (x if kwargs.get("skip_reshape") else split(x, heads) for x in (q, k, v))
+        # the text refiner and cross-attention are not over the video
+        ours = index is not None and q4.shape[2] == k4.shape[2] > text
+        out = attend((options.get("block_type", ""), index), q4, k4, v4) if ours else None
+        if out is None:
+            return func(q, k, v, heads=heads, mask=mask, **kwargs)
+        return out.transpose(1, 2).flatten(2)
+
+    return attention
+
+
 class Probe:
-    """An attention override that looks at one step and, if asked to, masks every later one."""
+    """Looks at one step's attention and, if asked to, masks every later one."""
 
     def __init__(self, search_step: int, sparsity: float | None = None):
         self.search_step, self.sparsity = search_step, sparsity
-        self.calls: dict[int, int] = {}
-        self.recalls: dict[int, list[float]] = {}
-        self.masks: dict[int, torch.Tensor] = {}
+        self.calls: dict[tuple, int] = {}
+        self.recalls: dict[tuple, dict[float, list[float]]] = {}
+        self.masks: dict[tuple, torch.Tensor] = {}
 
-    def __call__(self, func, q, k, v, heads, mask=None, **kwargs):
-        layer = kwargs["transformer_options"]["block_index"]
-        if q.shape[1] != k.shape[1]:
-            return func(q, k, v, heads=heads, mask=mask, **kwargs)
+    def __call__(self, layer, q, k, v):
         step = self.calls[layer] = self.calls.get(layer, -1) + 1
         if step == self.search_step:
-            masses = block_masses(split(q, heads), split(k, heads))
-            kept = torch.where(keep_largest(masses, 0.2), masses, 0.0).sum((0, 2, 3))
-            self.recalls[layer] = (kept / masses.sum((0, 2, 3))).tolist()
+            masses = block_masses(q, k)
+            whole = masses.sum((0, 2, 3))
+            self.recalls[layer] = {}
+            for density in DENSITIES:
+                kept = torch.where(keep_largest(masses, density), masses, 0.0).sum((0, 2, 3))
+                self.recalls[layer][density] = (kept / whole).tolist()
             if self.sparsity is not None:
                 keep = keep_largest(masses, 1 - self.sparsity)
                 rows = keep.repeat_interleave(BLOCK, 2).repeat_interleave(BLOCK, 3)
-                self.masks[layer] = rows[..., : q.shape[1], : q.shape[1]]
+                self.masks[layer] = rows[..., : q.shape[2], : q.shape[2]]
         if step > self.search_step and self.sparsity is not None:
-            q, k, v = (split(x, heads) for x in (q, k, v))
-            out = F.scaled_dot_product_attention(q, k, v, attn_mask=self.masks[layer])
-            return out.transpose(1, 2).flatten(2)
-        return func(q, k, v, heads=heads, mask=mask, **kwargs)
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=self.masks[layer])
+        return None
 
 
 def psnr(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -142,12 +166,12 @@ def animation(frames: torch.Tensor, path: Path, columns: int = 3, scale: int = 2
     images[0].save(path, save_all=True, append_images=images[1:], duration=83, loop=0)
 
 
-def score(model, size, steps: int, count: int) -> dict[str, float]:
+def score(model, size, steps: int, count: int, rich: bool) -> dict[str, float]:
     """Share of one-thing prompts whose video reads back as the prompt says."""
     rng = random.Random(1234)
     scenes = []
     while len(scenes) < count:
-        scene = video.random_scene(rng, video.FRAMES_PER_LATENT * size[0], size[2] / size[1])
+        scene = video.random_scene(rng, video.FRAMES_PER_LATENT * size[0], size[2] / size[1], rich)
         scenes += [scene] if len(scene.things) == 1 else []
     right = dict.fromkeys(("colour", "shape", "direction", "speed"), 0)
     for part in [scenes[i : i + 8] for i in range(0, count, 8)]:
@@ -159,7 +183,9 @@ def score(model, size, steps: int, count: int) -> dict[str, float]:
     return {key: round(n / count, 3) for key, n in right.items()}
 
 
-def check(path: Path, comfyui: str, setting: str, out: Path, scored: int = 48) -> dict:
+def check(
+    path: Path, comfyui: str, setting: str, out: Path, scored: int = 48, rich: bool = False
+) -> dict:
     *size, steps = (int(n) for n in setting.split("x"))
     began = time.monotonic()
     model = load(path, comfyui)
@@ -169,30 +195,37 @@ def check(path: Path, comfyui: str, setting: str, out: Path, scored: int = 48) -
         result.update(found)
         print(json.dumps(found), f"check {time.monotonic() - began:.1f} s", flush=True)
 
-    latents = generate(model, FIXED_PROMPTS, size, steps, seed=7)
+    prompts = RICH_PROMPTS if rich else FIXED_PROMPTS
+    latents = generate(model, prompts, size, steps, seed=7)
     dense = video.decode(latents)
     contact_sheet(dense, out / "dense.png")
     animation(dense, out / "dense.gif")
-    note(prompts=list(FIXED_PROMPTS), latent_std=round(float(latents.std()), 3))
+    note(prompts=list(prompts), latent_std=round(float(latents.std()), 3))
 
     search = round(0.2 * steps)
-    recalls, distances, sparse = [], [], []
-    for i, prompt in enumerate(FIXED_PROMPTS[: 6 if torch.cuda.is_available() else 1]):
+    recalls, distances, sparse = {density: [] for density in DENSITIES}, [], []
+    for i, prompt in enumerate(prompts[: 6 if torch.cuda.is_available() else 1]):
         alone = video.decode(generate(model, [prompt], size, steps, seed=100 + i))
         probe = Probe(search, sparsity=0.7)
-        sparse.append(video.decode(generate(model, [prompt], size, steps, 100 + i, probe)))
+        attention = over_video(probe, video.TEXT_TOKENS)
+        sparse.append(video.decode(generate(model, [prompt], size, steps, 100 + i, attention)))
         distances.append(psnr(alone, sparse[-1]))
-        recalls.append([probe.recalls[layer] for layer in sorted(probe.recalls)])
+        for density, found in recalls.items():
+            found.append([by_density[density] for by_density in probe.recalls.values()])
     contact_sheet(torch.cat(sparse), out / "sparse.png")
-    table = torch.tensor(recalls).mean(0)  # [layers, heads]
+    # [layers, heads]
+    tables = {density: torch.tensor(found).mean(0) for density, found in recalls.items()}
     note(
-        recall_at_density_02=round(float(table.mean()), 4),
-        recall_by_layer_and_head=[[round(r, 3) for r in row] for row in table.tolist()],
+        recall={str(density): round(float(t.mean()), 4) for density, t in tables.items()},
+        recall_by_layer_and_head={
+            str(density): [[round(r, 3) for r in row] for row in table.tolist()]
+            for density, table in tables.items()
+        },
         psnr_at_sparsity_07=distances,
         search_step=search,
     )
     if scored:
-        note(read_back=score(model, size, steps, scored), read_back_videos=scored)
+        note(read_back=score(model, size, steps, scored, rich), read_back_videos=scored)
     return result
 
 
@@ -203,10 +236,11 @@ def main() -> None:
     parser.add_argument("--model", type=Path, default=here / "tiny_wan.safetensors")
     parser.add_argument("--setting", default="16x40x52x30", help="TxHxWxSTEPS in latent sizes")
     parser.add_argument("--scored", type=int, default=0, help="videos to read back")
+    parser.add_argument("--rich", action="store_true", help="for models trained on rich scenes")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
-    found = check(args.model, args.comfyui, args.setting, args.out, args.scored)
+    found = check(args.model, args.comfyui, args.setting, args.out, args.scored, args.rich)
     (args.out / "check.json").write_text(json.dumps(found, indent=1))
 
 

@@ -2,7 +2,8 @@
 
 A scene is one or two shapes that move over a background. Its sentence says everything but the
 positions, so a model that has learned the task can be checked by reading its video back:
-`describe(video)` finds colour, shape, direction and speed again.
+`describe(video)` finds colour, shape, direction and speed again. Rich scenes, which the tiny model
+does not know, also have patterned things, cloudy backgrounds and pans up and down.
 
 Videos are [N, 3, F, Y, X] float in [0, 1]. Latents are what Wan21 calls model space:
 [N, 16, F/2, Y/2, X/2]. Lengths are in frame heights, speeds in frame heights per frame.
@@ -39,11 +40,15 @@ PATTERNS = {
     "gradient": "a {} gradient",
     "stripes": "{} stripes",
     "checks": "{} checks",
+    "clouds": "{} clouds",
 }
+PLAIN_WORLD = ("checks", "gradient", "plain", "stripes")
+TEXTURES = ("", "striped", "dotted")
 DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
 SPEEDS = {"slowly": 0.009, "quickly": 0.023}
 SIZES = {"small": (0.11, 0.14), "large": (0.19, 0.23)}
 PAN_SPEED = 0.012
+PANS = {"": (0, 0), "left": (1, 0), "right": (-1, 0), "up": (0, 1), "down": (0, -1)}
 FRAMES_PER_LATENT = 2
 
 # outer radius that makes every shape look as large as a circle of radius 1
@@ -66,6 +71,7 @@ class Thing:
     x: float
     y: float
     angle: float
+    texture: str = ""
 
 
 @dataclass(frozen=True)
@@ -80,7 +86,7 @@ class Scene:
     phase: float
 
 
-def random_scene(rng: random.Random, frames: int, aspect: float) -> Scene:
+def random_scene(rng: random.Random, frames: int, aspect: float, rich: bool = False) -> Scene:
     """Draws a scene whose things stay in view for `frames` frames; `aspect` is width / height."""
 
     def place(extent: float, travel: float) -> float:
@@ -105,14 +111,16 @@ def random_scene(rng: random.Random, frames: int, aspect: float) -> Scene:
                 x=place(aspect, travel * dx),
                 y=place(1.0, travel * dy),
                 angle=rng.uniform(0, 2 * math.pi),
+                texture=rng.choice(TEXTURES) if rich else "",
             )
         )
-    pattern = rng.choice(sorted(PATTERNS))
+    pattern = rng.choice((*PLAIN_WORLD, "clouds", "clouds") if rich else PLAIN_WORLD)
+    pans = ("", "", "left", "right", *(("up", "down") if rich else ()))
     return Scene(
         things=tuple(t if t.spinning else replace(t, angle=0.0) for t in things),
         pattern=pattern,
         background=rng.choice(sorted(BACKGROUNDS)),
-        pan=rng.choice(("", "", "left", "right")) if pattern != "plain" else "",
+        pan=rng.choice(pans) if pattern != "plain" else "",
         angle=rng.choice((0.0, math.pi / 4, math.pi / 2)),
         phase=rng.random(),
     )
@@ -120,11 +128,10 @@ def random_scene(rng: random.Random, frames: int, aspect: float) -> Scene:
 
 def prompt(scene: Scene) -> str:
     """The sentence of a scene, in the one order the model was trained on."""
-    things = [
-        f"a {t.size} {t.colour} {'spinning ' if t.spinning else ''}{t.shape} "
-        f"moving {t.direction} {t.speed}"
-        for t in scene.things
-    ]
+    things = []
+    for t in scene.things:
+        looks = (t.size, t.texture, t.colour, "spinning" if t.spinning else "", t.shape)
+        things.append(f"a {' '.join(filter(None, looks))} moving {t.direction} {t.speed}")
     ground = PATTERNS[scene.pattern].format(scene.background)
     pan = f" camera panning {scene.pan}" if scene.pan else ""
     return f"{' and '.join(things)} over {ground}{pan}"
@@ -184,51 +191,92 @@ def shape_distance(shape: torch.Tensor, x, y, radius, angle) -> torch.Tensor:
     return out
 
 
-def _columns(rows: list, device) -> torch.Tensor:
-    """Numbers per scene -> one [N, 1, 1, 1] tensor per number."""
-    return torch.tensor(rows, dtype=torch.float32).to(device).T[..., None, None, None]
+WAVES = 7
 
 
-def _ground(scenes, x, y, t, device) -> torch.Tensor:
-    names = list(PATTERNS)
-    pans = {"": 0.0, "left": 1.0, "right": -1.0}
-    colour = torch.tensor([BACKGROUNDS[s.background] for s in scenes]).to(device)
-    kind, angle, phase, pan = _columns(
-        [[names.index(s.pattern), s.angle, s.phase, pans[s.pan]] for s in scenes], device
-    )
-    x = x - pan * PAN_SPEED * t
+def _waves(phase: float) -> list[float]:
+    """Wave numbers along x and y, and the shifts, of the waves that make one scene's clouds."""
+    rng = random.Random(phase)
+    waves = []
+    for _ in range(WAVES):
+        angle, number = rng.uniform(0, math.pi), 2 * math.pi / rng.uniform(0.13, 0.5)
+        waves += [number * math.cos(angle), number * math.sin(angle), rng.uniform(0, 2 * math.pi)]
+    return waves
+
+
+def parameters(scenes: list[Scene]) -> torch.Tensor:
+    """[N, P] float32: all that `paint` needs to know."""
+    rows, names = [], list(PATTERNS)
+    for scene in scenes:
+        row = [*BACKGROUNDS[scene.background], names.index(scene.pattern), scene.angle]
+        row += [scene.phase, *PANS[scene.pan], *_waves(scene.phase)]
+        for layer in (1, 0):
+            # a scene without a second thing draws its first one twice
+            t = scene.things[min(layer, len(scene.things) - 1)]
+            row += [
+                SHAPES.index(t.shape),
+                t.x,
+                t.y,
+                *(SPEEDS[t.speed] * d for d in DIRECTIONS[t.direction]),
+            ]
+            row += [t.radius, t.angle, 0.10 if t.spinning else 0.0, TEXTURES.index(t.texture)]
+            row += COLOURS[t.colour]
+        rows.append(row)
+    return torch.tensor(rows, dtype=torch.float32)
+
+
+def _ground(colour, row: list, waves, x, y, t) -> torch.Tensor:
+    kind, angle, phase, pan_x, pan_y = row
+    x, y = x - pan_x * PAN_SPEED * t, y - pan_y * PAN_SPEED * t
     u, v = x * angle.cos() + y * angle.sin(), y * angle.cos() - x * angle.sin()
     wave = torch.sin(2 * math.pi * (u / 0.36 + phase))
     cross = torch.sin(2 * math.pi * (v / 0.36 + phase))
     slope = torch.sin(2 * math.pi * (u / 2.0 + phase))
+    clouds = torch.zeros_like(wave)
+    for kx, ky, shift in zip(*[iter(waves)] * 3, strict=True):
+        clouds = clouds + torch.sin(kx * x + ky * y + shift)
     level = torch.where(kind == 1, slope, torch.zeros_like(wave))
     level = torch.where(kind == 2, (2.5 * wave).clamp(-1, 1), level)
     level = torch.where(kind == 3, (4 * wave * cross).clamp(-1, 1), level)
-    return colour[:, :, None, None, None] * (1.0 + 0.38 * level[:, None])
+    level = torch.where(kind == 4, (0.7 * clouds).clamp(-1.2, 1.2), level)
+    return colour * (1.0 + 0.38 * level[:, None])
+
+
+def _dark(texture, x, y, angle) -> torch.Tensor:
+    """How much of a thing's light its texture takes: 0 or 1, with soft edges."""
+    u, v = x * angle.cos() + y * angle.sin(), y * angle.cos() - x * angle.sin()
+    wave, cross = (torch.sin(2 * math.pi / 0.09 * axis) for axis in (u, v))
+    striped, dotted = (2.0 * (wave - 0.35)).clamp(0, 1), (2.5 * (wave * cross - 0.25)).clamp(0, 1)
+    return (texture == 1) * striped + (texture == 2) * dotted
+
+
+def paint(parameters: torch.Tensor, frames: int, height: int, width: int) -> torch.Tensor:
+    """[N, 3, F, Y, X] float32 in [0, 1] from what `parameters` gave."""
+    device = parameters.device
+    t = torch.arange(frames, device=device).float()[:, None, None] - 0.5 * (frames - 1)
+    y = (torch.arange(height, device=device).float()[None, :, None] + 0.5) / height
+    x = (torch.arange(width, device=device).float()[None, None, :] + 0.5) / height
+    columns = list(parameters.T[..., None, None, None])
+
+    def colour() -> torch.Tensor:
+        return torch.stack([columns.pop(0) for _ in range(3)], 1)
+
+    def take(count: int) -> list[torch.Tensor]:
+        return [columns.pop(0) for _ in range(count)]
+
+    video = _ground(colour(), take(5), take(3 * WAVES), x, y, t)
+    for _ in range(2):
+        shape, cx, cy, dx, dy, radius, angle, spin, texture = take(9)
+        u, v, turn = x - cx - dx * t, y - cy - dy * t, angle + spin * t
+        cover = (0.5 - shape_distance(shape, u, v, radius, turn) * height).clamp(0, 1)[:, None]
+        surface = colour() * (1 - 0.65 * _dark(texture, u, v, turn))[:, None]
+        video = torch.lerp(video.expand(-1, -1, frames, -1, -1), surface, cover)
+    return video
 
 
 def render(scenes: list[Scene], frames: int, height: int, width: int, device="cpu"):
     """[N, 3, F, Y, X] float32 in [0, 1]."""
-    t = torch.arange(frames, device=device).float()[:, None, None] - 0.5 * (frames - 1)
-    y = (torch.arange(height, device=device).float()[None, :, None] + 0.5) / height
-    x = (torch.arange(width, device=device).float()[None, None, :] + 0.5) / height
-    video = _ground(scenes, x, y, t, device)
-    for layer in (1, 0):
-        rows, colours = [], []
-        for scene in scenes:
-            # a scene without a second thing draws its first one twice
-            thing = scene.things[min(layer, len(scene.things) - 1)]
-            dx, dy = (SPEEDS[thing.speed] * d for d in DIRECTIONS[thing.direction])
-            spin = 0.10 if thing.spinning else 0.0
-            index = SHAPES.index(thing.shape)
-            rows.append([index, thing.x, thing.y, dx, dy, thing.radius, thing.angle, spin])
-            colours.append(COLOURS[thing.colour])
-        shape, cx, cy, dx, dy, radius, angle, spin = _columns(rows, device)
-        away = shape_distance(shape, x - cx - dx * t, y - cy - dy * t, radius, angle + spin * t)
-        cover = (0.5 - away * height).clamp(0, 1)[:, None]
-        colour = torch.tensor(colours).to(device)[:, :, None, None, None]
-        video = torch.lerp(video.expand(-1, -1, frames, -1, -1), colour, cover)
-    return video
+    return paint(parameters(scenes).to(device), frames, height, width)
 
 
 def _hadamard(size: int) -> torch.Tensor:

@@ -1,6 +1,9 @@
-"""Trains the tiny Wan model on procedural video within a time budget, then checks it.
+"""Trains a small model on procedural video within a time budget, then checks it.
 
     python tests/tiny_model/train.py --comfyui PATH --minutes 8 --out OUT
+
+Without more options that is the tiny model. `--family`, `--heads`, `--head-dim` and `--layers` make
+others, `--rich` adds textures, `--resume` goes on from saved weights with a new optimiser.
 
 Flow matching as ComfyUI samples it: x = (1 - sigma) * video + sigma * noise, the model is told
 1000 * sigma and predicts noise - video. Weights are bf16 on the GPU over float32 masters; what
@@ -13,89 +16,58 @@ import math
 import os
 import platform
 import random
-import sys
 import time
 from pathlib import Path
 
+import networks
 import procedural_video as video
-import safetensors.torch
 import torch
 import torch.nn.functional as F
+from networks import precision
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 # latent frames, height, width, batch, share of the time: 1,040, 3,024 and 8,320 tokens
 STAGES = "8x20x26x96:0.30,12x28x36x32:0.22,16x40x52x12:0.48"
 
 
-def import_wan(comfyui: str):
-    """ComfyUI's model class and its plain layers, without starting ComfyUI."""
-    sys.path.insert(0, comfyui)
-    import comfy.cli_args
+class Data(torch.utils.data.IterableDataset):
+    """Endless batches of scenes and their text, drawn anew each time.
 
-    comfy.cli_args.args.cpu = not torch.cuda.is_available()
-    comfy.cli_args.args.use_pytorch_cross_attention = True
-    import comfy.ldm.wan.model
-    import comfy.model_management
-    import comfy.ops
+    Args:
+        count: scenes per batch.
+        frames, aspect: of the video, in pixels.
+    """
 
-    return comfy.ldm.wan.model.WanModel, comfy.ops.disable_weight_init, comfy.model_management
-
-
-def precision(device) -> torch.dtype:
-    return torch.bfloat16 if device.type == "cuda" else torch.float32
-
-
-def build(args, device) -> torch.nn.Module:
-    wan, operations, _ = import_wan(args.comfyui)
-    model = wan(
-        model_type="t2v", dim=args.width, ffn_dim=args.ffn, num_heads=args.width // 64,
-        num_layers=args.layers, text_dim=video.TEXT_DIM, in_dim=16, out_dim=16,
-        device=device, dtype=precision(device), operations=operations,
-    )  # fmt: skip
-    generator = torch.Generator().manual_seed(args.seed)
-    for name, p in model.named_parameters():
-        value = torch.randn(p.shape, generator=generator)
-        if name.endswith("norm_q.weight") or "norm_k" in name or name.endswith("norm3.weight"):
-            value = torch.ones(p.shape)
-        elif name.startswith("head.head"):
-            value = torch.zeros(p.shape)
-        elif name.endswith("modulation"):
-            value = value * args.width**-0.5
-        elif p.ndim >= 2:
-            small = 0.3 if name.startswith("time_projection") else 1.0
-            value = value * small * p[0].numel() ** -0.5
-        else:
-            value = torch.zeros(p.shape)
-        p.data.copy_(value)
-    return model
-
-
-class Data:
-    """Endless batches of latents and text, drawn anew each time."""
-
-    def __init__(self, seed: int, device):
-        self.rng = random.Random(seed)
-        self.device = device
+    def __init__(self, seed: int, rich: bool, count: int, frames: int, aspect: float):
+        self.seed, self.rich, self.count = seed, rich, count
+        self.frames, self.aspect = frames, aspect
         self.rows: dict[tuple[str, int], int] = {}
-        self.table = torch.zeros(1, video.TEXT_DIM, device=device)
+        self.table = torch.zeros(1, video.TEXT_DIM, dtype=torch.int8)
+
+    def __iter__(self):
+        worker = torch.utils.data.get_worker_info()
+        rng = random.Random(f"{self.seed} {self.count} {worker.id if worker else 0}")
+        while True:
+            yield self.batch(rng)
+
+    def batch(self, rng: random.Random) -> tuple[torch.Tensor, torch.Tensor]:
+        """What `paint` needs, and text; one prompt in ten is empty."""
+        size = self.frames, self.aspect, self.rich
+        scenes = [video.random_scene(rng, *size) for _ in range(self.count)]
+        prompts = [video.prompt(s) if rng.random() > 0.1 else "" for s in scenes]
+        return video.parameters(scenes), self.text(prompts)
 
     def text(self, prompts: list[str]) -> torch.Tensor:
-        """[N, TEXT_TOKENS, TEXT_DIM]; the same rows as `embed_prompt`, looked up on the device."""
+        """[N, TEXT_TOKENS, TEXT_DIM] int8, the same signs as `embed_prompt`."""
         ids = torch.zeros(len(prompts), video.TEXT_TOKENS, dtype=torch.long)
         for i, prompt in enumerate(prompts):
             for j, word in enumerate(video.words_of(prompt)):
                 if word not in self.rows:
                     self.rows[word] = len(self.table)
-                    row = torch.tensor([video.word_vector(*word)], device=self.device)
+                    row = torch.tensor([video.word_vector(*word)], dtype=torch.int8)
                     self.table = torch.cat((self.table, row))
                 ids[i, j] = self.rows[word]
-        return self.table[ids.to(self.device)]
-
-    def batch(self, count: int, frames: int, height: int, width: int):
-        """Latents [N, 16, T, H, W] and text; one prompt in ten is empty."""
-        pixels = video.FRAMES_PER_LATENT * frames, 2 * height, 2 * width
-        scenes = [video.random_scene(self.rng, pixels[0], width / height) for _ in range(count)]
-        prompts = [video.prompt(s) if self.rng.random() > 0.1 else "" for s in scenes]
-        return video.encode(video.render(scenes, *pixels, device=self.device)), self.text(prompts)
+        return self.table[ids]
 
 
 def draw_sigma(count: int, shift: float, device) -> torch.Tensor:
@@ -135,43 +107,77 @@ class Muon:
             torch._foreach_add_(group, list(x.unbind()), alpha=-lr * scale)
 
 
-def plain_attention(func, q, k, v, heads, mask=None, **kwargs):
+def plain_attention(func, q, k, v, heads, mask=None, skip_reshape=False, **kwargs):
     """ComfyUI's attention override: SDPA without the host's bookkeeping, so that it compiles."""
-    q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))
+    if not skip_reshape:
+        q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+
+
+def fastest_backends(heads: int, head_dim: int, tokens: int, device) -> list[SDPBackend]:
+    """cuDNN's attention first where it agrees with flash attention and is faster."""
+    flash, cudnn = SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION
+    others = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+    if device.type != "cuda":
+        return [flash, *others]
+    qkv = torch.randn(4, tokens, 3, heads, head_dim, device=device, dtype=torch.bfloat16)
+    qkv.requires_grad_()
+    found, seconds = {}, {}
+    for backend in (flash, cudnn):
+        try:
+            with sdpa_kernel(backend):
+                for _ in range(3):
+                    torch.cuda.synchronize()
+                    began = time.monotonic()
+                    out = F.scaled_dot_product_attention(*qkv.permute(2, 0, 3, 1, 4))
+                    (grad,) = torch.autograd.grad(out.square().sum(), qkv)
+                    torch.cuda.synchronize()
+                    seconds[backend] = time.monotonic() - began
+                found[backend] = torch.cat((out.flatten(), grad.flatten())).float()
+        except RuntimeError as error:
+            print(f"{backend.name}: {error}", flush=True)
+    print({b.name: round(1000 * s, 2) for b, s in seconds.items()}, "ms", flush=True)
+    if len(found) < 2:
+        return [*found, *others]
+    error = (found[cudnn] - found[flash]).norm() / found[flash].norm()
+    agree = bool(error < 0.02) and seconds[cudnn] < seconds[flash]
+    return [cudnn, flash, *others] if agree else [flash, *others]
 
 
 class Trainer:
     def __init__(self, args, device):
         self.args, self.device = args, device
-        self.model = build(args, device)
-        _, _, management = import_wan(args.comfyui)
-        management.in_training = True
+        networks.prepare(args.comfyui, training=True)
+        self.model = networks.build(args, device)
+        if args.resume:
+            self.model.load_state_dict(networks.read(args.resume)[0])
         if args.compile:
-            for block in self.model.blocks:
+            for block in networks.attention_blocks(self.model):
                 block.compile(dynamic=False)
+        names = [name for name, _ in self.model.named_parameters()]
         self.weights = list(self.model.parameters())
         self.masters = [p.detach().float().clone().requires_grad_() for p in self.weights]
         self.average = [p.detach().clone() for p in self.masters]
-        names = [name for name, _ in self.model.named_parameters()]
-        matrix = [n.startswith("blocks.") and n.endswith(".weight") and p.ndim == 2
-                  for n, p in zip(names, self.weights, strict=True)]  # fmt: skip
         for_muon, for_adam = [], []
-        for master, is_matrix in zip(self.masters, matrix, strict=True):
+        for name, master in zip(names, self.masters, strict=True):
+            is_matrix = "blocks." in name and master.ndim == 2 and "mod" not in name.lower()
             (for_muon if is_matrix and args.optimizer == "muon" else for_adam).append(master)
         self.muon = Muon(for_muon)
-        self.adam = torch.optim.AdamW(for_adam, lr=args.lr, betas=(0.9, 0.98), weight_decay=0.0)
+        self.adam = torch.optim.AdamW(
+            for_adam, lr=args.lr, betas=(0.9, 0.98), weight_decay=0.0, fused=device.type == "cuda"
+        )
         self.steps = 0
 
     def loss(self, latent: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
         noise = torch.randn_like(latent)
         sigma = draw_sigma(len(latent), self.args.shift, self.device)
         s = sigma[:, None, None, None, None]
-        options, dtype = {"optimized_attention_override": plain_attention}, precision(self.device)
-        out = self.model(
-            torch.lerp(latent, noise, s).to(dtype), 1000 * sigma, text.to(dtype),
-            transformer_options=options,
-        )  # fmt: skip
+        dtype = precision(self.device)
+        inputs = [torch.lerp(latent, noise, s).to(dtype), 1000 * sigma, text.to(dtype)]
+        if self.args.family == "hunyuan":
+            inputs.append(text.new_zeros(len(text), networks.POOLED_DIM, dtype=dtype))
+        options = {"optimized_attention_override": plain_attention}
+        out = self.model(*inputs, transformer_options=options)
         return F.mse_loss(out.float(), noise - latent)
 
     def step(self, latent, text, rate: float) -> torch.Tensor:
@@ -199,10 +205,8 @@ class Trainer:
 
     def save(self, path: Path) -> None:
         names = [name for name, _ in self.model.named_parameters()]
-        state = {n: p.bfloat16().cpu() for n, p in zip(names, self.average, strict=True)}
-        config = {"num_heads": self.args.width // 64, "text_dim": video.TEXT_DIM}
-        metadata = {"config": json.dumps({"transformer": config})}
-        safetensors.torch.save_file(state, path, metadata=metadata)
+        state = dict(zip(names, self.average, strict=True))
+        networks.save(state, path, networks.metadata(self.args), self.args.bits)
 
 
 def learning_rate(args, progress: float) -> float:
@@ -210,9 +214,18 @@ def learning_rate(args, progress: float) -> float:
     return args.lr * min(1.0, progress / 0.02, (1 - progress) / 0.6 + 0.002)
 
 
+def batches(args, frames: int, height: int, width: int, count: int, device):
+    """Endless latents [N, 16, T, H, W] and text of one size."""
+    pixels = video.FRAMES_PER_LATENT * frames, 2 * height, 2 * width
+    data = Data(args.seed, args.rich, count, pixels[0], width / height)
+    loader = torch.utils.data.DataLoader(data, batch_size=None, num_workers=args.workers)
+    for scenes, text in loader:
+        yield video.encode(video.paint(scenes.to(device), *pixels)), text.to(device)
+
+
 def train(args, device, started: float) -> tuple[Trainer, list[dict]]:
     torch.manual_seed(args.seed)
-    trainer, data = Trainer(args, device), Data(args.seed, device)
+    trainer = Trainer(args, device)
     budget, log, done_share, saved = 60 * args.minutes, [], 0.0, started
     for stage in args.stages.split(","):
         size, share = stage.split(":")
@@ -220,10 +233,11 @@ def train(args, device, started: float) -> tuple[Trainer, list[dict]]:
         tokens = frames * (height // 2) * (width // 2)
         done_share += float(share)
         losses, first, clock = [], trainer.steps, time.monotonic()
-        while time.monotonic() - started < budget * done_share:
-            progress = (time.monotonic() - started) / budget
-            batch = data.batch(count, frames, height, width)
-            losses.append(trainer.step(*batch, learning_rate(args, progress)))
+        for batch in batches(args, frames, height, width, count, device):
+            elapsed = time.monotonic() - started
+            if elapsed >= budget * done_share:
+                break
+            losses.append(trainer.step(*batch, learning_rate(args, elapsed / budget)))
             # the first four steps of a stage hold its compilation
             if len(losses) < args.log_every and trainer.steps != first + 4:
                 continue
@@ -238,12 +252,12 @@ def train(args, device, started: float) -> tuple[Trainer, list[dict]]:
             print(json.dumps(row), flush=True)
             losses, clock = [], time.monotonic()
             if time.monotonic() - saved > 60:
-                trainer.save(args.out / "tiny_wan.safetensors")
+                trainer.save(args.out / f"{args.name}.safetensors")
                 saved = clock = time.monotonic()
     return trainer, log
 
 
-def main() -> None:
+def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--comfyui", default=os.environ.get("COMFYUI_PATH", ""))
     parser.add_argument("--out", type=Path, required=True)
@@ -251,9 +265,19 @@ def main() -> None:
         "--minutes", type=float, default=8.0, help="for training, checks come on top"
     )
     parser.add_argument("--stages", default=STAGES, help="TxHxWxBATCH:SHARE,... in latent sizes")
-    parser.add_argument("--width", type=int, default=256)
+    parser.add_argument("--name", default="tiny_wan", help="of the file of weights")
+    parser.add_argument("--family", choices=tuple(networks.FAMILIES), default="wan")
+    parser.add_argument("--heads", type=int, default=4)
+    parser.add_argument("--head-dim", type=int, default=64)
     parser.add_argument("--layers", type=int, default=6)
-    parser.add_argument("--ffn", type=int, default=640)
+    parser.add_argument("--double", type=int, default=2, help="double blocks of hunyuan's layers")
+    parser.add_argument("--ffn", type=int, default=640, help="wan only")
+    parser.add_argument("--qk-gain", type=float, default=1.0, help="of new weights")
+    parser.add_argument("--gate", type=float, default=0.0, help="of new weights")
+    parser.add_argument("--resume", type=Path, help="weights to go on from")
+    parser.add_argument("--rich", action="store_true", help="textures, clouds, pans up and down")
+    parser.add_argument("--bits", type=int, choices=(8, 16), default=16, help="of the saved file")
+    parser.add_argument("--workers", type=int, default=4, help="processes that draw scenes")
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--optimizer", choices=("muon", "adamw"), default="muon")
     parser.add_argument("--shift", type=float, default=6.0, help="of the noise levels in training")
@@ -262,15 +286,24 @@ def main() -> None:
     parser.add_argument("--log-every", type=int, default=50)
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--check", default="16x40x52x30", help="TxHxWxSTEPS to sample, empty: none")
-    args = parser.parse_args()
+    parser.add_argument("--scored", type=int, default=48, help="videos to read back in the check")
+    return parser
+
+
+def main() -> None:
+    args = parser().parse_args()
     started = time.monotonic()
     args.out.mkdir(parents=True, exist_ok=True)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.set_float32_matmul_precision("high")
-    trainer, log = train(args, device, started)
-    path = args.out / "tiny_wan.safetensors"
+    frames, height, width = (int(n) for n in args.stages.split(",")[-1].split("x")[:3])
+    backends = fastest_backends(args.heads, args.head_dim, frames * height * width // 4, device)
+    with sdpa_kernel(backends, set_priority=True):
+        trainer, log = train(args, device, started)
+    path = args.out / f"{args.name}.safetensors"
     trainer.save(path)
-    settings = {k: v for k, v in vars(args).items() if k not in ("comfyui", "out")}
+    settings = {k: v for k, v in vars(args).items() if k not in ("comfyui", "out", "resume")}
+    settings["resumed"] = args.resume is not None
     result = {
         "settings": settings,
         "date": time.strftime("%Y-%m-%d"),
@@ -278,6 +311,7 @@ def main() -> None:
         "torch": torch.__version__,
         "python": platform.python_version(),
         "parameters": sum(p.numel() for p in trainer.weights),
+        "attention": backends[0].name,
         "training_seconds": round(time.monotonic() - started, 1),
         "log": log,
     }
@@ -288,7 +322,9 @@ def main() -> None:
         del trainer
         import check_model
 
-        result["check"] = check_model.check(path, args.comfyui, args.check, args.out)
+        result["check"] = check_model.check(
+            path, args.comfyui, args.check, args.out, args.scored, args.rich
+        )
         report.write_text(json.dumps(result, indent=1))
         print(f"all done after {time.monotonic() - started:.0f} s", flush=True)
 

@@ -1,0 +1,122 @@
+"""The lab's models: where they lie, how their tokens are laid out, how they are sampled.
+
+    spec = MODELS["joint"]
+    model = load(spec, comfyui, folder)
+    latent = generate(model, [prompt], spec.latent, steps, seed, override(spec, attend))
+    frames = video.decode(latent)
+
+`attend(layer, q, k, v)` is called for every self-attention over the video, with [B, H, L, D], and
+returns [B, H, L, D], or None where the host shall attend.
+"""
+
+import random
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+TINY = ROOT / "tests" / "tiny_model"
+sys.path[:0] = [str(path) for path in (ROOT, TINY) if str(path) not in sys.path]
+
+import check_model  # noqa: E402
+import procedural_video as video  # noqa: E402
+
+from sparse_attn.token_layout import TokenLayout  # noqa: E402
+from tests.tools import comfy_inprocess  # noqa: E402
+
+Attend = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor | None]
+
+
+@dataclass(frozen=True)
+class LabModel:
+    """One trained model.
+
+    Args:
+        latent: (T, H, W) of the latents it is sampled at, which it was trained at last.
+        text: tokens of text in every self-attention call, in front of the video; 0 where the model
+            reads text by cross-attention.
+        double: layers of the first block type; only joint models have two types.
+        layers: self-attention layers over the video, of all types.
+        rich: whether its scenes have textures, see `procedural_video.random_scene`.
+        recipe: arguments of `tests/tiny_model/train.py` that train it; minutes come on top.
+    """
+
+    name: str
+    family: str
+    heads: int
+    head_dim: int
+    layers: int
+    latent: tuple[int, int, int]
+    text: int = 0
+    double: int = 0
+    rich: bool = False
+    recipe: str = ""
+
+    @property
+    def layout(self) -> TokenLayout:
+        return self.layout_at(self.latent)
+
+    def layout_at(self, latent) -> TokenLayout:
+        """`before` is the text; the grid is (T, H / 2, W / 2): patches are 1 x 2 x 2."""
+        frames, height, width = latent
+        return TokenLayout(self.text, frames, height // 2, width // 2)
+
+
+RECIPE = "--rich --bits 8 --qk-gain 1.3 --gate 0.3 --lr 2.5e-3 --ema 0.99 --scored 32 "
+
+MODELS = {
+    "tiny": LabModel("tiny", "wan", heads=4, head_dim=64, layers=6, latent=(16, 40, 52)),
+    "wan128": LabModel(
+        "wan128", "wan", heads=4, head_dim=128, layers=6, latent=(16, 40, 56), rich=True,
+        recipe=RECIPE + "--family wan --heads 4 --head-dim 128 --layers 6 --ffn 1024 "
+        "--stages 8x20x28x64:0.35,12x28x40x24:0.2,16x40x56x8:0.45 --check 16x40x56x30",
+    ),
+    "joint": LabModel(
+        "joint", "hunyuan", heads=3, head_dim=128, layers=6, latent=(16, 40, 52), rich=True,
+        text=video.TEXT_TOKENS, double=2,
+        recipe=RECIPE + "--family hunyuan --heads 3 --head-dim 128 --layers 6 --double 2 "
+        "--stages 8x20x26x64:0.35,12x28x36x24:0.2,16x40x52x8:0.45 --check 16x40x52x30",
+    ),
+}  # fmt: skip
+
+
+def load(spec: LabModel, comfyui: str, folder: Path | None = None):
+    """The model as ComfyUI's loader gives it; `folder` holds what is not in the repository."""
+    comfy_inprocess.start(comfyui)
+    path = TINY / "tiny_wan.safetensors"
+    if spec.name != "tiny":
+        if folder is None:
+            raise FileNotFoundError(f"{spec.name} is trained, not committed; say where it lies.")
+        path = Path(folder) / f"{spec.name}.safetensors"
+    return check_model.load(path, comfyui)
+
+
+def generate(model, prompts, latent_size, steps: int, seed: int, attention=None) -> torch.Tensor:
+    """Latents [N, 16, T, H, W] from euler, simple, cfg 1; `video.decode` makes frames of them.
+
+    `attention` is an `optimized_attention_override`; a fresh `override(spec, attend)` per run.
+    """
+    return check_model.generate(model, prompts, latent_size, steps, seed, attention)
+
+
+def override(spec: LabModel, attend: Attend):
+    """An `optimized_attention_override` that hands self-attention over the video to `attend`.
+
+    `layer` counts all blocks of the model in the order in which they run. Text comes first in
+    the sequence where the model is joint: tokens [0, spec.text) of q, k and v.
+    """
+
+    def by_number(layer, q, k, v):
+        kind, index = layer
+        return attend(index + spec.double * (kind == "single"), q, k, v)
+
+    return check_model.over_video(by_number, spec.text)
+
+
+def scenes(spec: LabModel, count: int) -> list[video.Scene]:
+    """The same scenes in every run; `video.prompt(scene)` says what `video.describe` shall read."""
+    frames, aspect = video.FRAMES_PER_LATENT * spec.latent[0], spec.latent[2] / spec.latent[1]
+    return [video.random_scene(random.Random(i), frames, aspect, spec.rich) for i in range(count)]

@@ -1,0 +1,162 @@
+"""ComfyUI's model classes that are trained here, their first weights, and files of weights."""
+
+import json
+import sys
+from pathlib import Path
+
+import procedural_video as video
+import safetensors
+import safetensors.torch
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+# ComfyUI knows HunyuanVideo, as against its image models, by a pooled text vector of this width
+POOLED_DIM = 768
+
+
+def prepare(comfyui: str, training: bool) -> None:
+    """Makes `import comfy` work without starting ComfyUI."""
+    for path in (str(ROOT), comfyui):
+        if path not in sys.path:
+            sys.path.insert(0, path)
+    from tests.tools import torchvision_shim
+
+    torchvision_shim.install()
+    import comfy.cli_args
+
+    comfy.cli_args.args.cpu = not torch.cuda.is_available()
+    comfy.cli_args.args.use_pytorch_cross_attention = True
+    import comfy.model_management
+
+    comfy.model_management.in_training = training
+
+
+def precision(device) -> torch.dtype:
+    return torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
+
+
+def wan(args, **common) -> torch.nn.Module:
+    """Self-attention over the video, cross-attention to the text."""
+    import comfy.ldm.wan.model
+    import comfy.ops
+
+    model = comfy.ldm.wan.model.WanModel(
+        model_type="t2v", dim=args.heads * args.head_dim, ffn_dim=args.ffn, num_heads=args.heads,
+        num_layers=args.layers, text_dim=video.TEXT_DIM, in_dim=16, out_dim=16,
+        operations=comfy.ops.disable_weight_init, **common,
+    )  # fmt: skip
+    # the first block's input lies in memory as every other's: one compilation serves all
+    model.patch_embedding.register_forward_hook(
+        lambda module, inputs, out: out.contiguous(memory_format=torch.channels_last_3d)
+    )
+    return model
+
+
+def hunyuan(args, **common) -> torch.nn.Module:
+    """One sequence of text and video; `args.double` of the layers are double blocks.
+
+    The loader derives all sizes from the width: heads of 128, a feed-forward of four widths.
+    """
+    import comfy.ldm.flux.layers as layers
+    import comfy.ldm.hunyuan_video.model
+    import comfy.ops
+
+    class Operations(comfy.ops.disable_weight_init):
+        class LayerNorm(comfy.ops.disable_weight_init.LayerNorm):
+            # blocks add to their input in place, which autograd needs unchanged
+            def forward(self, x):
+                return super().forward(x.clone())
+
+    class Double(layers.DoubleStreamBlock):
+        def forward(self, img, txt, vec, pe, transformer_options, **kwargs):
+            return super().forward(
+                img.clone(), txt.clone(), vec, pe, transformer_options=transformer_options
+            )
+
+    class Single(layers.SingleStreamBlock):
+        def forward(self, x, vec, pe, transformer_options, **kwargs):
+            return super().forward(x.clone(), vec, pe, transformer_options=transformer_options)
+
+    if args.head_dim != 128:
+        raise ValueError("ComfyUI loads HunyuanVideo with heads of 128 only.")
+    model = comfy.ldm.hunyuan_video.model.HunyuanVideo(
+        image_model="hunyuan_video", in_channels=16, out_channels=16, vec_in_dim=POOLED_DIM,
+        context_in_dim=video.TEXT_DIM, hidden_size=args.heads * args.head_dim, mlp_ratio=4.0,
+        num_heads=args.heads, depth=args.double, depth_single_blocks=args.layers - args.double,
+        axes_dim=[16, 56, 56], theta=256, patch_size=[1, 2, 2], qkv_bias=True,
+        guidance_embed=False, byt5=False, meanflow=False, use_cond_type_embedding=False,
+        vision_in_dim=None, meanflow_sum=False, operations=Operations, **common,
+    )  # fmt: skip
+    for block in model.double_blocks:
+        block.__class__ = Double
+    for block in model.single_blocks:
+        block.__class__ = Single
+    return model
+
+
+FAMILIES = {"wan": wan, "hunyuan": hunyuan}
+
+
+def attention_blocks(model) -> list[torch.nn.Module]:
+    """The blocks that attend over the video, in the order in which they run."""
+    if hasattr(model, "double_blocks"):
+        return [*model.double_blocks, *model.single_blocks]
+    return list(model.blocks)
+
+
+def build(args, device) -> torch.nn.Module:
+    model = FAMILIES[args.family](args, device=device, dtype=precision(device))
+    width = args.heads * args.head_dim
+    generator = torch.Generator().manual_seed(args.seed)
+    for name, p in model.named_parameters():
+        value = torch.randn(p.shape, generator=generator)
+        if p.ndim == 1:
+            value = torch.zeros(p.shape)
+            if "norm" in name and name.endswith("weight"):
+                # sharper self-attention from the start
+                value += args.qk_gain if ".norm_" in name or "_norm." in name else 1.0
+            elif name.endswith("mod.lin.bias") or name.endswith("modulation.lin.bias"):
+                value.unflatten(0, (-1, 3, width))[:, 2] = args.gate
+        elif name.startswith(("head.head", "final_layer.linear")):
+            value = torch.zeros(p.shape)
+        elif name.endswith("modulation"):
+            value = value * width**-0.5
+            if name.startswith("blocks."):
+                value[:, 2::3] += args.gate
+        else:
+            small = 0.3 if "time_projection" in name or "mod" in name else 1.0
+            value = value * small * p[0].numel() ** -0.5
+        p.data.copy_(value)
+    return model
+
+
+def metadata(args) -> dict[str, str]:
+    """What ComfyUI's loader cannot read off the shapes of a Wan model."""
+    config = {"num_heads": args.heads, "text_dim": video.TEXT_DIM}
+    return {"config": json.dumps({"transformer": config})} if args.family == "wan" else {}
+
+
+def save(state: dict[str, torch.Tensor], path: Path, metadata: dict[str, str], bits: int) -> None:
+    """bf16, or with 8 bits large matrices as int8 with a scale per row, under NAME and NAME.rows."""
+    stored = {}
+    for name, value in state.items():
+        value = value.detach().float().cpu()
+        if bits == 8 and value.ndim == 2 and value.numel() > 2**14:
+            rows = value.abs().amax(1, keepdim=True).clamp(min=1e-12) / 127
+            stored[name] = (value / rows).round().to(torch.int8)
+            stored[f"{name}.rows"] = rows
+        else:
+            stored[name] = value.bfloat16()
+    safetensors.torch.save_file(stored, path, metadata=metadata or None)
+
+
+def read(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str] | None]:
+    """The bf16 state that `save` stored, and its metadata."""
+    with safetensors.safe_open(path, "pt") as file:
+        stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        found = file.metadata()
+    scales = {name: stored.pop(name) for name in list(stored) if name.endswith(".rows")}
+    for name, rows in scales.items():
+        name = name.removesuffix(".rows")
+        stored[name] = (stored[name].float() * rows).bfloat16()
+    return stored, found
