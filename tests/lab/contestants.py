@@ -1,162 +1,189 @@
-"""Ways to choose blocks and to make up for those left out, as one attention override in plain torch.
+"""All contestants, by the question they answer. Every group also holds what it is compared with."""
 
-Written to be obviously right, not fast: a kept block is a mask over tokens, a left-out block is one
-more key.
-"""
+from rule import PAPER, Rule
 
-from dataclasses import dataclass
+EXACT = Rule("exact masses, raster")
+CUBES = Rule("cubes, pooled tail, by error", score="error", order="4x4x4", tail="pooled")
+OURS = Rule("rods, pooled tail, by tail error", score="tail error", order="rods", tail="pooled")
+SOL = Rule("pooled threshold every step, tail (Sol-Attn's rule)", score="threshold", tail="pooled")
+SLA = Rule("pooled top-k every step (SLA's rule)", score="pooled")
+RANDOM = Rule("random blocks", score="random")
 
-import torch
-import torch.nn.functional as F
+RIVALS = [
+    PAPER,
+    SOL,
+    SLA,
+    SLA.but("pooled top-k every step, tail", tail="pooled"),
+    Rule("spatial or temporal heads (SVG-like)", score="spatial or temporal"),
+    Rule("radial decay", score="radial"),
+    RANDOM,
+]
+ORDER = [
+    PAPER,
+    EXACT,
+    EXACT.but("exact masses, 4x4x4", order="4x4x4"),
+    EXACT.but("exact masses, rods", order="rods"),
+    OURS,
+    OURS.but("raster, pooled tail, by tail error", order="raster"),
+    OURS.but("4x4x4, pooled tail, by tail error", order="4x4x4"),
+    OURS.but("fitted cubes, pooled tail, by tail error", order="fitted"),
+    OURS.but("Hilbert, pooled tail, by tail error", order="hilbert"),
+    OURS.but("rods of 2x8, pooled tail, by tail error", order="rods 2x8"),
+    OURS.but("rods of 8x4, pooled tail, by tail error", order="rods 8x4"),
+]
+ROUTE = [
+    PAPER,
+    OURS,
+    OURS.but("rods, pooled tail, by mass", score="mass"),
+    OURS.but("rods, pooled tail, by error", score="error"),
+    OURS.but("rods, pooled tail, by tail error squared", score="tail error squared"),
+    OURS.but("rods, pooled tail, by deficit", score="deficit"),
+    OURS.but("rods, pooled tail, by spread", score="spread"),
+    Rule("raster, no tail, by drop error", score="drop error"),
+    Rule("raster, no tail, by drop error squared", score="drop error squared"),
+    Rule("rods, no tail, by drop error", score="drop error", order="rods"),
+]
+TAIL = [
+    PAPER,
+    OURS,
+    OURS.but("rods, second-order tail", tail="second order"),
+    OURS.but("rods, corrected tail", tail="corrected"),
+    OURS.but("rods, calibrated tail", tail="calibrated"),
+    OURS.but("rods, tail of half blocks", tail="halves"),
+    OURS.but("rods, tail of quarter blocks", tail="quarters"),
+    OURS.but("rods, weighted tail", tail="weighted"),
+    OURS.but("rods, frozen tail", tail="frozen", score="error"),
+    OURS.but("raster, frozen tail", tail="frozen", score="error", order="raster"),
+]
+BUDGET = [
+    PAPER,
+    EXACT,
+    EXACT.but("exact masses, raster, head-adaptive", head_adaptive=True),
+    EXACT.but("exact masses, raster, mass target", budget="mass"),
+    EXACT.but("exact masses, raster, global", budget="global"),
+    OURS,
+    OURS.but("ours, head-adaptive", head_adaptive=True),
+    OURS.but("ours, share-of-error target", budget="mass"),
+    OURS.but("ours, global", budget="global"),
+    OURS.but("ours, global, squared", budget="global", score="tail error squared"),
+    OURS.but("ours, mass target", budget="mass", score="mass"),
+]
+BLOCKS = [
+    PAPER,
+    PAPER.but("paper at 128x64", block_q=128),
+    OURS,
+    OURS.but("ours at 128x64", block_q=128),
+    OURS.but("ours at 64x128", block_k=128),
+    OURS.but("ours at 128x128", block_q=128, block_k=128),
+    OURS.but("ours at 64x32", block_k=32),
+    OURS.but("ours at 128x32", block_q=128, block_k=32),
+]
+SEARCH = [
+    PAPER,
+    PAPER.but("paper, one search", again=()),
+    PAPER.but("paper, three searches", again=(0.4, 0.7)),
+    PAPER.but("paper, later search with the cached LSE", lse="cached"),
+    PAPER.but("paper, later search with the sparse pass's LSE", lse="sparse"),
+    PAPER.but("paper, pattern of another seed", again=(), carried=True),
+    OURS,
+    OURS.but("ours, two searches", again=(0.6,)),
+    OURS.but("ours, three searches", again=(0.4, 0.7)),
+    OURS.but("ours, drift gate 0.5", drift=0.5),
+    OURS.but("ours, drift gate 0.25", drift=0.25),
+    OURS.but("ours, pattern of another seed", carried=True),
+]
+PLACE = [
+    PAPER,
+    OURS,
+    OURS.but("ours, density falls over the steps", grades=(1.5, 1.0, 0.5)),
+    OURS.but("ours, density rises over the steps", grades=(0.5, 1.0, 1.5)),
+    OURS.but("ours, first layer double", layers=(2.0, 0.8, 0.8, 0.8, 0.8, 0.8)),
+    OURS.but("ours, last layer double", layers=(0.8, 0.8, 0.8, 0.8, 0.8, 2.0)),
+    OURS.but("ours, search in step 0", warmup=0.0),
+    OURS.but("ours, 6 % dense", warmup=0.06),
+    OURS.but("ours, 12 % dense", warmup=0.12),
+    OURS.but("ours, 20 % dense", warmup=0.2),
+    PAPER.but("paper, search in step 0", warmup=0.0),
+    PAPER.but("paper, 20 % dense", warmup=0.2),
+]
+PRECISION = [
+    PAPER,
+    Rule("dense in INT8 and FP8", density=1.0, dense=True, quantised="int8"),
+    PAPER.but("paper in INT8 and FP8", quantised="int8"),
+    OURS,
+    OURS.but("ours in INT8 and FP8", quantised="int8"),
+]
+BEST = OURS.but("ours, global", budget="global")
+DROP = Rule("raster, no tail, by drop error", score="drop error")
+TOGETHER = [
+    PAPER,
+    BEST,
+    BEST.but("best, two searches", again=(0.6,)),
+    BEST.but("best at 128x64", block_q=128),
+    BEST.but("best, tail of half blocks", tail="halves"),
+    BEST.but("best, weighted tail", tail="weighted"),
+    BEST.but("best, in INT8 and FP8", quantised="int8"),
+    DROP.but("raster, no tail, by drop error, two searches", again=(0.6,)),
+]
+GLOBAL = [
+    BEST,
+    DROP.but("raster, no tail, by drop error, global", budget="global"),
+    DROP.but("rods, no tail, by drop error, global", budget="global", order="rods"),
+    BEST.but("raster, pooled tail, by tail error, global", order="raster"),
+    BEST.but("ours, global, by deficit", score="deficit"),
+    BEST.but("ours, global, by block tail", score="block tail"),
+    DROP.but("raster, no tail, by block drop, global", budget="global", score="block drop"),
+    BEST.but("ours, global, by mass", score="mass"),
+]
+TWO = OURS.but("ours, by block tail, two searches", score="block tail", again=(0.6,))
+MIXED = [
+    TWO,
+    TWO.but("two searches, weighted tail", tail="weighted"),
+    TWO.but("two searches, tail of half blocks", tail="halves"),
+    TWO.but("two searches, query-weighted tail", tail="query weighted"),
+    TWO.but("two searches, weighted tail, 128x64", tail="weighted", block_q=128),
+    TWO.but("three searches, weighted tail", tail="weighted", again=(0.4, 0.7)),
+    TWO.but("two searches, weighted tail, by mass", tail="weighted", score="mass"),
+    TWO.but("two searches, frozen tail", tail="frozen"),
+    TWO.but("two searches, density rises", grades=(0.5, 1.0, 1.5)),
+    TWO.but("two searches, density falls", grades=(1.5, 1.0, 0.5)),
+    TWO.but("two searches, 128x64, tail of half blocks", tail="halves", block_q=128),
+]
+PRODUCT = [
+    TWO,
+    TWO.but("ours, by block tail, two searches, 128x64", block_q=128),
+    TWO.but("two searches, weighted tail", tail="weighted"),
+    TWO.but("ours, by block tail", again=()),
+]
+WEIGHTS = [
+    TWO.but("two searches, query-weighted tail", tail="query weighted"),
+    TWO.but("two searches, query-weighted tail, 128x64", tail="query weighted", block_q=128),
+]
+PRODUCT_PAIR = [*PRODUCT[:2], PAPER]
+NEW = [
+    PAPER,
+    *GLOBAL[:3],
+    OURS,
+    SOL,
+    DROP,
+    *GLOBAL[3:],
+    CUBES,
+    EXACT,
+    TOGETHER[2],
+    TOGETHER[3],
+    SLA,
+]
+FEW = [PAPER, BEST, SOL, *GLOBAL[1:3], OURS, DROP]
+PAIR = [PAPER, BEST, GLOBAL[1], SOL]
+EQUAL = [BEST]
+MAIN = [PAPER, OURS, SOL, EXACT, CUBES, BEST, OURS.but("ours at 128x64", block_q=128), *TAIL[2:4],
+        *ROUTE[2:6], ORDER[5], ORDER[7], DROP, SLA]  # fmt: skip
+SHORT = [PAPER, OURS, SOL, CUBES, BUDGET[9], *TAIL[2:4]]
 
-from sparse_attn.head_adaptive import budget_shift, head_budgets
-from sparse_attn.recall import recall
-from sparse_attn.row_wise_top_k import row_budget, row_wise_top_k
-
-BLOCK = 64
-
-
-@dataclass(frozen=True)
-class Contestant:
-    """One way to run a sparse step.
-
-    Args:
-        score: what blocks are ranked by: "mass" (exact), "error" (exact error that the tail leaves),
-            "pooled" (mean query times mean key, at every step), "random".
-        order: "raster", or a cube such as (4, 4, 4) whose tokens are neighbours in the sequence.
-        tail: "none", or "pooled": one pseudo key per block that is left out, with the block's mean
-            key and mean value and weighted by its size.
-        searches: steps of the first search and of later ones; a pooled score ignores later ones.
-    """
-
-    name: str
-    density: float
-    score: str = "mass"
-    order: tuple[int, int, int] | str = "raster"
-    tail: str = "none"
-    head_adaptive: bool = False
-    searches: tuple[int, ...] = (2,)
-
-
-def cube_order(grid, cube) -> torch.Tensor:
-    """Token numbers of a (T, H, W) grid, cube after cube; cubes at the border may be smaller."""
-    axes = torch.meshgrid(*(torch.arange(n) for n in grid), indexing="ij")
-    key = torch.zeros(grid, dtype=torch.long)
-    for axis, size, n in zip(axes, cube, grid, strict=True):
-        key = key * (-(-n // size)) + axis // size
-    for axis, size in zip(axes, cube, strict=True):
-        key = key * size + axis % size
-    return key.flatten().argsort()
-
-
-class Attention:
-    """The override; one object is one run."""
-
-    def __init__(self, contestant: Contestant, grid):
-        self.contestant, self.grid = contestant, grid
-        self.calls: dict[int, int] = {}
-        self.masks: dict[int, torch.Tensor] = {}
-        self.recalls: dict[int, float] = {}
-        order = contestant.order
-        self.order = None if order == "raster" else cube_order(grid, order)
-
-    def __call__(self, func, q, k, v, heads, mask=None, **kwargs):
-        if q.shape[1] != k.shape[1]:
-            return func(q, k, v, heads=heads, mask=mask, **kwargs)
-        layer = kwargs["transformer_options"]["block_index"]
-        step = self.calls[layer] = self.calls.get(layer, -1) + 1
-        first = self.contestant.searches[0]
-        if step < first:
-            return func(q, k, v, heads=heads, mask=mask, **kwargs)
-        q4, k4, v4 = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))
-        if self.order is not None:
-            self.order = self.order.to(q.device)
-            q4, k4, v4 = (x[:, :, self.order] for x in (q4, k4, v4))
-        if step in self.contestant.searches or self.contestant.score == "pooled":
-            self.masks[layer] = self.search(layer, q4, k4, v4)
-        if step == first and self.contestant.score != "pooled":
-            # the search's own output is dense
-            return func(q, k, v, heads=heads, mask=mask, **kwargs)
-        out = self.sparse(q4, k4, v4, self.masks[layer])
-        if self.order is not None:
-            out = torch.empty_like(out).index_copy_(2, self.order, out)
-        return out.transpose(1, 2).flatten(2)
-
-    def search(self, layer, q, k, v):
-        """[B, H, N, N] bool, True where the block is kept."""
-        contestant = self.contestant
-        masses, scores = scores_of(contestant.score, q, k, v)
-        blocks = masses.shape[-1]
-        budget = row_budget(contestant.density, blocks, 0)
-        sink = torch.zeros(blocks, dtype=torch.bool, device=q.device)
-        budgets = torch.full(masses.shape[:2], budget, device=q.device)
-        keep = row_wise_top_k(scores, budgets, budget, sink)
-        if contestant.head_adaptive:
-            shift = budget_shift(budget, blocks, 0)
-            budgets = head_budgets(recall(masses, keep), budget, shift)
-            keep = row_wise_top_k(scores, budgets, budget + shift, sink)
-        self.recalls[layer] = recall(masses, keep).mean().item()
-        return keep
-
-    def sparse(self, q, k, v, keep):
-        length = q.shape[2]
-        tokens = keep.repeat_interleave(BLOCK, 3)[..., :length]
-        if self.contestant.tail == "pooled":
-            k_mean, v_mean, size = means(k), means(v), sizes(length, k.device)
-            k, v = torch.cat([k, k_mean], 2), torch.cat([v, v_mean], 2)
-            bias = torch.zeros(tokens.shape, device=q.device, dtype=q.dtype)
-            bias.masked_fill_(~tokens, float("-inf"))
-            tail = size.log().to(q.dtype).expand(keep.shape).masked_fill(keep, float("-inf"))
-            bias = torch.cat([bias, tail], -1)
-        else:
-            bias = tokens
-        # head by head and row of blocks by row of blocks would be slow; heads suffice for memory
-        outs = []
-        for h in range(q.shape[1]):
-            rows = bias[:, h].repeat_interleave(BLOCK, 1)[:, :length]
-            # the fused kernels want rows of masks aligned to eight
-            pad = -rows.shape[-1] % 8
-            value = False if rows.dtype == torch.bool else float("-inf")
-            padded = F.pad(rows, (0, pad), value=value)[..., : rows.shape[-1]]
-            outs.append(
-                F.scaled_dot_product_attention(q[:, h], k[:, h], v[:, h], attn_mask=padded)
-            )
-        return torch.stack(outs, 1)
-
-
-def means(x):
-    """Mean of every block, [B, H, N, D]."""
-    total = F.pad(x.float(), (0, 0, 0, -x.shape[2] % BLOCK)).unflatten(2, (-1, BLOCK)).sum(3)
-    return (total / sizes(x.shape[2], x.device)[:, None]).to(x.dtype)
-
-
-def sizes(length, device):
-    return (length - torch.arange(0, length, BLOCK, device=device)).clamp(max=BLOCK).float()
-
-
-def scores_of(kind: str, q, k, v):
-    """Exact masses, and the scores to rank by; both [B, H, N, N] float32."""
-    masses, errors = [], []
-    length, pad = q.shape[2], -q.shape[2] % BLOCK
-    scale = q.shape[-1] ** -0.5
-    v_mean = means(v).float()
-    for h in range(q.shape[1]):
-        weights = (q[:, h].float() @ k[:, h].float().mT * scale).softmax(-1)
-        weights = F.pad(weights, (0, pad, 0, pad))
-        blocks = weights.unflatten(2, (-1, BLOCK))  # [B, L, N, block]
-        mass = blocks.sum(3)
-        masses.append(mass.unflatten(1, (-1, BLOCK)).sum(2))
-        if kind == "error":
-            values = F.pad(v[:, h].float(), (0, 0, 0, pad)).unflatten(1, (-1, BLOCK))
-            values = values - v_mean[:, h, :, None]
-            left = torch.einsum("blnk,bnkd->blnd", blocks, values).norm(dim=-1)
-            errors.append(left.unflatten(1, (-1, BLOCK)).sum(2))
-    masses = torch.stack(masses, 1)
-    if kind == "mass":
-        return masses, masses
-    if kind == "error":
-        return masses, torch.stack(errors, 1)
-    if kind == "pooled":
-        return masses, (means(q).float() @ means(k).float().mT) * scale
-    generator = torch.Generator(q.device).manual_seed(length)
-    return masses, torch.rand(masses.shape, device=q.device, generator=generator)
+GROUPS = {
+    "main": MAIN, "short": SHORT, "new": NEW, "few": FEW, "pair": PAIR, "equal": EQUAL,
+    "rivals": RIVALS, "order": ORDER, "route": ROUTE, "tail": TAIL,
+    "budget": BUDGET, "blocks": BLOCKS, "search": SEARCH, "place": PLACE, "precision": PRECISION,
+    "together": TOGETHER, "global": GLOBAL, "mixed": MIXED,
+    "product": PRODUCT, "product pair": PRODUCT_PAIR, "weights": WEIGHTS,
+}  # fmt: skip

@@ -1,139 +1,198 @@
-"""Compares ways to choose blocks on whole generations of the tiny model.
+"""Compares ways to run sparse steps on whole generations of the lab's models.
 
-    python tests/lab/run_lab.py --comfyui PATH --out results.json
+    python tests/lab/run_lab.py --comfyui PATH --weights FOLDER --models tiny wan128 joint \
+        --jobs 20:0.2:main 8:0.2:main --out OUT
 
-Every contestant samples the same prompts and seeds as the dense run. Reported: PSNR of the decoded
-video against dense, mean over seeds with its standard error; how often the video reads back as
-prompted; the exact recall at the search.
+A job is SCHEDULE:DENSITY:GROUP, or SCHEDULE:DENSITY:GROUP:MODEL,MODEL; see SCHEDULES and
+`contestants.GROUPS`. Every contestant shares the dense steps and the search step of the dense
+generation with the same seed, and is compared with that generation. OUT/lab.json is rewritten after
+every row; `report.py` makes tables and plots of it.
 """
 
 import argparse
 import json
-import random
-import statistics
 import sys
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "tiny_model"), str(ROOT / "tests" / "lab")]
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+PATHS = [str(ROOT), str(ROOT / "tests" / "tiny_model"), str(HERE)]
+sys.path[:0] = [path for path in PATHS if path not in sys.path]
 
-import check_model  # noqa: E402
-import procedural_video as video  # noqa: E402
-from contestants import Attention, Contestant  # noqa: E402
+import torch  # noqa: E402
+from contestants import GROUPS  # noqa: E402
+from metrics import Readers, likeness  # noqa: E402
 
 from tests.bench.record import facts  # noqa: E402
-from tests.tools import comfy_inprocess  # noqa: E402
 
-GRID, LATENT = (16, 20, 26), (16, 40, 52)
-# (steps, first search, a later one)
-SCHEDULES = {"20": (20, 2, 12), "50": (50, 10, 30), "8": (8, 1, 5), "8 from the start": (8, 0, 5)}
-CUBE, FITTED = (4, 4, 4), (8, 4, 2)
+# steps, and the step of the first search
+SCHEDULES = {"20": (20, 2), "50": (50, 10), "8": (8, 1), "8 from the start": (8, 0)}
 
 
-def contestants(density: float, first: int, later: int) -> list[Contestant]:
-    one = {"density": density, "searches": (first,)}
-    two = {"density": density, "searches": (first, later)}
-    return [
-        Contestant("exact, raster", **one),
-        Contestant("exact, raster, head-adaptive", head_adaptive=True, **one),
-        Contestant("paper: head-adaptive, two searches", head_adaptive=True, **two),
-        Contestant("exact, cubes", order=CUBE, **one),
-        Contestant("exact, raster, tail", tail="pooled", **one),
-        Contestant("exact, cubes, tail", order=CUBE, tail="pooled", **one),
-        Contestant("exact, cubes, tail, head-adaptive", order=CUBE, tail="pooled", head_adaptive=True, **one),
-        Contestant("error, raster, tail", score="error", tail="pooled", **one),
-        Contestant("error, cubes, tail", score="error", order=CUBE, tail="pooled", **one),
-        Contestant("error, cubes, tail, two searches", score="error", order=CUBE, tail="pooled", **two),
-        Contestant("error, fitted cubes, tail", score="error", order=FITTED, tail="pooled", **one),
-        Contestant("error, cubes, tail, head-adaptive", score="error", order=CUBE, tail="pooled", head_adaptive=True, **one),
-        Contestant("pooled every step, raster, tail (Sol-Attn's rule)", score="pooled", tail="pooled", **one),
-        Contestant("pooled every step, raster", score="pooled", **one),
-        Contestant("random, raster", score="random", **one),
-    ]  # fmt: skip
+class Lab:
+    def __init__(self, options):
+        self.options = options
+        self.began = time.perf_counter()
+        self.readers = Readers() if options.task else None
+        self.subjects, self.paths = {}, {}
+        self.rows, self.dense, self.extras = [], [], {}
+        self.done = set()
+
+    def seconds(self) -> float:
+        return time.perf_counter() - self.began
+
+    def out_of_time(self) -> bool:
+        return self.seconds() > self.options.seconds
+
+    def subject(self, name):
+        if name not in self.subjects:
+            from generation import Subject, same_as_comfyui
+            from models import MODELS
+
+            options = self.options
+            spec = MODELS[name]
+            subject = Subject(spec, options.comfyui, options.weights, options.seeds)
+            self.subjects[name] = subject
+            print(f"{name}: {subject.layout.describe()}, {self.seconds():.0f} s", flush=True)
+            if options.check:
+                apart = same_as_comfyui(subject, 4)
+                print(f"{name}: at most {apart:.1e} off ComfyUI's own sampling", flush=True)
+        return self.subjects[name]
+
+    def path(self, name, schedule, firsts):
+        """The dense generation; the latest one is kept, because captures are large."""
+        from generation import Path as DensePath
+
+        known = self.paths.get((name, schedule))
+        if known is None or not firsts <= set(known.captured):
+            subject = self.subject(name)
+            if known is not None:
+                firsts = firsts | set(known.captured)
+            known = self.paths[name, schedule] = DensePath(subject, SCHEDULES[schedule][0], firsts)
+            row = {"model": name, "schedule": schedule, "task": self.read(subject, known.video)}
+            self.dense = [r for r in self.dense if (r["model"], r["schedule"]) != (name, schedule)]
+            self.dense.append(row)
+        return known
+
+    def read(self, subject, videos):
+        return self.readers.read(subject.scenes, videos) if self.readers else None
+
+    def first(self, rule, schedule) -> int:
+        steps, first = SCHEDULES[schedule]
+        return first if rule.warmup is None else round(rule.warmup * steps)
+
+    def job(self, name, schedule, density, rules, record=False):
+        rules = [r if r.dense else r.but(r.name, density=density) for r in rules]
+        rules = [r for r in rules if (name, schedule, r) not in self.done]
+        path = None
+        for rule in rules:
+            if self.out_of_time():
+                return
+            if path is None:
+                firsts = {self.first(r, schedule) for r in rules}
+                path = self.path(name, schedule, firsts)
+            began = self.seconds()
+            try:
+                videos, run = path.run(rule, self.first(rule, schedule), record)
+                row = self.row(name, schedule, rule, path, videos, run)
+            except (RuntimeError, ValueError) as error:
+                # one contestant must not cost the others their turn
+                print(f"{name} {schedule} {rule.name}: {error}", flush=True)
+                continue
+            row["seconds"] = round(self.seconds() - began, 2)
+            self.done.add((name, schedule, rule))
+            self.rows.append(row)
+            psnr = sum(row["psnr"]) / len(row["psnr"])
+            print(
+                f"{self.seconds():6.1f} s {name:>7} {schedule:>4} {rule.density:.3f} "
+                f"{rule.name:<50} {psnr:6.2f} dB recall {row['recall']:.3f} "
+                f"density {row['density_kept']:.3f} ({row['seconds']:.2f} s)",
+                flush=True,
+            )
+            self.write()
+
+    def row(self, name, schedule, rule, path, videos, run) -> dict:
+        held = {layer: round(float(x), 4) for layer, x in sorted(run.held.items())}
+        row = {
+            "model": name,
+            "schedule": schedule,
+            "rule": rule.name,
+            "density": rule.density,
+            "settings": {
+                key: value
+                for key, value in vars(rule).items()
+                if key not in ("name", "density", "notes") and value != getattr(type(rule)(""), key)
+            },
+            "density_kept": round(run.density(), 4),
+            "recall": sum(held.values()) / len(held) if held else float("nan"),
+            "recall_by_layer": held,
+            "searches": run.searches,
+            "task": self.read(path.subject, videos),
+            **likeness(path.video, videos),
+        }
+        if run.recalls:
+            row["recall_by_step_and_layer"] = {
+                step: [round(float(x), 4) for x in layers.values()]
+                for step, layers in run.recalls.items()
+            }
+        return row
+
+    def write(self, wait: bool = False) -> None:
+        def settled(row):
+            task = row["task"]
+            if not task or not hasattr(task[0], "result"):
+                return row
+            if wait or all(future.done() for future in task):
+                row["task"] = [round(future.result(), 4) for future in task]
+                return row
+            return {**row, "task": None}
+
+        result = {
+            "what": "whole generations against the dense one of the same seed, one value per seed",
+            "rows": [settled(row) for row in self.rows],
+            "dense": [settled(row) for row in self.dense],
+            "prompts": {name: subject.prompts for name, subject in self.subjects.items()},
+            "layouts": {name: s.layout.describe() for name, s in self.subjects.items()},
+            "extra_ms": self.extras,
+            "seconds": round(self.seconds(), 1),
+            **facts(),
+        }
+        self.options.out.mkdir(parents=True, exist_ok=True)
+        (self.options.out / "lab.json").write_text(json.dumps(result) + "\n")
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--comfyui", required=True)
-    parser.add_argument("--model", type=Path, default=ROOT / "tests/tiny_model/tiny_wan.safetensors")
+    parser.add_argument("--weights", type=Path, help="folder of the models that are not committed")
+    parser.add_argument("--models", nargs="+", default=["tiny"])
+    parser.add_argument("--jobs", nargs="+", default=["20:0.2:main"])
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seeds", type=int, default=8)
-    parser.add_argument("--schedules", nargs="+", default=list(SCHEDULES))
-    parser.add_argument("--densities", type=float, nargs="+", default=[0.2, 0.1])
     parser.add_argument("--seconds", type=float, default=1e9, help="stop after this long")
+    parser.add_argument("--task", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--record", nargs="*", default=[], help="groups whose recall is sampled")
+    parser.add_argument("--check", action="store_true", help="compare with ComfyUI's own sampler")
+    parser.add_argument("--costs", action="store_true", help="measure what tails add to a call")
     options = parser.parse_args()
-    comfy_inprocess.start(options.comfyui)
-    model = check_model.load(options.model, options.comfyui)
-    prompts = [video.prompt(video.random_scene(random.Random(i), 32, 1.3)) for i in range(options.seeds)]
-    began = time.perf_counter()
-    rows, dense_rows = [], {}
-    for name in options.schedules:
-        steps, first, later = SCHEDULES[name]
-        dense = [sample(model, prompt, steps, i, None) for i, prompt in enumerate(prompts)]
-        dense_rows[name] = score_task(prompts, dense)
-        print(f"steps {name}: dense reads back {dense_rows[name]}", flush=True)
-        for density in options.densities:
-            for contestant in contestants(density, first, later):
-                if time.perf_counter() - began > options.seconds:
-                    break
-                row = compare(model, contestant, prompts, dense, steps)
-                rows.append({"schedule": name, **row})
-                print(
-                    f"{name:>16} {density:.2f} {contestant.name:<52} {row['psnr']:6.2f} "
-                    f"+- {row['psnr_error']:.2f} dB, recall {row['recall']:.3f}, "
-                    f"task {row['task']}, {time.perf_counter() - began:.0f} s",
-                    flush=True,
-                )
-                write(options.out, rows, dense_rows, prompts)
+    torch.set_float32_matmul_precision("high")
+    lab = Lab(options)
+    try:
+        for number, job in enumerate(options.jobs):
+            schedule, density, group, *only = job.split(":")
+            for name in only[0].split(",") if only else options.models:
+                lab.job(name, schedule, float(density), GROUPS[group], group in options.record)
+            if number == 0 and options.costs:
+                import cost
 
-
-def sample(model, prompt, steps, seed, attention):
-    """Decoded video [3, F, Y, X]."""
-    return video.decode(
-        check_model.generate(model, [prompt], LATENT, steps, seed, attention)
-    )[0]  # fmt: skip
-
-
-def compare(model, contestant, prompts, dense, steps) -> dict:
-    psnrs, recalls, videos = [], [], []
-    for seed, prompt in enumerate(prompts):
-        attention = Attention(contestant, GRID)
-        videos.append(sample(model, prompt, steps, seed, attention))
-        psnrs.append(check_model.psnr(dense[seed], videos[-1]))
-        recalls += attention.recalls.values()
-    spread = statistics.stdev(psnrs) / len(psnrs) ** 0.5 if len(psnrs) > 1 else 0.0
-    return {
-        "contestant": contestant.name,
-        "density": contestant.density,
-        "psnr": statistics.mean(psnrs),
-        "psnr_error": spread,
-        "psnrs": psnrs,
-        "recall": statistics.mean(recalls),
-        "task": score_task(prompts, videos),
-    }
-
-
-def score_task(prompts, videos) -> float:
-    """Share of colour and shape words of the prompts' things that read back from the videos."""
-    right = total = 0
-    for prompt, clip in zip(prompts, videos, strict=True):
-        for thing in video.describe(clip):
-            for name in ("colour", "shape"):
-                total += 1
-                right += thing[name] in prompt
-    return round(right / total, 3) if total else 0.0
-
-
-def write(path: Path, rows, dense_rows, prompts) -> None:
-    result = {
-        "what": "PSNR in dB of sparse against dense generations of tests/tiny_model",
-        "rows": rows,
-        "dense_task": dense_rows,
-        "prompts": prompts,
-        **facts(),
-    }
-    path.write_text(json.dumps(result, indent=1) + "\n")
+                lab.extras = {key: round(ms, 3) for key, ms in cost.measure().items()}
+                print(lab.extras, flush=True)
+    finally:
+        lab.write(wait=lab.readers is not None)
+        if lab.readers:
+            lab.readers.close()
+    print(f"{len(lab.rows)} rows in {lab.seconds():.0f} s", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,117 @@
+"""Milliseconds of one sparse call of 24 heads x 119,040 tokens x 128, from measured kernels."""
+
+import json
+from pathlib import Path
+
+import torch
+
+BENCH = Path(__file__).parents[1] / "bench" / "results" / "attention_h200.json"
+SHAPE = "hunyuan-720p-129f"
+EVERY_STEP = "pooled scores and lists"
+
+
+def kernel_times(path: Path = BENCH) -> dict[int, dict[float, float]]:
+    """{query block: {density: ms}} of the pack's sparse kernel with key blocks of 64."""
+    rows = json.loads(path.read_text())["shapes"][SHAPE]["rows"]
+    times: dict[int, dict[float, float]] = {}
+    for row in rows:
+        for block_q in (64, 128):
+            if row["name"] == f"ours, sparse {block_q}x64 at {row['density']}":
+                times.setdefault(block_q, {})[row["density"]] = row["ms"]
+    return times
+
+
+def line(points: dict[float, float]) -> tuple[float, float]:
+    """(ms at density 0, ms per density) by least squares."""
+    n = len(points)
+    x, y = list(points), list(points.values())
+    mx, my = sum(x) / n, sum(y) / n
+    slope = sum((a - mx) * (b - my) for a, b in zip(x, y, strict=True))
+    slope /= sum((a - mx) ** 2 for a in x)
+    return my - slope * mx, slope
+
+
+def call_ms(rule, extras: dict[str, float]) -> float | None:
+    """Time of one sparse call, None where no kernel of that kind was measured.
+
+    Args:
+        extras: measured ms of what comes on top, from `measure`.
+    """
+    points = kernel_times().get(rule.block_q)
+    if points is None or rule.block_k != 64 or rule.quantised or rule.dense:
+        return None
+    start, slope = line(points)
+    ms = start + slope * rule.density
+    if rule.tail in ("pooled", "corrected", "calibrated", "weighted", "query weighted"):
+        ms += extras["block means"] + extras["tail"]
+    elif rule.tail == "halves":
+        ms += extras["block means"] + 2 * extras["tail"]
+    elif rule.tail != "none":
+        return None
+    ms += extras["order"] if rule.order != "raster" else 0.0
+    return ms + (extras[EVERY_STEP] if rule.every_step else 0.0)
+
+
+def density_at(ms: float, rule, extras) -> float | None:
+    """The density at which `rule` takes `ms`."""
+    now = call_ms(rule, extras)
+    if now is None:
+        return None
+    return rule.density + (ms - now) / line(kernel_times()[rule.block_q])[1]
+
+
+def _median_ms(call, repeats: int = 7) -> float:
+    call()
+    times = []
+    for _ in range(repeats):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        call()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(begin.elapsed_time(end))
+    return sorted(times)[repeats // 2]
+
+
+def measure() -> dict[str, float]:
+    """What tails, orders and scoring at every step add to a call, in ms; needs a GPU.
+
+    "order" puts q, k and v into another order and the output back. "tail" is dense attention of
+    all queries over one pseudo key per block: the arithmetic that a kernel with the tail inside
+    has to do. "merge" is what plain torch takes to join two outputs.
+    """
+    from scores import means
+    from sparse import kv_lists
+
+    from sparse_attn.kernels import available
+
+    H, L, D, block = 24, 119040, 128, 64
+    generator = torch.Generator("cuda").manual_seed(0)
+    q, k, v = (
+        torch.randn(1, H, L, D, device="cuda", dtype=torch.bfloat16, generator=generator)
+        for _ in range(3)
+    )
+    attend = available()["dense_attention"].dense_attention
+    k_mean, v_mean = (x.unflatten(2, (-1, block)).mean(3) for x in (k, v))
+    order = torch.randperm(L, device="cuda", generator=generator)
+    # as models hand them over: a token's heads side by side
+    whole = [x.view(1, L, H * D) for x in (q, k, v, v)]
+    lse = torch.zeros(1, H, L, device="cuda")
+
+    def merge():
+        both = torch.logaddexp(lse, lse)
+        return torch.lerp(q, v, (lse - both).exp()[..., None].to(q.dtype))
+
+    def scored():
+        scores = means(q, block) @ means(k, block).mT
+        best = scores.topk(scores.shape[-1] // 5, -1).indices
+        keep = torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, best, True)
+        return kv_lists(keep)
+
+    return {
+        "block means": _median_ms(lambda: [x.unflatten(2, (-1, block)).mean(3) for x in (k, v)]),
+        "tail": _median_ms(lambda: attend(q, k_mean, v_mean, scale=D**-0.5)),
+        "merge": _median_ms(merge),
+        "order": _median_ms(lambda: [x[:, order] for x in whole]),
+        EVERY_STEP: _median_ms(scored),
+    }

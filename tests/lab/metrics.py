@@ -1,0 +1,100 @@
+"""How close videos are to the dense ones, and whether they still show what was asked for."""
+
+import os
+from concurrent.futures import ProcessPoolExecutor
+from functools import cache
+from multiprocessing import get_context
+
+import torch
+import torch.nn.functional as F
+
+from sparse_attn.likeness import psnr, ssim
+
+WORDS = ("shape", "direction", "speed")
+FLAT = 0.3  # feature norm of a faint edge; keeps noise in flat areas from counting as structure
+
+
+def likeness(dense: torch.Tensor, other: torch.Tensor) -> dict[str, list[float]]:
+    """Per video of [n, 3, F, Y, X] in [0, 1]: PSNR (dB), SSIM, feature distance, flicker.
+
+    Flicker is the mean difference between the two videos' changes from frame to frame, in 1/255.
+    """
+    error = (dense.double() - other.double()).square().mean((1, 2, 3, 4)).tolist()
+    change = (dense.diff(dim=2) - other.diff(dim=2)).abs().mean((1, 2, 3, 4)) * 255
+    # frames as channels: `ssim` means over channels
+    pairs = zip(dense, other, strict=True)
+    frames = [[x.flatten(0, 1).movedim(0, -1) for x in pair] for pair in pairs]
+    return {
+        "psnr": [psnr(max(e, 1e-10)) for e in error],
+        "ssim": [ssim(a, b) for a, b in frames],
+        "features": feature_distance(dense, other),
+        "flicker": change.tolist(),
+    }
+
+
+@cache
+def _filters(device: str) -> list[torch.Tensor]:
+    """Three layers of fixed random filters, the first ones without a mean."""
+    generator = torch.Generator().manual_seed(5)
+    shapes = [(32, 3, 5, 5), (64, 32, 3, 3), (64, 64, 3, 3)]
+    filters = [torch.randn(shape, generator=generator) for shape in shapes]
+    filters[0] -= filters[0].mean((2, 3), keepdim=True)
+    return [(f / f.flatten(1).norm(dim=1)[:, None, None, None]).to(device) for f in filters]
+
+
+def feature_distance(a: torch.Tensor, b: torch.Tensor) -> list[float]:
+    """Distance of random convolution features, per video; every fourth frame.
+
+    Built as LPIPS is (features of every layer normalised over channels, squared differences), but
+    the filters are random, not trained: it weighs edges and texture, not meaning.
+    """
+    distances = []
+    for pair in zip(a[:, :, ::4], b[:, :, ::4], strict=True):
+        x = torch.cat([v.transpose(0, 1) for v in pair]) * 2 - 1
+        total = 0.0
+        for weight in _filters(str(a.device)):
+            x = F.relu(F.conv2d(x, weight.to(x.dtype), padding=weight.shape[-1] // 2, stride=2))
+            unit = x / (x.norm(dim=1, keepdim=True) + FLAT)
+            left, right = unit.chunk(2)
+            total = total + (left - right).square().sum(1).mean()
+        distances.append(total)
+    return torch.stack(distances).tolist()
+
+
+def read_back(scene, clip) -> float:
+    """Share of what was asked for that a [3, F, Y, X] uint8 video shows.
+
+    A thing is looked for by its colour; one that is not found has no word right.
+    """
+    import procedural_video as video
+
+    found = {thing["colour"]: thing for thing in video.describe(torch.from_numpy(clip) / 255)}
+    right = []
+    for thing in scene.things:
+        seen = found.get(thing.colour)
+        right.append(seen is not None)
+        right += [seen is not None and seen[word] == getattr(thing, word) for word in WORDS]
+    return sum(right) / len(right)
+
+
+class Readers:
+    """Reads videos back in other processes while the device goes on.
+
+    Make one before anything touches CUDA: the processes are forks.
+    """
+
+    def __init__(self):
+        workers = max(1, (os.cpu_count() or 2) - 2)
+        self.pool = ProcessPoolExecutor(workers, get_context("fork"), torch.set_num_threads, (1,))
+        self.pool.submit(os.getpid).result()
+
+    def read(self, scenes, videos: torch.Tensor) -> list:
+        """Futures of the task scores, one per video."""
+        clips = (videos * 255).round().byte().cpu().numpy()
+        return [
+            self.pool.submit(read_back, scene, clip)
+            for scene, clip in zip(scenes, clips, strict=True)
+        ]
+
+    def close(self):
+        self.pool.shutdown(wait=False, cancel_futures=True)

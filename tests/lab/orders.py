@@ -1,0 +1,129 @@
+"""Orders of the video tokens in which a block of consecutive tokens is a compact piece of video.
+
+Every function takes a (T, H, W) grid and returns its token numbers, first to last; `order[i]` is
+the raster number of the token at place i.
+"""
+
+import torch
+
+
+def _axes(grid):
+    return torch.meshgrid(*(torch.arange(n) for n in grid), indexing="ij")
+
+
+def cubes(grid, cube) -> torch.Tensor:
+    """Cube after cube; at the border of the grid cubes are smaller and blocks straddle them."""
+    axes = _axes(grid)
+    key = torch.zeros(grid, dtype=torch.long)
+    for axis, size, n in zip(axes, cube, grid, strict=True):
+        key = key * (-(-n // size)) + axis // size
+    for axis, size in zip(axes, cube, strict=True):
+        key = key * size + axis % size
+    return key.flatten().argsort()
+
+
+def rods(grid, section=(4, 4)) -> torch.Tensor:
+    """Rods of `section` (frames, rows) along the width, there and back again.
+
+    Any 64 consecutive tokens of a 4 x 4 rod are four columns: a 4x4x4 cube, also where the width
+    is no multiple of four, and at the end of a rod the block bends into the next one.
+    """
+    t, h, w = _axes(grid)
+    T, H, W = grid
+    rows, columns = -(-T // section[0]), -(-H // section[1])
+    band, lane = t // section[0], h // section[1]
+    lane = torch.where(band % 2 == 1, columns - 1 - lane, lane)
+    rod = band * columns + lane
+    across = torch.where(rod % 2 == 1, W - 1 - w, w)
+    key = (rod * W + across) * section[0] + t % section[0]
+    key = key * section[1] + h % section[1]
+    assert int(rod.max()) < rows * columns
+    return key.flatten().argsort()
+
+
+def hilbert(grid) -> torch.Tensor:
+    """The tokens of the grid along the Hilbert curve of the smallest cube around it.
+
+    Skilling, "Programming the Hilbert curve", AIP 2004: coordinates to the transposed index.
+    """
+    bits = max(1, (max(grid) - 1).bit_length())
+    x = [a.flatten().clone() for a in _axes(grid)]
+    q = 1 << (bits - 1)
+    while q > 1:
+        p = q - 1
+        for i in range(3):
+            high = (x[i] & q) != 0
+            swap = torch.where(high, 0, (x[0] ^ x[i]) & p)
+            x[0] = torch.where(high, x[0] ^ p, x[0] ^ swap)
+            x[i] = x[i] ^ swap
+        q >>= 1
+    for i in (1, 2):
+        x[i] = x[i] ^ x[i - 1]
+    turn = torch.zeros_like(x[0])
+    q = 1 << (bits - 1)
+    while q > 1:
+        turn = torch.where((x[2] & q) != 0, turn ^ (q - 1), turn)
+        q >>= 1
+    key = torch.zeros_like(turn)
+    for bit in range(bits - 1, -1, -1):
+        for i in range(3):
+            key = key * 2 + (((x[i] ^ turn) >> bit) & 1)
+    return key.argsort()
+
+
+def fitting_cube(grid, tokens: int = 64) -> tuple[int, int, int] | None:
+    """The cube of `tokens` tokens that divides the grid and has the least surface, if any does."""
+    found = []
+    for a in range(1, tokens + 1):
+        for b in range(1, tokens // a + 1):
+            c = tokens // (a * b)
+            fits = all(n % s == 0 for n, s in zip(grid, (a, b, c), strict=True))
+            if a * b * c == tokens and fits:
+                found.append((a * b + b * c + a * c, (a, b, c)))
+    return min(found)[1] if found else None
+
+
+def order_of(name: str, layout) -> torch.Tensor | None:
+    """Order of a whole sequence; None is raster order, text where the model has it.
+
+    Any other order moves text behind the video, so that blocks start where cubes start.
+
+    Args:
+        name: "raster", "hilbert", "fitted", "rods", "rods 2x8", or a cube such as "4x4x4".
+        layout: a `TokenLayout`.
+    """
+    grid = (layout.frames, layout.height, layout.width)
+    if name == "raster":
+        return None
+    if name == "hilbert":
+        video = hilbert(grid)
+    elif name == "fitted":
+        video = cubes(grid, fitting_cube(grid) or (4, 4, 4))
+    elif name.startswith("rods"):
+        section = name[4:].strip() or "4x4"
+        video = rods(grid, tuple(int(n) for n in section.split("x")))
+    else:
+        video = cubes(grid, tuple(int(n) for n in name.split("x")))
+    before = torch.arange(layout.before)
+    after = torch.arange(layout.before + layout.video, layout.tokens)
+    return torch.cat([video + layout.before, before, after])
+
+
+def text_blocks(layout, order, block: int) -> torch.Tensor:
+    """[N] bool: blocks that hold a token outside the video."""
+    text = torch.ones(layout.tokens, dtype=torch.bool)
+    text[layout.before : layout.before + layout.video] = False
+    text = text if order is None else text[order]
+    pad = torch.zeros(-len(text) % block, dtype=torch.bool)
+    return torch.cat([text, pad]).unflatten(0, (-1, block)).any(1)
+
+
+def places(layout, order, block: int) -> torch.Tensor:
+    """Mean (t, h, w) of the video tokens of every block, [N, 3]; NaN for a block without any."""
+    grid = (layout.frames, layout.height, layout.width)
+    video = torch.stack([a.flatten().float() for a in _axes(grid)], -1)
+    nowhere = torch.full((1, 3), float("nan"))
+    spots = torch.cat([nowhere.expand(layout.before, 3), video, nowhere.expand(layout.after, 3)])
+    spots = spots if order is None else spots[order]
+    pad = -len(spots) % block
+    return torch.cat([spots, nowhere.expand(pad, 3)]).unflatten(0, (-1, block)).nanmean(1)

@@ -1,0 +1,188 @@
+"""Tables and plots from the results of `run_lab.py`.
+
+    python tests/lab/report.py FOLDER/lab.json ... --out tests/lab/results
+
+Rows of several files are joined. Prints one table per schedule and density (mean over models and
+seeds, standard error, paired difference to the paper's rule), and writes tables.md,
+quality_density.svg and quality_time.svg.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE.parents[1]), str(HERE)]
+
+import cost  # noqa: E402
+import svg  # noqa: E402
+from rule import PAPER, Rule  # noqa: E402
+
+COLUMNS = ("psnr", "ssim", "features", "flicker", "task")
+
+
+def load(paths) -> dict:
+    """{(schedule, density, rule name): {model: row}} and everything else of the last file."""
+    found, rest = {}, {}
+    for path in paths:
+        data = json.loads(Path(path).read_text())
+        for row in data["rows"]:
+            key = row["schedule"], row["density"], row["rule"]
+            found.setdefault(key, {})[row["model"]] = row
+        rest = {**data, "extra_ms": data.get("extra_ms") or rest.get("extra_ms") or {}}
+        rest["dense_rows"] = rest.get("dense_rows", []) + data["dense"]
+    return {**rest, "rows": found}
+
+
+def mean(values) -> float:
+    return statistics.fmean(values)
+
+
+def error(values) -> float:
+    """Standard error of a mean."""
+    return statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else float("nan")
+
+
+def values(rows: dict, column: str, models) -> list[float]:
+    return [x for model in models for x in rows[model][column] or []]
+
+
+def paired(rows: dict, base: dict, column: str) -> tuple[float, float, int]:
+    """Mean difference over the seeds of the models both have, its standard error, the pairs."""
+    models = sorted(set(rows) & set(base))
+    pairs = [
+        a - b
+        for model in models
+        for a, b in zip(rows[model][column] or [], base[model][column] or [], strict=True)
+    ]
+    return (mean(pairs), error(pairs), len(pairs)) if pairs else (float("nan"), float("nan"), 0)
+
+
+def rule_of(row: dict) -> Rule:
+    settings = {k: tuple(v) if isinstance(v, list) else v for k, v in row["settings"].items()}
+    return Rule(row["rule"], density=row["density"], **settings)
+
+
+def table(data: dict, schedule: str, density: float, against: str = PAPER.name) -> str:
+    """One Markdown table, best first."""
+    group = {name: rows for (s, d, name), rows in data["rows"].items()
+             if s == schedule and d in (density, 1.0)}  # fmt: skip
+    base = group.get(against)
+    models = sorted({model for rows in group.values() for model in rows})
+    lines = [
+        f"| rule | PSNR dB | to the paper's rule | {' | '.join(models)} | SSIM | features "
+        "| flicker | task | recall | ms a call |",
+        "| --- |" + " --- |" * (len(models) + 8),
+    ]
+    ranked = []
+    for name, rows in group.items():
+        have = [model for model in models if model in rows]
+        psnr = values(rows, "psnr", have)
+        each = [
+            "{:+.1f} ± {:.1f}".format(*paired({m: rows[m]}, {m: base[m]}, "psnr")[:2])
+            if base and m in rows and m in base else ""
+            for m in models
+        ]  # fmt: skip
+        gain = paired(rows, base, "psnr") if base else (0.0, 0.0, 0)
+        cells = [f"{mean(psnr):.2f} ± {error(psnr):.2f}", "{:+.2f} ± {:.2f}".format(*gain[:2])]
+        for column, digits in (("ssim", 3), ("features", 4), ("flicker", 2), ("task", 3)):
+            seen = values(rows, column, have)
+            cells.append(f"{mean(seen):.{digits}f}" if seen else "")
+        ms = cost.call_ms(rule_of(rows[have[0]]), data["extra_ms"]) if data["extra_ms"] else None
+        recall = mean([rows[m]["recall"] for m in have])
+        cells[2:2] = each
+        cells += [f"{recall:.3f}" if recall == recall else "", f"{ms:.1f}" if ms else ""]
+        ranked.append((-gain[0], f"| {name} | " + " | ".join(cells) + " |"))
+    return "\n".join(lines + [line for _, line in sorted(ranked)])
+
+
+def equal_time(data: dict, against: str = PAPER.name, within: float = 0.04) -> str:
+    """Rules at a density of their own that cost what the paper's rule does."""
+    lines = [
+        "| steps | paper's density, ms a call | rule | its density, ms a call | PSNR difference |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for (schedule, density, name), rows in sorted(data["rows"].items()):
+        if name != against:
+            continue
+        price = cost.call_ms(rule_of(next(iter(rows.values()))), data["extra_ms"])
+        for (s, d, other), found in sorted(data["rows"].items()):
+            ms = cost.call_ms(rule_of(next(iter(found.values()))), data["extra_ms"])
+            if s != schedule or other == name or ms is None or d == density:
+                continue
+            if abs(ms / price - 1) <= within:
+                gain, spread, pairs = paired(found, rows, "psnr")
+                lines.append(
+                    f"| {s} | {density:g}, {price:.1f} | {other} | {d:g}, {ms:.1f} "
+                    f"| {gain:+.2f} ± {spread:.2f} ({pairs} pairs) |"
+                )
+    return "\n".join(lines)
+
+
+def tasks(data: dict) -> str:
+    """How much of what was asked for reads back, by model, with the dense videos for comparison."""
+    models = sorted({row["model"] for row in data["dense_rows"]})
+    dense = {(row["schedule"], row["model"]): row["task"] for row in data["dense_rows"]}
+    lines = [
+        f"| steps | density | rule | {' | '.join(models)} | difference to dense |",
+        "| --- |" + " --- |" * (len(models) + 3),
+    ]
+    for (schedule, density, name), rows in sorted(data["rows"].items()):
+        have = [m for m in models if m in rows and rows[m]["task"] and dense.get((schedule, m))]
+        if len(have) < len(models):
+            continue
+        cells = [f"{mean(rows[m]['task']):.2f} ({mean(dense[schedule, m]):.2f})" for m in models]
+        gap = [
+            a - b for m in models for a, b in zip(rows[m]["task"], dense[schedule, m], strict=True)
+        ]
+        cells.append(f"{mean(gap):+.3f} ± {error(gap):.3f}")
+        lines.append(f"| {schedule} | {density:g} | {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def curves(data: dict, schedule: str, x_of) -> dict[str, list]:
+    """{rule: [(x, mean PSNR)]} for rules that ran at more than one density on all models."""
+    found: dict[str, list] = {}
+    models = {model for rows in data["rows"].values() for model in rows}
+    for (s, _, name), rows in data["rows"].items():
+        if s == schedule and set(rows) == models:
+            row = next(iter(rows.values()))
+            x = x_of(row)
+            if x is not None and row["density"] < 1:
+                found.setdefault(name, []).append((x, mean(values(rows, "psnr", rows))))
+    return {name: sorted(points) for name, points in found.items() if len(points) > 1}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("files", nargs="+", type=Path)
+    parser.add_argument("--out", type=Path, default=HERE / "results")
+    options = parser.parse_args()
+    data = load(options.files)
+    options.out.mkdir(parents=True, exist_ok=True)
+    parts = []
+    for schedule, density in sorted({(s, d) for s, d, _ in data["rows"] if d < 1}):
+        parts.append(f"## Steps {schedule}, density {density:g}\n")
+        parts.append(table(data, schedule, density) + "\n")
+    if data["extra_ms"]:
+        parts.append("## Equal time\n\n" + equal_time(data) + "\n")
+    parts.append("## The task read back (dense in brackets)\n\n" + tasks(data) + "\n")
+    text = "\n".join(parts)
+    (options.out / "tables.md").write_text(text)
+    print(text)
+    schedules = sorted({s for s, _, _ in data["rows"]}, key=lambda s: s != "20")
+    for name, label, x_of in (
+        ("quality_density", "density", lambda row: row["density"]),
+        ("quality_time", "ms of a sparse call, 24 heads x 119,040 tokens, H200",
+         lambda row: cost.call_ms(rule_of(row), data["extra_ms"]) if data["extra_ms"] else None),
+    ):  # fmt: skip
+        lines = curves(data, schedules[0], x_of)
+        if lines:
+            plot = svg.lines(lines, label, "PSNR to dense, dB", f"{schedules[0]} steps")
+            (options.out / f"{name}.svg").write_text(plot)
+
+
+if __name__ == "__main__":
+    main()

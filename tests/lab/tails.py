@@ -1,0 +1,114 @@
+"""What stands for the blocks that are left out of a sparse step.
+
+pooled        one pseudo key per block: mean key, mean value, weight of its size
+halves        two pseudo keys per block, quarters: four
+second order  the pseudo key's score gains half the variance of the block's scores, from the
+              variance of every channel of its keys
+corrected     pooled, each key block scaled by one factor per head that makes its mass right on
+              average at the search; calibrated: a factor per block pair
+weighted      pooled, with means weighted by the mass every key received at the search
+query weighted  the same with the mass that mean queries give, at the first step after the search
+frozen        no pseudo keys: (1 - tau) * sparse + sum of the masses of the search over the
+              rows of the block times today's mean values
+"""
+
+import torch
+import torch.nn.functional as F
+from scores import blocks_of, means, sizes
+
+PARTS = {"halves": 2, "quarters": 4}
+
+
+def fake_int8(x: torch.Tensor, rows: int = 64) -> torch.Tensor:
+    """x rounded to 8-bit integers with one scale per `rows` tokens of a head."""
+    blocks = blocks_of(x.float(), rows)
+    scale = blocks.abs().amax((-1, -2), keepdim=True).clamp(min=1e-8) / 127
+    rounded = (blocks / scale).round() * scale
+    return rounded.flatten(-3, -2)[..., : x.shape[-2], :].to(x.dtype)
+
+
+def fake_fp8(x: torch.Tensor) -> torch.Tensor:
+    """x rounded to e4m3 with one scale per channel of a head."""
+    scale = x.float().abs().amax(-2, keepdim=True).clamp(min=1e-8) / 448
+    return ((x.float() / scale).to(torch.float8_e4m3fn).float() * scale).to(x.dtype)
+
+
+def smooth(k: torch.Tensor) -> torch.Tensor:
+    """Keys less their mean over the sequence, which no softmax sees."""
+    return k - k.mean(-2, keepdim=True, dtype=torch.float32).to(k.dtype)
+
+
+class Tail:
+    """The tail of one layer and one mask."""
+
+    def __init__(self, rule, keep, length: int, found: dict):
+        self.kind, self.keep = rule.tail, keep
+        self.block_q, self.block_k = rule.block_q, rule.block_k
+        parts = PARTS.get(self.kind, 1)
+        self.small = self.block_k // parts
+        number = sizes(length, self.small, keep.device)
+        # [B, H, Nq, pseudo keys]
+        left_out = ~keep.repeat_interleave(parts, -1)[..., : len(number)]
+        bias = number.log().expand(left_out.shape)
+        if self.kind in ("corrected", "calibrated"):
+            mass = found["mass"] * ~keep
+            pseudo = ((found["mass"] - found["deficit"]) * ~keep).clamp(min=1e-20)
+            if self.kind == "corrected":
+                mass, pseudo = mass.sum(2, keepdim=True), pseudo.sum(2, keepdim=True)
+            bias = bias + (mass.clamp(min=1e-20) / pseudo).log().clamp(-2, 8)
+        bias = bias.masked_fill(~left_out, float("-inf"))
+        # matrix products are much faster with rows on 32 bytes
+        self.bias = F.pad(bias, (0, -bias.shape[-1] % 8), value=float("-inf"))
+        if self.kind == "weighted":
+            self.set_weights(found["key mass"])
+        self.fresh = self.kind == "query weighted"
+        if self.kind == "frozen":
+            share = found["mass"] / sizes(length, self.block_q, keep.device)[:, None]
+            self.share = share * ~keep
+
+    def set_weights(self, key_mass) -> None:
+        """Shares of the keys in their blocks from a mass per key, [B, H, L]."""
+        weight = blocks_of(key_mass[..., None], self.block_k)
+        self.weight = weight / weight.sum(-2, keepdim=True).clamp(min=1e-20)
+
+    def apply(self, q, k, v, out, lse, scale: float):
+        """`out` and `lse` of the kept keys -> the output with the tail in it."""
+        L = q.shape[2]
+        if self.kind == "frozen":
+            extra = self.share @ means(v, self.block_k)
+            held = 1 - self.share.sum(-1, keepdim=True)
+            rows = torch.cat([extra, held], -1).repeat_interleave(self.block_q, 2)[:, :, :L]
+            return (rows[..., -1:] * out.float() + rows[..., :-1]).to(out.dtype)
+        tail_out, tail_lse = self.attend(q, k, v, scale)
+        both = torch.logaddexp(lse, tail_lse)
+        share = (tail_lse - both).exp()[..., None]
+        return torch.lerp(out.float(), tail_out, share).to(out.dtype)
+
+    def attend(self, q, k, v, scale: float):
+        """Attention over the pseudo keys: [B, H, L, D] float32 and LSE [B, H, L]."""
+        L = q.shape[2]
+        if self.fresh:
+            logits = means(q, self.block_q) @ k.float().mT * scale
+            self.set_weights(logits.softmax(-1).sum(2))
+            self.fresh = False
+        if self.kind in ("weighted", "query weighted"):
+            k_mean = (blocks_of(k.float(), self.block_k) * self.weight).sum(-2)
+            v_mean = (blocks_of(v.float(), self.block_k) * self.weight).sum(-2)
+        else:
+            k_mean, v_mean = means(k, self.small), means(v, self.small)
+        # as a kernel would hold them
+        more = (0, 0, 0, self.bias.shape[-1] - k_mean.shape[2])
+        k_mean = F.pad(k_mean.to(k.dtype).float(), more)
+        v_mean = F.pad(v_mean.to(v.dtype).float(), more)
+        pad = -L % self.block_q
+        rows = F.pad(q.float(), (0, 0, 0, pad))
+        logits = rows @ k_mean.mT * scale
+        if self.kind == "second order":
+            square = F.pad(means(k.float().square(), self.small), more)
+            variance = (square - k_mean.square()).clamp(min=0)
+            logits += (0.5 * scale**2) * (rows.square() @ variance.mT)
+        logits = logits.unflatten(2, (-1, self.block_q)).add_(self.bias[:, :, :, None])
+        lse = logits.logsumexp(-1, keepdim=True)
+        # a row that keeps everything has no tail
+        weights = logits.sub_(lse.clamp(min=-1e30)).exp_().flatten(2, 3)
+        return (weights @ v_mean)[:, :, :L], lse.flatten(2, 4)[:, :, :L]
