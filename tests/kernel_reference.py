@@ -53,6 +53,16 @@ def lists(keep):
     return order.masked_fill(past, 2**30), count
 
 
+def few_biased_keys(B, Lk, device):
+    """[B, Lk] bias that is zero for most tiles of keys; B and Lk at least 2 and 450."""
+    bias = torch.zeros(B, Lk, device=device)
+    bias[0, -30:] = float("-inf")
+    bias[0, 131] = -1e4
+    bias[1, 0] = -3.0
+    bias[1, 320:450] = 2.5
+    return bias
+
+
 def make(B, H, Lq, Lk, D, dtype, device, layout="BHLD", seed=0):
     """Random q, k, v; `layout` says how they lie in memory."""
     g = torch.Generator(device=device).manual_seed(seed)

@@ -6,7 +6,8 @@ pytest.importorskip("triton")
 import kernel_reference as reference
 from close import assert_within
 
-from sparse_attn.kernels.block_masses import block_masses
+from sparse_attn.kernels.block_masses import block_masses, finished
+from sparse_attn.kernels.tiles import Tile
 
 # B, H, Lq, Lk, D, block_q, block_k
 CASES = [
@@ -35,6 +36,18 @@ def test_matches_reference(case, renormalise, device):
     )
     exact = reference.block_masses(q, k, lse, scale, block_q, block_k)
     assert_within("masses", masses, exact, MASS_TOLERANCE)
+
+
+@pytest.mark.parametrize("lengths", [(300, 450), (256, 256)], ids=str)
+def test_masses_of_small_blocks_add_up_to_those_of_tall_ones(lengths, device):
+    # as the kernels of a card do that yield blocks of 64 x 64 only
+    q, k, _ = reference.make(1, 2, *lengths, 64, torch.float32, device)
+    _, lse = reference.attention(q, k, k, 0.125)
+    small = reference.block_masses(q, k, lse, 0.125, 64, 64)
+    hopper = Tile(128, 64, 4, 3, tma=True, hopper=True)
+    tall = finished(small.float(), lengths[0], 128, 64, hopper, renormalise=True)
+    exact = reference.block_masses(q, k, lse, 0.125, 128, 64)
+    assert_within("masses", tall, exact, 1e-3)
 
 
 def test_serves_float16_and_strided_inputs(device):
@@ -74,6 +87,15 @@ def test_key_bias_takes_mass_away(device):
     exact = reference.block_masses(q, k, lse, 0.125, 64, 64, bias)
     assert_within("masses", masses, exact, MASS_TOLERANCE)
     assert (masses[0, 0, :, 1] == 0).all() and (masses[1, 0, :, 2:] == 0).all()
+
+
+def test_a_bias_of_a_few_keys_reaches_those_alone(device):
+    q, k, v = reference.make(2, 1, 300, 600, 64, torch.bfloat16, device)
+    bias = reference.few_biased_keys(2, 600, device)
+    _, lse = reference.attention(q, k, v, 0.125, bias)
+    masses = block_masses(q, k, lse.float(), block_q=64, block_k=64, scale=0.125, key_bias=bias)
+    exact = reference.block_masses(q, k, lse, 0.125, 64, 64, bias)
+    assert_within("masses", masses, exact, MASS_TOLERANCE)
 
 
 def test_nan_in_a_key_is_not_hidden(device):

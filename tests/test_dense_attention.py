@@ -93,6 +93,20 @@ def test_key_bias_hides_padding(value, device):
     assert_within("masses", masses, exact_masses, MASS_TOLERANCE)
 
 
+def test_a_bias_of_a_few_keys_reaches_those_alone(device):
+    q, k, v = reference.make(2, 1, 70, 500, 64, torch.bfloat16, device)
+    bias = reference.few_biased_keys(2, 500, device)
+    exact, exact_lse = reference.attention(q, k, v, 0.125, bias)
+    out, lse, masses = dense_attention(
+        q, k, v, scale=0.125, key_bias=bias, previous_lse=exact_lse.float()
+    )
+    same_dtype = reference.torch_attention(q, k, v, 0.125, bias)
+    assert_as_accurate_as("out", out, same_dtype, exact)
+    assert_within("lse", lse, exact_lse, LSE_TOLERANCE)
+    exact_masses = reference.block_masses(q, k, exact_lse, 0.125, 64, 64, bias)
+    assert_within("masses", masses, exact_masses, MASS_TOLERANCE)
+
+
 def test_hidden_keys_everywhere_give_zero(device):
     q, k, v = reference.make(2, 1, 64, 130, 64, torch.bfloat16, device)
     bias = torch.zeros(2, 130, device=device)

@@ -6,8 +6,11 @@ pytest.importorskip("triton")
 import kernel_reference as reference
 from close import assert_as_accurate_as, assert_within
 
+from sparse_attn.block_mask import BlockMask
+from sparse_attn.kernels.arrange import arrange
 from sparse_attn.kernels.sparse_attention import sparse_attention
 from sparse_attn.kernels.tiles import Tile
+from sparse_attn.kernels.unpack_mask import unpack_mask
 from sparse_attn.reference import expand_blocks
 
 # B, H, Lq, Lk, D, block_q, block_k
@@ -87,6 +90,15 @@ def test_key_bias_hides_padding(value, device):
     keep[0, :, 2] = False
     hidden = bias.clamp_min(torch.finfo(torch.bfloat16).min) if value != float("-inf") else bias
     check(q, k, v, keep, 64, 64, hidden)
+
+
+@pytest.mark.parametrize("block_q", [64, 128])
+def test_a_bias_of_a_few_keys_reaches_those_alone(block_q, device):
+    B, H, Lq, Lk = 2, 2, 200, 650
+    q, k, v = reference.make(B, H, Lq, Lk, 64, torch.bfloat16, device)
+    bias = reference.few_biased_keys(B, Lk, device)
+    keep = reference.random_keep(B, H, -(-Lq // block_q), -(-Lk // 64), 0.5, device)
+    check(q, k, v, keep, block_q, 64, bias)
 
 
 def test_rows_without_a_visible_key_are_zero_and_harm_no_other(device):
@@ -230,3 +242,54 @@ def test_offsets_past_two_to_the_31(device):
     exact, _ = reference.attention(query, keys, values, 0.09)
     same_dtype = reference.torch_attention(query, keys, values, 0.09)
     assert_as_accurate_as("out", out[:, -1:, ends[0]], same_dtype, exact)
+
+
+@pytest.mark.parametrize("D", [64, 128])
+@pytest.mark.parametrize("block_q", [64, 128])
+def test_pooled_tail_matches_reference(block_q, D, device):
+    B, H, L = 2, 2, 330
+    q, k, v = reference.make(B, H, L, L, D, torch.bfloat16, device, "BLHD")
+    order = torch.randperm(L, generator=torch.Generator().manual_seed(1)).to(device)
+    N = blocks(L, 64)
+    keep = reference.random_keep(B, H, blocks(L, block_q), N, 0.4, device)
+    bits = BlockMask.from_dense(keep, block_q=block_q, block_k=64).bits
+    sizes = (L - torch.arange(0, L, 64, device=device)).clamp(max=64).log()
+    bias = torch.full((B, N * 64 + 64), float("-inf"), device=device)
+    bias[:, :L] = 0.0
+    bias[:, N * 64 : N * 64 + N] = sizes
+    # a key bias of the caller's own
+    bias[0, 70:80] = -2.0
+    q_, k_, v_ = arrange(q, order), arrange(k, order, means=True), arrange(v, order, means=True)
+    indices, counts = unpack_mask(bits, N, more=1)
+    scale = D**-0.5
+    out, lse = sparse_attention(
+        q_, k_, v_, indices, counts, block_q=block_q, block_k=64, scale=scale, key_bias=bias,
+        tail=bits, order=order,
+    )  # fmt: skip
+
+    tokens = expand_blocks(keep, block_q, 64, L, N * 64)
+    stand_ins = expand_blocks(~keep, block_q, 1, L, N)
+    none = torch.zeros(B, H, L, 64 - N, dtype=torch.bool, device=device)
+    read = torch.cat([tokens, stand_ins, none], -1)
+    exact, exact_lse = reference.attention(q_, k_, v_, scale, bias, read)
+    same_dtype = reference.torch_attention(q_, k_, v_, scale, bias, read)
+    assert out.transpose(1, 2).is_contiguous()
+    assert_as_accurate_as("out", out[:, :, order], same_dtype, exact)
+    assert_within("lse", lse, exact_lse, LSE_TOLERANCE)
+
+
+def test_refuses_a_tail_that_does_not_fit(device):
+    q = torch.zeros(1, 1, 64, 64, dtype=torch.bfloat16, device=device)
+    k = torch.zeros(1, 1, 128, 64, dtype=torch.bfloat16, device=device)
+    indices = torch.zeros(1, 1, 1, 2, dtype=torch.int32, device=device)
+    counts = torch.ones(1, 1, 1, dtype=torch.int32, device=device)
+    bits = torch.zeros(1, 1, 1, 1, dtype=torch.uint8, device=device)
+    options = {"block_q": 64, "scale": 0.1, "tail": bits}
+    with pytest.raises(ValueError, match="A tail needs"):
+        sparse_attention(q, k, k, indices, counts, block_k=64, **options)
+    options["key_bias"] = torch.zeros(1, 128, device=device)
+    with pytest.raises(ValueError, match="A tail needs"):
+        sparse_attention(q, k, k, indices, counts, block_k=128, **options)
+    options["tail"] = bits.expand(1, 1, 1, 2)
+    with pytest.raises(ValueError, match="`tail` must be"):
+        sparse_attention(q, k, k, indices, counts, block_k=64, **options)

@@ -20,7 +20,11 @@ ARCHS = (80, 86, 89, 90, 100, 120)
 LIKE_OTHERS = (86, 89)
 # bytes of stack per thread, where spilled registers go; a handful outside the loop costs nothing
 STACK_LIMIT = 256
-TENSOR_CORE = re.compile(r"wgmma\.mma_async|mma\.sync|tcgen05\.mma")
+TENSOR_CORE = re.compile(r"wgmma\.mma_async|mma\.sync|tcgen05\.mma|v_mfma|v_wmma")
+AMD_ARCHS = ("gfx942", "gfx1100")
+AMD_SHARED_MEMORY = 64 * 1024
+# the search with blocks of 128 spills on gfx1100 whatever the tile; it runs once or twice
+AMD_STACK_LIMIT = 512
 
 
 def run_here(*arguments):
@@ -40,6 +44,7 @@ def answers():
     pytest.importorskip("triton")
     with ThreadPoolExecutor(2) as pool:
         asked = [("compile", 90), ("variants", 90), *(("compile", x) for x in ARCHS if x != 90)]
+        asked += [("compile_amd", x) for x in AMD_ARCHS]
         yield {key: pool.submit(run_here, key[0], str(key[1])) for key in asked}
 
 
@@ -54,6 +59,16 @@ def test_kernels_fit_the_card_and_use_its_tensor_cores(arch, answers):
         assert kernel["shared"] <= limit, f"{kernel}: the card has {limit} bytes"
         assert kernel["stack"] <= STACK_LIMIT, f"{kernel}: registers spill"
         assert kernel["tensor_core"] > 0, f"{kernel}: no tensor-core instruction"
+
+
+@pytest.mark.parametrize("arch", AMD_ARCHS)
+def test_kernels_compile_for_amd(arch, answers):
+    kernels = answers["compile_amd", arch].result()
+    assert {"sparse", "dense", "masses"} <= {kernel["kernel"] for kernel in kernels}
+    for kernel in kernels:
+        assert kernel["shared"] <= AMD_SHARED_MEMORY, kernel
+        assert kernel["stack"] <= AMD_STACK_LIMIT, f"{kernel}: registers spill"
+        assert kernel["tensor_core"] > 0, f"{kernel}: no matrix instruction"
 
 
 def test_other_shapes_and_strides_reuse_the_compiled_kernel(answers):
@@ -73,9 +88,13 @@ def fake_gpu(arch):
     import triton
     from triton.backends.compiler import GPUTarget
 
+    target = GPUTarget("cuda", arch, 32)
+    if isinstance(arch, str):
+        target = GPUTarget("hip", arch, 64 if arch.startswith("gfx9") else 32)
+
     class Driver:
         def get_current_target(self):
-            return GPUTarget("cuda", arch, 32)
+            return target
 
         def get_current_device(self):
             return 0
@@ -111,6 +130,9 @@ def compile_only(arch):
         block_masses,
         dense_attention,
         inputs,
+        low_precision_attention,
+        pooled_masses,
+        quantise,
         sparse_attention,
         tiles,
         unpack_mask,
@@ -118,22 +140,39 @@ def compile_only(arch):
 
     inputs.why_not_tensors = lambda *tensors: None
     inputs.INTERPRETED = True
-    tiles.choose = lambda kernel, q, block_q, block_k: tiles.tile_for(
-        kernel, divmod(arch, 10), q.shape[-1], block_q, block_k
+    amd = isinstance(arch, str)
+    tile_of, card = (tiles.amd_tile, arch) if amd else (tiles.tile_for, divmod(arch, 10))
+    tiles.choose = lambda kernel, q, block_q, block_k: tile_of(
+        kernel, card, q.shape[-1], block_q, block_k
     )
     stands = {
         "sparse": Compiled(sparse_attention._sparse_attention_kernel),
         "dense": Compiled(dense_attention._dense_attention_kernel),
         "masses": Compiled(block_masses._block_masses_kernel),
         "unpack": Compiled(unpack_mask._unpack_mask_kernel),
+        "pooled": Compiled(pooled_masses._pooled_masses_kernel),
+        "low precision": Compiled(low_precision_attention._low_precision_attention_kernel),
+        "quantise": Compiled(quantise._rows_kernel),
     }
+    low_precision_attention._low_precision_attention_kernel = stands["low precision"]
+    low_precision_attention.has_fp8 = lambda q: not amd and arch >= 89
+    quantise._rows_kernel = stands["quantise"]
+    for name in ("_sums_kernel", "_finish_kernel", "_values_kernel"):
+        setattr(quantise, name, Compiled(getattr(quantise, name)))
     sparse_attention._sparse_attention_kernel = stands["sparse"]
     dense_attention._dense_attention_kernel = stands["dense"]
     block_masses._block_masses_kernel = stands["masses"]
     unpack_mask._unpack_mask_kernel = stands["unpack"]
+    pooled_masses._pooled_masses_kernel = stands["pooled"]
     if arch == 90:
-        from sparse_attn.kernels import hopper_attention, hopper_block_masses
+        from sparse_attn.kernels import (
+            hopper_attention,
+            hopper_block_masses,
+            hopper_low_precision,
+        )
 
+        kernel = Compiled(hopper_low_precision.hopper_low_precision_kernel)
+        stands["hopper low precision"] = hopper_low_precision.hopper_low_precision_kernel = kernel
         stands["hopper"] = Compiled(hopper_attention.hopper_attention_kernel)
         stands["hopper_masses"] = Compiled(hopper_block_masses.hopper_block_masses_kernel)
         hopper_attention.hopper_attention_kernel = stands["hopper"]
@@ -147,6 +186,7 @@ def call(kernel, B, H, L, D, block, bias=False, strided=False, **kwargs):
 
     from sparse_attn.kernels.block_masses import block_masses
     from sparse_attn.kernels.dense_attention import dense_attention
+    from sparse_attn.kernels.pooled_masses import pooled_masses
     from sparse_attn.kernels.sparse_attention import sparse_attention
     from sparse_attn.kernels.unpack_mask import unpack_mask
 
@@ -163,12 +203,46 @@ def call(kernel, B, H, L, D, block, bias=False, strided=False, **kwargs):
         counts = torch.zeros(B, H, Nq, dtype=torch.int32)
         lists = torch.zeros(B, H, Nq, Nq, dtype=torch.int32)
         sparse_attention(q, q, q, lists, counts, **blocks, **kwargs)
+    elif kernel == "tail":
+        blocks |= {"block_k": 64, "key_bias": torch.zeros(B, 64 * 6), "order": torch.arange(L)}
+        k = torch.zeros(B, H, 64 * 6, D, dtype=torch.bfloat16)
+        counts = torch.zeros(B, H, Nq, dtype=torch.int32)
+        lists = torch.zeros(B, H, Nq, 6, dtype=torch.int32)
+        bits = torch.zeros(B, H, Nq, 1, dtype=torch.uint8)
+        sparse_attention(q, k, k, lists, counts, tail=bits, **blocks, **kwargs)
+    elif kernel == "pooled":
+        lse = torch.zeros(B, H, L)
+        pooled_masses(q, q, torch.zeros(B, L), lse, block_q=block, scale=0.1)
     elif kernel == "dense":
         dense_attention(q, q, q, previous_lse=torch.zeros(B, H, L), **blocks, **kwargs)
     elif kernel == "masses":
         block_masses(q, q, torch.zeros(B, H, L), **blocks, **kwargs)
     else:
         unpack_mask(torch.zeros(B, H, Nq, -(-L // 8), dtype=torch.uint8), L)
+
+
+def call_low_precision(arch, D, block, precision, listed=True):
+    """Call the plain kernel, and on Hopper the other one too."""
+    import torch
+
+    from sparse_attn.kernels.low_precision_attention import PRECISIONS, low_precision_attention
+    from sparse_attn.kernels.quantise import quantise
+
+    q = torch.zeros(1, 2, 300, D, dtype=torch.bfloat16)
+    lists = {}
+    if listed:
+        shape = (1, 2, -(-300 // block))
+        lists["kv_indices"] = torch.zeros(*shape, 5, dtype=torch.int32)
+        lists["kv_num_blocks"] = torch.zeros(shape, dtype=torch.int32)
+    low_precision_attention(q, q, q, scale=0.1, precision=precision, block_q=block, **lists)
+    if arch == 90:
+        from sparse_attn.kernels import hopper_low_precision
+
+        dtype = PRECISIONS[precision]
+        x = quantise(q, q, q, scale=0.1, dtype=dtype, values=True, ordered=True)
+        hopper_low_precision.launch(
+            x, q, torch.zeros(1, 2, 300), (1, 2, 300, 300, D), block_q=block, **lists
+        )
 
 
 def compile_all(arch):
@@ -183,12 +257,19 @@ def compile_all(arch):
         calls += [("masses", 128, 64, False)]
     if arch in (90, 120):
         calls += [(name, 128, 128, True) for name in ("sparse", "dense")]
+        calls += [(name, 128, block, False) for name in ("tail", "pooled") for block in (64, 128)]
     for kernel, D, block, bias in calls:
         call(kernel, 1, 2, 300, D, block, bias)
-        if arch == 90:
-            call(kernel, 1, 2, 300, D, block, bias, tile=tiles.hopper_tile(kernel, block))
+        if arch == 90 and kernel != "pooled":
+            same = "sparse" if kernel == "tail" else kernel
+            call(kernel, 1, 2, 300, D, block, bias, tile=tiles.hopper_tile(same, block))
     if arch == 90:
         call("sparse", 1, 2, 300, 64, 64, tile=tiles.hopper_tile("sparse", 64))
+    if arch not in LIKE_OTHERS:
+        call_low_precision(arch, 128, 64, "int8")
+    if arch in (90, 120):
+        call_low_precision(arch, 128, 128, "fp8")
+        call_low_precision(arch, 128, 128, "int8", listed=False)
     found = []
     for name, stand in stands.items():
         for binary in stand.binaries.values():
@@ -206,6 +287,27 @@ def compile_all(arch):
                     "registers": int(re.search(r"REG:(\d+)", usage).group(1)),
                     "stack": int(re.search(r"STACK:(\d+)", usage).group(1)),
                     "tensor_core": len(TENSOR_CORE.findall(binary.asm["ptx"])),
+                }
+            )
+    return found
+
+
+def compile_amd(arch):
+    """As `compile_all`, for an AMD card."""
+    stands = compile_only(arch)
+    for block in (64, 128):
+        for kernel in ("sparse", "dense", "masses"):
+            call(kernel, 1, 2, 300, 128, block)
+    found = []
+    for name, stand in stands.items():
+        for binary in stand.binaries.values():
+            code = binary.asm["amdgcn"]
+            found.append(
+                {
+                    "kernel": name,
+                    "shared": binary.metadata.shared,
+                    "stack": int(re.search(r"\.private_segment_fixed_size: (\d+)", code).group(1)),
+                    "tensor_core": len(TENSOR_CORE.findall(code)),
                 }
             )
     return found
@@ -233,5 +335,6 @@ def count_variants(arch):
 
 
 if __name__ == "__main__":
-    what = {"compile": compile_all, "variants": count_variants}[sys.argv[1]]
-    sys.stdout.write(json.dumps(what(int(sys.argv[2]))) + "\n")
+    what = {"compile": compile_all, "compile_amd": compile_amd, "variants": count_variants}
+    arch = sys.argv[2] if sys.argv[1] == "compile_amd" else int(sys.argv[2])
+    sys.stdout.write(json.dumps(what[sys.argv[1]](arch)) + "\n")

@@ -55,3 +55,12 @@ def test_refuses_bits_of_another_width(device):
     bits = torch.zeros(1, 1, 1, 3, dtype=torch.uint8, device=device)
     with pytest.raises(ValueError, match="needs 4 bytes for 25 key blocks, got 3"):
         unpack_mask(bits, 25)
+
+
+def test_more_blocks_end_every_list(device):
+    keep = torch.rand(1, 2, 3, 70, generator=torch.Generator().manual_seed(0)) < 0.3
+    indices, counts = unpack_mask(pack(keep).to(device), 70, more=3)
+    assert indices.shape == (1, 2, 3, 73)
+    assert torch.equal(counts.cpu(), keep.sum(-1, dtype=torch.int32) + 3)
+    expected = [*keep[0, 1, 2].nonzero()[:, 0].tolist(), 70, 71, 72]
+    assert indices[0, 1, 2, : len(expected)].tolist() == expected

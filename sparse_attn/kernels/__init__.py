@@ -3,7 +3,10 @@
 from functools import cache
 from importlib import import_module
 
-NAMES = ("sparse_attention", "dense_attention", "block_masses", "unpack_mask")
+NAMES = (
+    "sparse_attention", "dense_attention", "block_masses", "unpack_mask",
+    "low_precision_attention", "arrange", "pooled_masses",
+)  # fmt: skip
 
 
 @cache

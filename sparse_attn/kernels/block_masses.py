@@ -35,7 +35,9 @@ def _store_tile(
     b_k = load_rows(k, i_b, i_h, first, stride_kb, stride_kh, stride_kl, Lk, TILE_K, D, TMA, RAGGED)
     # [TILE_Q, TILE_K]
     b_s = raw_scores(b_q, b_k)
-    b_s = mask_scores(b_s, scale_log2, key_bias, first, Lk, TILE_K, HAS_BIAS, RAGGED)
+    b_s = mask_scores(
+        b_s, scale_log2, key_bias, first, Lk, None, 0, 0, TILE_K, HAS_BIAS, False, RAGGED
+    )
     b_p = weights(b_s, b_lse, scale_log2, HAS_BIAS)
     b_rows = tl.sum(tl.reshape(b_p, [TILE_Q, COLS, BLOCK_K]), 2)
     # [ROWS, COLS]

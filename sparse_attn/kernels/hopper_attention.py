@@ -9,35 +9,37 @@ stream; with 64-row ones a program has one, and two programs share a multiproces
 The last pair goes first: it alone can be ragged or odd, so only the first turn masks.
 """
 
-import torch
 import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     mbarrier,
-    tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from . import inputs
+from .hopper_ops import (
+    STRIP,
+    TILE,
+    add_bias,
+    bias_tiles,
+    empty_strip,
+    has_bias,
+    load_pair,
+    load_queries,
+    mask_listed,
+    put_masses,
+    source,
+    start_scores,
+    store_masses,
+    wait_for,
+)
 from .tile_ops import LN_2, LOG2_E
 
-DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
-
-# tokens of one tile, and query rows of one consumer
-TILE = gl.constexpr(64)
 # a row whose LSE fell by more than this (in log2) must not swamp its block row
 MAX_DRIFT = gl.constexpr(16.0)
-# keeps a hopelessly stale LSE from turning a whole row into inf / inf
-MAX_MASS = gl.constexpr(1e30)
-# tiles whose masses are added up over the rows at once: that takes a barrier of the warpgroup
-STRIP = gl.constexpr(8)
-# renamed after Triton 3.6
-_tma_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 
-SIZES = ["H", "Lq", "Lk", "Nq", "Nk", "list_stride"]
+SIZES = ["H", "Lq", "Lk", "Nq", "Nk", "list_stride", "first_pseudo", "num_listed"]
 
 
 @gluon.jit
@@ -53,53 +55,31 @@ def _tile_first(p_list, t, num_tiles, Lk, BLOCK_K: gl.constexpr, LISTED: gl.cons
 
 
 @gluon.jit
-def _load_pair(desc, ring, ready, free, turn, i_b, i_h, first0, first1, STAGES: gl.constexpr):
-    """Load two tiles into the stage of this turn, once it is free."""
-    stage = turn % STAGES
-    mbarrier.wait(free.index(stage), ((turn // STAGES) & 1) ^ 1)
-    bar = ready.index(stage)
-    mbarrier.expect(bar, 2 * desc.block_type.nbytes)
-    _tma_load(desc, [i_b, i_h, first0, 0], bar, ring.index(2 * stage))
-    _tma_load(desc, [i_b, i_h, first1, 0], bar, ring.index(2 * stage + 1))
-
-
-@gluon.jit
 def _produce(
     q_desc, k_desc, v_desc, q_tiles, ring, q_ready, ready, free,
     p_list, num_tiles, num_pairs, Lk, i_b, i_h, first_q,
     BLOCK_K: gl.constexpr, LISTED: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    for i in gl.static_range(CONSUMERS):
-        bar = q_ready.index(i)
-        mbarrier.expect(bar, q_desc.block_type.nbytes)
-        _tma_load(q_desc, [i_b, i_h, first_q + i * TILE, 0], bar, q_tiles.index(i))
+    load_queries(q_desc, q_tiles, q_ready, i_b, i_h, first_q, CONSUMERS)
     last = 2 * (num_pairs - 1)
     v0 = _tile_first(p_list, last, num_tiles, Lk, BLOCK_K, LISTED)
     v1 = _tile_first(p_list, last + 1, num_tiles, Lk, BLOCK_K, LISTED)
-    _load_pair(k_desc, ring, ready, free, 0, i_b, i_h, v0, v1, STAGES)
+    load_pair(k_desc, ring, ready, free, 0, i_b, i_h, v0, v1, STAGES)
     for n in range(1, num_pairs):
         k0 = _tile_first(p_list, 2 * n - 2, num_tiles, Lk, BLOCK_K, LISTED)
         k1 = _tile_first(p_list, 2 * n - 1, num_tiles, Lk, BLOCK_K, LISTED)
-        _load_pair(k_desc, ring, ready, free, 2 * n - 1, i_b, i_h, k0, k1, STAGES)
-        _load_pair(v_desc, ring, ready, free, 2 * n, i_b, i_h, v0, v1, STAGES)
+        load_pair(k_desc, ring, ready, free, 2 * n - 1, i_b, i_h, k0, k1, STAGES)
+        load_pair(v_desc, ring, ready, free, 2 * n, i_b, i_h, v0, v1, STAGES)
         v0 = k0
         v1 = k1
-    _load_pair(v_desc, ring, ready, free, 2 * num_pairs - 1, i_b, i_h, v0, v1, STAGES)
+    load_pair(v_desc, ring, ready, free, 2 * num_pairs - 1, i_b, i_h, v0, v1, STAGES)
 
 
 @gluon.jit
-def _wait_for(bars, turn, STAGES: gl.constexpr):
-    mbarrier.wait(bars.index(turn % STAGES), (turn // STAGES) & 1)
-
-
-@gluon.jit
-def _start_scores(b_q, ring, turn, D: gl.constexpr, STAGES: gl.constexpr, S: gl.constexpr):
+def _start_pair(b_q, ring, turn, D: gl.constexpr, STAGES: gl.constexpr, S: gl.constexpr):
     """Start both products with the keys of this turn."""
-    k0 = ring.index(2 * (turn % STAGES)).reshape([TILE, D]).permute((1, 0))
-    k1 = ring.index(2 * (turn % STAGES) + 1).reshape([TILE, D]).permute((1, 0))
-    b_zero = gl.zeros([TILE, TILE], gl.float32, S)
-    b_s0 = warpgroup_mma(b_q, k0, b_zero, use_acc=False, is_async=True)
-    b_s1 = warpgroup_mma(b_q, k1, b_zero, use_acc=False, is_async=True)
+    b_s0 = start_scores(b_q, ring.index(2 * (turn % STAGES)), D, S)
+    b_s1 = start_scores(b_q, ring.index(2 * (turn % STAGES) + 1), D, S)
     return b_s0, b_s1
 
 
@@ -113,36 +93,21 @@ def _start_values(b_p0, b_p1, b_acc, ring, turn, D: gl.constexpr, STAGES: gl.con
 
 
 @gluon.jit
-def load_bias(p_bias, first, o_k, Lk):
-    """[TILE] bias in units of log2; keys past Lk get -inf."""
-    o_k += first
-    return gl.load(p_bias + o_k, mask=o_k < Lk, other=float("-inf")) * LOG2_E
-
-
-@gluon.jit
-def put_masses(b_strip, o_t, t, b_share0, b_share1):
-    """Note what the rows give to tiles t and t + 1 in two columns of the strip."""
-    b_strip = gl.where((o_t == t % STRIP)[None, :], b_share0[:, None], b_strip)
-    return gl.where((o_t == t % STRIP + 1)[None, :], b_share1[:, None], b_strip)
-
-
-@gluon.jit
-def store_masses(p_masses, b_strip, o_t, t, end):
-    """Add up the rows of the strip and store the masses of tiles t to end - 1."""
-    first = t // STRIP * STRIP
-    b_mass = gl.sum(b_strip, 0)
-    b_mass = gl.where(b_mass > MAX_MASS, MAX_MASS, b_mass)
-    gl.store(p_masses + first + o_t, b_mass, mask=(first + o_t >= t) & (first + o_t < end))
+def _put_pair(b_strip, o_t, t, b_share0, b_share1):
+    """Note what the rows give to tiles t and t + 1."""
+    b_strip = put_masses(b_strip, o_t, t, gl.sum(b_share0.reshape([4, 2, 8]), 1))
+    return put_masses(b_strip, o_t, t + 1, gl.sum(b_share1.reshape([4, 2, 8]), 1))
 
 
 @gluon.jit
 def _consume(
     q_tiles, ring, q_ready, ready, free,
     p_list, num_tiles, num_pairs, Lq, Lk, H, i_b, i_h, first_q,
-    out, lse, key_bias, previous_lse, masses, Nk, scale_log2,
+    out, lse, key_bias, bias_tiles, previous_lse, masses, Nk,
+    p_listed, first_pseudo, num_listed, order, scale_log2,
     CONSUMER: gl.constexpr, D: gl.constexpr, BLOCK_K: gl.constexpr,
     LISTED: gl.constexpr, HAS_BIAS: gl.constexpr, HAS_MASSES: gl.constexpr,
-    STAGES: gl.constexpr,
+    HAS_TAIL: gl.constexpr, HAS_ORDER: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
     OUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
@@ -157,11 +122,7 @@ def _consume(
     i_bh = i_b.to(gl.int64) * H + i_h
     o_q = first_q + gl.arange(0, TILE, layout=S_ROWS)
     if HAS_MASSES:
-        # [64, STRIP]
-        STRIP_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, STRIP, 16])
-        STRIP_ROWS: gl.constexpr = gl.SliceLayout(1, STRIP_LAYOUT)
-        o_t = gl.arange(0, STRIP, layout=gl.SliceLayout(0, STRIP_LAYOUT))
-        b_strip = gl.zeros([TILE, STRIP], gl.float32, STRIP_LAYOUT)
+        b_strip, o_t = empty_strip()
         in_range = first_q < Lq
         p_masses = masses + (i_bh * gl.cdiv(Lq, TILE) + first_q // TILE) * Nk
         # rows that lie past Lq, or had no key then, have no share
@@ -175,64 +136,66 @@ def _consume(
 
     # the last pair, the only one to mask
     last = 2 * (num_pairs - 1)
-    _wait_for(ready, 0, STAGES)
-    b_s0, b_s1 = _start_scores(b_q, ring, 0, D, STAGES, S)
+    wait_for(ready, 0, STAGES)
+    b_s0, b_s1 = _start_pair(b_q, ring, 0, D, STAGES, S)
     b_s0, b_s1 = warpgroup_mma_wait(0, deps=(b_s0, b_s1))
     mbarrier.arrive(free.index(0))
     o_k = gl.arange(0, TILE, layout=S_COLS)
     k0 = _tile_first(p_list, last, num_tiles, Lk, BLOCK_K, LISTED)
     k1 = _tile_first(p_list, last + 1, num_tiles, Lk, BLOCK_K, LISTED)
     if HAS_BIAS:
-        # biased scores are scaled, plain ones are left for the exponent to scale
         p_bias = key_bias + i_b.to(gl.int64) * Lk
-        b_s0 = gl.fma(b_s0, scale_log2, load_bias(p_bias, k0, o_k, Lk)[None, :])
-        b_s1 = gl.fma(b_s1, scale_log2, load_bias(p_bias, k1, o_k, Lk)[None, :])
-        factor = 1.0
+        p_flags = bias_tiles + i_b.to(gl.int64) * gl.cdiv(Lk, TILE)
+        b_s0 = add_bias(b_s0, p_bias, k0, o_k, Lk, scale_log2)
+        b_s1 = add_bias(b_s1, p_bias, k1, o_k, Lk, scale_log2)
+        if HAS_TAIL:
+            b_s0 = mask_listed(b_s0, p_listed, k0, first_pseudo, num_listed, o_k)
+            b_s1 = mask_listed(b_s1, p_listed, k1, first_pseudo, num_listed, o_k)
     else:
         b_s0 = gl.where((k0 + o_k < Lk)[None, :], b_s0, float("-inf"))
         b_s1 = gl.where((k1 + o_k < Lk)[None, :], b_s1, float("-inf"))
-        factor = scale_log2
-    b_max = gl.max(gl.maximum(b_s0, b_s1), 1) * factor
+    b_max = gl.max(gl.maximum(b_s0, b_s1), 1) * scale_log2
     # an empty list leaves -inf
     b_pivot = gl.where(b_max == float("-inf"), 0.0, b_max)
-    b_e0 = gl.exp2(gl.fma(b_s0, factor, -b_pivot[:, None]))
-    b_e1 = gl.exp2(gl.fma(b_s1, factor, -b_pivot[:, None]))
+    b_e0 = gl.exp2(gl.fma(b_s0, scale_log2, -b_pivot[:, None]))
+    b_e1 = gl.exp2(gl.fma(b_s1, scale_log2, -b_pivot[:, None]))
     b_sum0 = gl.sum(b_e0, 1)
     b_sum1 = gl.sum(b_e1, 1)
     b_sum = b_sum0 + b_sum1
     if HAS_MASSES:
         b_share = gl.exp2(gl.minimum(b_max - b_previous, MAX_DRIFT))
-        b_share0 = gl.convert_layout(b_sum0 * b_share, STRIP_ROWS)
-        b_share1 = gl.convert_layout(b_sum1 * b_share, STRIP_ROWS)
-        b_strip = put_masses(b_strip, o_t, last, b_share0, b_share1)
-        store_masses(p_masses, b_strip, o_t, last, gl.where(in_range, Nk, 0))
+        b_strip = _put_pair(b_strip, o_t, last, b_sum0 * b_share, b_sum1 * b_share)
+        store_masses(p_masses, b_strip, last // STRIP * STRIP, last, gl.where(in_range, Nk, 0))
     b_p0 = gl.convert_layout(b_e0.to(dtype), OUT_OPERAND)
     b_p1 = gl.convert_layout(b_e1.to(dtype), OUT_OPERAND)
 
     # turn 1 is keys again, or the values of an only pair
-    _wait_for(ready, 1, STAGES)
+    wait_for(ready, 1, STAGES)
     for n in range(1, num_pairs):
+        b_s0, b_s1 = _start_pair(b_q, ring, 2 * n - 1, D, STAGES, S)
+        wait_for(ready, 2 * n, STAGES)
+        b_acc = _start_values(b_p0, b_p1, b_acc, ring, 2 * n, D, STAGES)
         if HAS_BIAS:
             k0 = _tile_first(p_list, 2 * n - 2, num_tiles, Lk, BLOCK_K, LISTED)
             k1 = _tile_first(p_list, 2 * n - 1, num_tiles, Lk, BLOCK_K, LISTED)
-            b_bias0 = load_bias(p_bias, k0, o_k, Lk)
-            b_bias1 = load_bias(p_bias, k1, o_k, Lk)
-        b_s0, b_s1 = _start_scores(b_q, ring, 2 * n - 1, D, STAGES, S)
-        _wait_for(ready, 2 * n, STAGES)
-        b_acc = _start_values(b_p0, b_p1, b_acc, ring, 2 * n, D, STAGES)
+            biased = has_bias(p_flags, k0, k1)
         b_s0, b_s1 = warpgroup_mma_wait(2, deps=(b_s0, b_s1))
         mbarrier.arrive(free.index((2 * n - 1) % STAGES))
 
-        if HAS_BIAS:
-            b_s0 = gl.fma(b_s0, scale_log2, b_bias0[None, :])
-            b_s1 = gl.fma(b_s1, scale_log2, b_bias1[None, :])
-        b_new = gl.maximum(b_max, gl.max(gl.maximum(b_s0, b_s1), 1) * factor)
+        if HAS_BIAS:  # noqa: SIM102  one is known to the compiler
+            if biased:
+                b_s0 = add_bias(b_s0, p_bias, k0, o_k, Lk, scale_log2)
+                b_s1 = add_bias(b_s1, p_bias, k1, o_k, Lk, scale_log2)
+                if HAS_TAIL:
+                    b_s0 = mask_listed(b_s0, p_listed, k0, first_pseudo, num_listed, o_k)
+                    b_s1 = mask_listed(b_s1, p_listed, k1, first_pseudo, num_listed, o_k)
+        b_new = gl.maximum(b_max, gl.max(gl.maximum(b_s0, b_s1), 1) * scale_log2)
         b_pivot = b_new
         if HAS_BIAS:
             # a row may have met only keys at -inf so far
             b_pivot = gl.where(b_new == float("-inf"), 0.0, b_new)
-        b_e0 = gl.exp2(gl.fma(b_s0, factor, -b_pivot[:, None]))
-        b_e1 = gl.exp2(gl.fma(b_s1, factor, -b_pivot[:, None]))
+        b_e0 = gl.exp2(gl.fma(b_s0, scale_log2, -b_pivot[:, None]))
+        b_e1 = gl.exp2(gl.fma(b_s1, scale_log2, -b_pivot[:, None]))
         b_rescale = gl.exp2(b_max - b_pivot)
         b_max = b_new
         if HAS_MASSES:
@@ -240,19 +203,15 @@ def _consume(
             b_sum1 = gl.sum(b_e1, 1)
             b_sum = b_sum * b_rescale + (b_sum0 + b_sum1)
             b_share = gl.exp2(gl.minimum(b_max - b_previous, MAX_DRIFT))
-            b_share0 = gl.convert_layout(b_sum0 * b_share, STRIP_ROWS)
-            b_share1 = gl.convert_layout(b_sum1 * b_share, STRIP_ROWS)
-            b_strip = put_masses(b_strip, o_t, 2 * n - 2, b_share0, b_share1)
+            b_strip = _put_pair(b_strip, o_t, 2 * n - 2, b_sum0 * b_share, b_sum1 * b_share)
             if 2 * n % STRIP == 0:
-                store_masses(
-                    p_masses, b_strip, o_t, 2 * n - STRIP, gl.where(in_range, Nk, 0)
-                )  # fmt: skip
+                store_masses(p_masses, b_strip, 2 * n - STRIP, 0, gl.where(in_range, Nk, 0))
         else:
             b_sum = b_sum * b_rescale + gl.sum(b_e0 + b_e1, 1)
 
         # this wait's branch keeps the exponentials above the wait for P V, where they cost
         # nothing; its turn is the next pair's keys, or the last values
-        _wait_for(ready, 2 * n + 1, STAGES)
+        wait_for(ready, 2 * n + 1, STAGES)
         b_acc, b_p0, b_p1 = warpgroup_mma_wait(0, deps=(b_acc, b_p0, b_p1))
         mbarrier.arrive(free.index((2 * n) % STAGES))
         b_acc = b_acc * gl.convert_layout(b_rescale, OUT_ROWS)[:, None]
@@ -260,9 +219,7 @@ def _consume(
         b_p1 = gl.convert_layout(b_e1.to(dtype), OUT_OPERAND)
 
     if HAS_MASSES:
-        store_masses(
-            p_masses, b_strip, o_t, last // STRIP * STRIP, gl.where(in_range, last, 0)
-        )  # fmt: skip
+        store_masses(p_masses, b_strip, last // STRIP * STRIP, 0, gl.where(in_range, last, 0))
     b_acc = _start_values(b_p0, b_p1, b_acc, ring, 2 * num_pairs - 1, D, STAGES)
     b_acc = warpgroup_mma_wait(0, deps=(b_acc,))
 
@@ -271,7 +228,10 @@ def _consume(
     b_acc = b_acc * gl.convert_layout(b_norm, OUT_ROWS)[:, None]
     o_row = first_q + gl.arange(0, TILE, layout=OUT_ROWS)
     o_d = gl.arange(0, D, layout=gl.SliceLayout(0, OUT))
-    row = (i_b.to(gl.int64) * Lq + o_row) * H + i_h
+    o_to = o_row
+    if HAS_ORDER:
+        o_to = gl.load(order + o_row, mask=o_row < Lq, other=0)
+    row = (i_b.to(gl.int64) * Lq + o_to) * H + i_h
     p_out = out + row[:, None] * D + o_d[None, :]
     gl.store(p_out, b_acc.to(dtype), mask=(o_row < Lq)[:, None])
 
@@ -279,19 +239,22 @@ def _consume(
 @gluon.jit(
     do_not_specialize=SIZES,
     do_not_specialize_on_alignment=[
-        "lse", "key_bias", "previous_lse", "masses", "kv_indices", "kv_num_blocks",
+        "lse", "key_bias", "bias_tiles", "previous_lse", "masses", "kv_indices", "kv_num_blocks",
+        "tail", "order",
     ],
 )  # fmt: skip
 def hopper_attention_kernel(
-    q_desc, k_desc, v_desc, out, lse, key_bias, previous_lse, masses,
-    kv_indices, kv_num_blocks,
-    H, Lq, Lk, Nq, Nk, list_stride,
+    q_desc, k_desc, v_desc, out, lse, key_bias, bias_tiles, previous_lse, masses,
+    kv_indices, kv_num_blocks, tail, order,
+    H, Lq, Lk, Nq, Nk, list_stride, first_pseudo, num_listed,
     scale_log2,
     D: gl.constexpr,
     BLOCK_K: gl.constexpr,
     LISTED: gl.constexpr,
     HAS_BIAS: gl.constexpr,
     HAS_MASSES: gl.constexpr,
+    HAS_TAIL: gl.constexpr,
+    HAS_ORDER: gl.constexpr,
     CONSUMERS: gl.constexpr,
     STAGES: gl.constexpr,
 ):  # fmt: skip
@@ -308,6 +271,9 @@ def hopper_attention_kernel(
     else:
         p_list = lse  # not read
         num_tiles = gl.cdiv(Lk, TILE)
+    p_listed = lse  # not read
+    if HAS_TAIL:
+        p_listed = tail + (i_bh.to(gl.int64) * Nq + i_q) * gl.cdiv(num_listed, 8)
     # an empty list becomes one pair of tiles past the end
     num_pairs = gl.maximum(gl.cdiv(num_tiles, 2), 1)
 
@@ -331,14 +297,16 @@ def hopper_attention_kernel(
                 (_consume, (
                     q_tiles, ring, q_ready, ready, free,
                     p_list, num_tiles, num_pairs, Lq, Lk, H, i_b, i_h, first_q,
-                    out, lse, key_bias, previous_lse, masses, Nk, scale_log2,
-                    0, D, BLOCK_K, LISTED, HAS_BIAS, HAS_MASSES, STAGES,
+                    out, lse, key_bias, bias_tiles, previous_lse, masses, Nk,
+                    p_listed, first_pseudo, num_listed, order, scale_log2,
+                    0, D, BLOCK_K, LISTED, HAS_BIAS, HAS_MASSES, HAS_TAIL, HAS_ORDER, STAGES,
                 )),
                 (_consume, (
                     q_tiles, ring, q_ready, ready, free,
                     p_list, num_tiles, num_pairs, Lq, Lk, H, i_b, i_h, first_q,
-                    out, lse, key_bias, previous_lse, masses, Nk, scale_log2,
-                    1, D, BLOCK_K, LISTED, HAS_BIAS, HAS_MASSES, STAGES,
+                    out, lse, key_bias, bias_tiles, previous_lse, masses, Nk,
+                    p_listed, first_pseudo, num_listed, order, scale_log2,
+                    1, D, BLOCK_K, LISTED, HAS_BIAS, HAS_MASSES, HAS_TAIL, HAS_ORDER, STAGES,
                 )),
                 (_produce, (
                     q_desc, k_desc, v_desc, q_tiles, ring, q_ready, ready, free,
@@ -355,8 +323,9 @@ def hopper_attention_kernel(
                 (_consume, (
                     q_tiles, ring, q_ready, ready, free,
                     p_list, num_tiles, num_pairs, Lq, Lk, H, i_b, i_h, first_q,
-                    out, lse, key_bias, previous_lse, masses, Nk, scale_log2,
-                    0, D, BLOCK_K, LISTED, HAS_BIAS, HAS_MASSES, STAGES,
+                    out, lse, key_bias, bias_tiles, previous_lse, masses, Nk,
+                    p_listed, first_pseudo, num_listed, order, scale_log2,
+                    0, D, BLOCK_K, LISTED, HAS_BIAS, HAS_MASSES, HAS_TAIL, HAS_ORDER, STAGES,
                 )),
                 (_produce, (
                     q_desc, k_desc, v_desc, q_tiles, ring, q_ready, ready, free,
@@ -369,16 +338,10 @@ def hopper_attention_kernel(
         )  # fmt: skip
 
 
-def source(x: torch.Tensor) -> TensorDescriptor:
-    """x as a TMA descriptor of one tile."""
-    shape, strides, block = inputs.descriptor_geometry(x, TILE.value)
-    layout = gl.NVMMASharedLayout.get_default_for(block, DTYPES[x.dtype])
-    return TensorDescriptor(x, shape, strides, block, layout)
-
-
 def launch(
     q, k, v, out, lse, *, scale, tile, block_k=64,
     kv_indices=None, kv_num_blocks=None, key_bias=None, previous_lse=None, masses=None,
+    tail=None, num_listed=0, order=None,
 ):  # fmt: skip
     """Run the kernel: over listed key blocks if there are lists, else over every key.
 
@@ -386,21 +349,26 @@ def launch(
         q, k, v: aligned [B, H, L, D]; out, lse: as `sparse_attention` returns them.
         tile: 64 or 128 query rows a program, which is also the block size of the lists.
         masses: [B, H, ceil(Lq / 64), ceil(Lk / 64)] float32 to fill, with `previous_lse`.
+        tail, order: as `sparse_attention` takes them; the first `num_listed` blocks are tokens.
     """
     B, H, Lq, D = q.shape
     Lk = k.shape[2]
     Nq = triton.cdiv(Lq, tile.tile_q)
     listed = kv_indices is not None
     hopper_attention_kernel[(B * H * Nq,)](
-        source(q), source(k), source(v), out, lse, key_bias, previous_lse, masses,
-        kv_indices, kv_num_blocks,
+        source(q), source(k), source(v), out, lse,
+        key_bias, bias_tiles(key_bias), previous_lse, masses,
+        kv_indices, kv_num_blocks, tail, order,
         H, Lq, Lk, Nq, triton.cdiv(Lk, TILE.value), kv_indices.shape[-1] if listed else 0,
+        num_listed * TILE.value, num_listed,
         float(scale) * LOG2_E.value,
         D=D,
         BLOCK_K=block_k,
         LISTED=listed,
         HAS_BIAS=key_bias is not None,
         HAS_MASSES=masses is not None,
+        HAS_TAIL=tail is not None,
+        HAS_ORDER=order is not None,
         CONSUMERS=tile.tile_q // TILE.value,
         STAGES=tile.num_stages,
         num_warps=4,

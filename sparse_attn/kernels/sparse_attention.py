@@ -2,8 +2,11 @@
 
 One program owns `TILE_Q` query rows of one head and walks the list of their query block, two key
 tiles at a time: the pair shares one maximum, one rescale of the accumulator and one row sum.
-Scores and weights never reach memory. A pooled tail (one pseudo key per unlisted block) would
-enter as one more step before the rows are stored.
+Scores and weights never reach memory.
+
+With a pooled tail (Sol-Attn's, arXiv 2607.24027) the mean key and value of every block stand
+behind the tokens as pseudo keys, weighted by a key bias; each row of blocks lists all of them,
+and those whose block it lists too are masked.
 """
 
 import torch
@@ -16,6 +19,7 @@ from .tile_ops import LOG2_E, attend_pair, load_rows, store_rows
 SIZES = [
     "stride_qb", "stride_qh", "stride_ql", "stride_kb", "stride_kh", "stride_kl",
     "stride_vb", "stride_vh", "stride_vl", "H", "Lq", "Lk", "Nq", "list_stride",
+    "first_pseudo", "num_listed",
 ]  # fmt: skip
 
 
@@ -28,15 +32,17 @@ def _tile_first(p_list, t, BLOCK_K: tl.constexpr, TILE_K: tl.constexpr):
 
 @triton.jit(
     do_not_specialize=SIZES,
-    do_not_specialize_on_alignment=["kv_indices", "kv_num_blocks", "lse", "key_bias"],
-)
+    do_not_specialize_on_alignment=[
+        "kv_indices", "kv_num_blocks", "lse", "key_bias", "tail", "order",
+    ],
+)  # fmt: skip
 def _sparse_attention_kernel(
     q, k, v, out, lse, key_bias,
-    kv_indices, kv_num_blocks,
+    kv_indices, kv_num_blocks, tail, order,
     stride_qb, stride_qh, stride_ql,
     stride_kb, stride_kh, stride_kl,
     stride_vb, stride_vh, stride_vl,
-    H, Lq, Lk, Nq, list_stride,
+    H, Lq, Lk, Nq, list_stride, first_pseudo, num_listed,
     scale_log2,
     D: tl.constexpr,
     BLOCK_Q: tl.constexpr,
@@ -44,6 +50,8 @@ def _sparse_attention_kernel(
     TILE_Q: tl.constexpr,
     TILE_K: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    HAS_TAIL: tl.constexpr,
+    HAS_ORDER: tl.constexpr,
     TMA: tl.constexpr,
 ):  # fmt: skip
     tiles_per_head = Nq * (BLOCK_Q // TILE_Q)
@@ -57,6 +65,9 @@ def _sparse_attention_kernel(
     row = i_bh.to(tl.int64) * Nq + i_tile // (BLOCK_Q // TILE_Q)
     p_list = kv_indices + row * list_stride
     num_blocks = tl.load(kv_num_blocks + row)
+    p_listed = lse  # not read
+    if HAS_TAIL:
+        p_listed = tail + row * tl.cdiv(num_listed, 8)
     # the list ascends, so only its last block can run past Lk
     last = tl.load(p_list + num_blocks - 1, mask=num_blocks > 0, other=-1)
     num_tiles = num_blocks * (BLOCK_K // TILE_K)
@@ -78,7 +89,7 @@ def _sparse_attention_kernel(
             k, v, i_b, i_h, k0, k1,
             stride_kb, stride_kh, stride_kl, stride_vb, stride_vh, stride_vl,
             Lk, key_bias, scale_log2,
-            D, TILE_K, HAS_BIAS, TMA, RAGGED=False,
+            D, TILE_K, HAS_BIAS, TMA, False, p_listed, first_pseudo, num_listed, HAS_TAIL,
         )  # fmt: skip
 
     # at most one turn: the odd tile and the ragged one
@@ -92,16 +103,17 @@ def _sparse_attention_kernel(
             k, v, i_b, i_h, k0, k1,
             stride_kb, stride_kh, stride_kl, stride_vb, stride_vh, stride_vl,
             Lk, key_bias, scale_log2,
-            D, TILE_K, HAS_BIAS, TMA, RAGGED=True,
+            D, TILE_K, HAS_BIAS, TMA, True, p_listed, first_pseudo, num_listed, HAS_TAIL,
         )  # fmt: skip
 
     o_q = first_q + tl.arange(0, TILE_Q)
-    store_rows(out, lse, b_acc, b_sum, b_max, i_b, i_h, H, Lq, o_q, D)
+    store_rows(out, lse, b_acc, b_sum, b_max, i_b, i_h, H, Lq, o_q, D, order, HAS_ORDER)
 
 
 def sparse_attention(
-    q, k, v, kv_indices, kv_num_blocks, *, block_q, block_k, scale, key_bias=None, tile=None
-):
+    q, k, v, kv_indices, kv_num_blocks, *, block_q, block_k, scale, key_bias=None,
+    tail=None, order=None, tile=None,
+):  # fmt: skip
     """Attention of each query block over its listed key blocks.
 
     Args:
@@ -111,10 +123,14 @@ def sparse_attention(
         kv_num_blocks: [B, H, Nq] int32, how many of the K count; 0 is allowed.
         scale: positive factor of the scores.
         key_bias: [B, Lk] float32 added to the scaled scores, or None.
+        tail: [B, H, Nq, ceil(N / 8)] uint8, the lists as bits, where k and v are N blocks of 64
+            tokens and then a mean of each, padded to blocks of 64 with a bias of -inf, as
+            `arrange` writes them; the lists hold every block of means. None without means.
+        order: [Lq] int32, the token at every place of q; `out` is in the order of the tokens.
         tile: a `tiles.Tile` in place of the table's, for benchmarks.
 
     Returns:
-        out [B, H, Lq, D] viewed on [B, Lq, H, D], and lse [B, H, Lq] float32.
+        out [B, H, Lq, D] viewed on [B, Lq, H, D], and lse [B, H, Lq] float32 in the order of q.
         A row without a key is zero, its lse -inf.
     """
     inputs.refuse(why_not(q, k, v, block_q, block_k))
@@ -128,6 +144,9 @@ def sparse_attention(
         )
     q, k, v = inputs.aligned(q), inputs.aligned(k), inputs.aligned(v)
     key_bias = inputs.checked_bias(key_bias, B, Lk)
+    num_listed, tail = checked_tail(tail, Lk, kv_num_blocks.shape, block_k, key_bias)
+    if order is not None:
+        order = order.to(torch.int32).contiguous()
     kv_indices = kv_indices.to(torch.int32).contiguous()
     kv_num_blocks = kv_num_blocks.to(torch.int32).contiguous()
     tile = tile or tiles.choose("sparse", q, block_q, block_k)
@@ -143,6 +162,7 @@ def sparse_attention(
             hopper_attention.launch(
                 q, k, v, out, lse, scale=scale, tile=tile, block_k=block_k,
                 kv_indices=kv_indices, kv_num_blocks=kv_num_blocks, key_bias=key_bias,
+                tail=tail, num_listed=num_listed, order=order,
             )  # fmt: skip
         return out, lse
     grid = (B * H * Nq * (block_q // tile.tile_q),)
@@ -152,9 +172,9 @@ def sparse_attention(
             inputs.source(k, tile.tile_k, tile.tma),
             inputs.source(v, tile.tile_k, tile.tma),
             out, lse, key_bias,
-            kv_indices, kv_num_blocks,
+            kv_indices, kv_num_blocks, tail, order,
             *inputs.row_strides(q), *inputs.row_strides(k), *inputs.row_strides(v),
-            H, Lq, Lk, Nq, kv_indices.shape[-1],
+            H, Lq, Lk, Nq, kv_indices.shape[-1], num_listed * block_k, num_listed,
             float(scale) * LOG2_E.value,
             D=D,
             BLOCK_Q=block_q,
@@ -162,11 +182,32 @@ def sparse_attention(
             TILE_Q=tile.tile_q,
             TILE_K=tile.tile_k,
             HAS_BIAS=key_bias is not None,
+            HAS_TAIL=tail is not None,
+            HAS_ORDER=order is not None,
             TMA=tile.tma,
             num_warps=tile.num_warps,
             num_stages=tile.num_stages,
         )  # fmt: skip
     return out, lse
+
+
+def checked_tail(tail, Lk: int, rows: tuple, block_k: int, key_bias):
+    """(N, contiguous bits) of a `tail` for Lk keys, (0, None) without one."""
+    if tail is None:
+        return 0, None
+    # N blocks of tokens and ceil(N / 64) blocks of means
+    total = Lk // 64
+    num_listed = total - triton.cdiv(total, 65)
+    if block_k != 64 or key_bias is None or Lk % 64 or tail.dtype != torch.uint8:
+        raise ValueError(
+            f"A tail needs key blocks of 64 tokens, a key bias, whole blocks of keys and uint8 "
+            f"bits, got blocks of {block_k}, {Lk} keys and {tail.dtype}."
+        )
+    if tail.shape != (*rows, triton.cdiv(num_listed, 8)):
+        raise ValueError(
+            f"`tail` must be {[*rows, triton.cdiv(num_listed, 8)]}, got {list(tail.shape)}."
+        )
+    return num_listed, tail.contiguous()
 
 
 def why_not(q, k, v, block_q: int, block_k: int) -> str | None:

@@ -50,11 +50,17 @@ def load_rows(
 
 @triton.jit
 def mask_scores(
-    b_s, scale_log2, key_bias, first, Lk,
-    COLS: tl.constexpr, HAS_BIAS: tl.constexpr, RAGGED: tl.constexpr,
+    b_s, scale_log2, key_bias, first, Lk, p_listed, first_pseudo, num_listed,
+    COLS: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_TAIL: tl.constexpr, RAGGED: tl.constexpr,
 ):  # fmt: skip
     """Biased scores come back scaled; plain ones are left for the exponent to scale."""
     o_k = first + tl.arange(0, COLS)
+    if HAS_TAIL:
+        # the stand-in of a block that is listed counts for nothing
+        o_block = o_k - first_pseudo
+        m_block = (o_block >= 0) & (o_block < num_listed)
+        b_byte = tl.load(p_listed + o_block // 8, mask=m_block, other=0).to(tl.int32)
+        b_s = tl.where(((b_byte >> (o_block % 8)) & 1 == 1)[None, :], float("-inf"), b_s)
     if HAS_BIAS:
         # keys past Lk get -inf
         b_bias = tl.load(key_bias + o_k, mask=o_k < Lk, other=float("-inf"))
@@ -83,6 +89,7 @@ def attend_pair(
     Lk, key_bias, scale_log2,
     D: tl.constexpr, TILE_K: tl.constexpr,
     HAS_BIAS: tl.constexpr, TMA: tl.constexpr, RAGGED: tl.constexpr,
+    p_listed=None, first_pseudo=0, num_listed=0, HAS_TAIL: tl.constexpr = False,
 ):  # fmt: skip
     """Online softmax over the key tiles that start at k0 and k1.
 
@@ -98,8 +105,14 @@ def attend_pair(
     # [TILE_Q, TILE_K]
     b_s0 = raw_scores(b_q, b_k0)
     b_s1 = raw_scores(b_q, b_k1)
-    b_s0 = mask_scores(b_s0, scale_log2, key_bias, k0, Lk, TILE_K, HAS_BIAS, RAGGED)
-    b_s1 = mask_scores(b_s1, scale_log2, key_bias, k1, Lk, TILE_K, HAS_BIAS, RAGGED)
+    b_s0 = mask_scores(
+        b_s0, scale_log2, key_bias, k0, Lk, p_listed, first_pseudo, num_listed,
+        TILE_K, HAS_BIAS, HAS_TAIL, RAGGED,
+    )  # fmt: skip
+    b_s1 = mask_scores(
+        b_s1, scale_log2, key_bias, k1, Lk, p_listed, first_pseudo, num_listed,
+        TILE_K, HAS_BIAS, HAS_TAIL, RAGGED,
+    )  # fmt: skip
 
     b_top = tl.max(tl.maximum(b_s0, b_s1), 1)
     if HAS_BIAS:
@@ -126,14 +139,18 @@ def attend_pair(
 
 @triton.jit
 def store_rows(
-    out, lse, b_acc, b_sum, b_max, i_b, i_h, H, Lq, o_q, D: tl.constexpr
+    out, lse, b_acc, b_sum, b_max, i_b, i_h, H, Lq, o_q, D: tl.constexpr,
+    order=None, HAS_ORDER: tl.constexpr = False,
 ):  # fmt: skip
-    """Divide, and store output rows [B, Lq, H, D] and natural-log LSE [B, H, Lq]."""
+    """Divide, and store output rows [B, Lq, H, D], row o_q at order[o_q], and natural-log LSE."""
     m_q = o_q < Lq
     # a row without a key has sum 0: its output is zero and its LSE -inf
     b_out = b_acc / tl.where(b_sum == 0.0, 1.0, b_sum)[:, None]
     b_lse = (b_max + tl.log2(b_sum)) * LN_2
-    row = (i_b.to(tl.int64) * Lq + o_q) * H + i_h
+    o_to = o_q
+    if HAS_ORDER:
+        o_to = tl.load(order + o_q, mask=m_q, other=0)
+    row = (i_b.to(tl.int64) * Lq + o_to) * H + i_h
     p_out = out + row[:, None] * D + tl.arange(0, D)[None, :]
     tl.store(p_out, b_out.to(out.dtype.element_ty), mask=m_q[:, None])
     tl.store(lse + (i_b.to(tl.int64) * H + i_h) * Lq + o_q, b_lse, mask=m_q)

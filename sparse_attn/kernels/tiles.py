@@ -44,14 +44,18 @@ SHARED_MEMORY = {
 # ms at 24 heads x 119040 tokens x 128 bfloat16 in blocks of 64 keys; NVIDIA H200, torch 2.11,
 # Triton 3.6, 2026-11-23; cuDNN dense took 279 in the same process:
 #   sparse at density 0.2, 128 rows: 6 stages 57.5 and 55.1 (two runs), 5 stages 59.5, 4 stages
-#   56.8 and 59.1; with a key bias 76.9
+#   56.8 and 59.1; with a key bias on the last 200 keys 59.8 (57.1 and 60.1 without), on all 81.3
 #   sparse at density 0.2, 64 rows: 3 stages 68.6 and 68.3, 2 stages 73.4
 #   dense: 289.8 and 300.1; with masses 297.9; 64 rows 327.7
-#   masses: 3 stages 161.8, 4 stages 166.8, 6 stages 165.4
+#   masses: 3 consumers with two tiles in turn 146.5; 4 with one tile 144.1 and 143.9, but then
+#   Triton 3.9 spills; 2 with two pairs of tiles 162.3 and 159.9. A quarter of the exponentials as a
+#   polynomial: 153.2 instead of 144.1
+#   low precision, INT8 scores, 1.28 for quantising not included: sparse at 0.2 39.2, 64 rows 44.6,
+#   dense 196.5; with P V summed in float32 48.2, 54.4 and 232.8
 def hopper_tile(kernel: str, block_q: int) -> Tile:
     """The tile of the Gluon kernels."""
     if kernel == "masses":
-        return Tile(128, 64, 4, 3, tma=True, hopper=True)
+        return Tile(192, 64, 4, 4, tma=True, hopper=True)
     if kernel == "sparse" and block_q == 64:
         return Tile(64, 64, 4, 3, tma=True, hopper=True)
     return Tile(128, 64, 4, 6, tma=True, hopper=True)
@@ -73,6 +77,22 @@ def tile_for(kernel: str, capability: tuple[int, int], D: int, block_q: int, blo
     return Tile(block_q, 32, warps, 3 if tma else 2, tma)
 
 
+# AMD cards were compiled for only: gfx942 takes the same tiles without a spill; on gfx1100 those
+# spill up to 1,374 registers, these at most 107, and that in the search with blocks of 128 alone
+def amd_tile(kernel: str, arch: str, D: int, block_q: int, block_k: int) -> Tile:
+    """The tile of the plain Triton `kernel` on an AMD card such as "gfx942" or "gfx1100"."""
+    if arch.startswith("gfx9"):
+        return tile_for(kernel, (8, 0), D, block_q, block_k)
+    if kernel == "masses":
+        return Tile(block_q, block_k, 16, 1)
+    return Tile(block_q, 16, 8 if block_q == 64 else 16, 1)
+
+
+@cache
+def _amd_arch(device: torch.device) -> str:
+    return torch.cuda.get_device_properties(device).gcnArchName
+
+
 @cache
 def _capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device)
@@ -81,7 +101,11 @@ def _capability(device: torch.device) -> tuple[int, int]:
 @cache
 def _has_hopper_kernels() -> bool:
     try:
-        from . import hopper_attention, hopper_block_masses  # noqa: F401
+        from . import (  # noqa: F401
+            hopper_attention,
+            hopper_block_masses,
+            hopper_low_precision,
+        )
     except (ImportError, AttributeError):
         # Gluon is younger than the oldest Triton served
         return False
@@ -93,6 +117,8 @@ def choose(kernel: str, q: torch.Tensor, block_q: int, block_k: int) -> Tile:
     if q.device.type != "cuda" or inputs.INTERPRETED:
         # any tile will do interpreted
         return tile_for(kernel, (8, 0), q.shape[-1], block_q, block_k)
+    if torch.version.hip is not None:
+        return amd_tile(kernel, _amd_arch(q.device), q.shape[-1], block_q, block_k)
     capability = _capability(q.device)
     if capability == (9, 0) and _has_hopper_kernels():
         return hopper_tile(kernel, block_q)

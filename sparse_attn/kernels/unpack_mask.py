@@ -16,11 +16,11 @@ CHUNK = 512
 
 
 @triton.jit(
-    do_not_specialize=["num_bytes", "num_k", "list_stride"],
+    do_not_specialize=["num_bytes", "num_k", "list_stride", "more"],
     do_not_specialize_on_alignment=["bits", "kv_indices", "kv_num_blocks"],
 )
 def _unpack_mask_kernel(
-    bits, kv_indices, kv_num_blocks, num_bytes, num_k, list_stride, CHUNK: tl.constexpr
+    bits, kv_indices, kv_num_blocks, num_bytes, num_k, list_stride, more, CHUNK: tl.constexpr
 ):
     row = tl.program_id(0).to(tl.int64)
     p_row = bits + row * num_bytes
@@ -34,23 +34,27 @@ def _unpack_mask_kernel(
         # a caller that gives a smaller width than a row needs loses blocks, not memory
         tl.store(p_list + o_slot, o_k, mask=(b_kept == 1) & (o_slot < list_stride))
         count += tl.sum(b_kept, 0)
-    tl.store(kv_num_blocks + row, tl.minimum(count, list_stride))
+    for first in tl.range(0, more, CHUNK):
+        o_k = first + tl.arange(0, CHUNK)
+        tl.store(p_list + count + o_k, num_k + o_k, mask=(o_k < more) & (count + o_k < list_stride))
+    tl.store(kv_num_blocks + row, tl.minimum(count + more, list_stride))
 
 
-def unpack_mask(bits: torch.Tensor, num_k: int, max_blocks: int | None = None):
+def unpack_mask(bits: torch.Tensor, num_k: int, max_blocks: int | None = None, more: int = 0):
     """(kv_indices, kv_num_blocks) of a mask stored as bits.
 
     Args:
         bits: [B, H, Nq, ceil(num_k / 8)] uint8, bit j of byte b is key block 8 * b + j.
         num_k: number of key blocks.
-        max_blocks: width of the lists, at least the largest count; num_k if not known.
+        max_blocks: width of the lists, at least the largest count; num_k + more if not known.
+        more: blocks num_k to num_k + more - 1, which no bit tells of, end every list.
 
     Returns:
         kv_indices [B, H, Nq, max_blocks] int32, ascending, unset past the count;
         kv_num_blocks [B, H, Nq] int32.
     """
     inputs.refuse(why_not(bits, num_k))
-    width = num_k if max_blocks is None else min(max_blocks, num_k)
+    width = num_k + more if max_blocks is None else min(max_blocks, num_k + more)
     bits = bits.contiguous()
     kv_indices = torch.empty((*bits.shape[:3], width), device=bits.device, dtype=torch.int32)
     kv_num_blocks = torch.empty(bits.shape[:3], device=bits.device, dtype=torch.int32)
@@ -63,6 +67,7 @@ def unpack_mask(bits: torch.Tensor, num_k: int, max_blocks: int | None = None):
                 bits.shape[-1],
                 num_k,
                 width,
+                more,
                 CHUNK=CHUNK,
                 num_warps=1,
             )

@@ -1,0 +1,218 @@
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+import kernel_reference as reference
+from close import assert_within
+
+from sparse_attn.kernels.low_precision_attention import low_precision_attention
+from sparse_attn.kernels.quantise import TILE, quantise
+from sparse_attn.reference import expand_blocks
+
+# B, H, Lq, Lk, D, block_q, block_k
+CASES = [
+    (1, 1, 64, 64, 64, 64, 64),  # one block, an odd list
+    (1, 2, 200, 331, 64, 64, 64),  # ragged last query block and last key block
+    (2, 1, 192, 256, 128, 64, 64),  # batch; nothing ragged
+    (1, 2, 300, 300, 128, 128, 64),  # the headline block size, ragged
+    (1, 1, 200, 290, 128, 64, 128),  # a last key block of one tile
+    (1, 1, 300, 450, 64, 128, 128),  # a ragged key block whose second tile holds keys
+]
+PRECISIONS = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
+# on the quantised inputs only the weights err: half a step of e4m3 is 1/16 at most, 0.027 on average
+WEIGHT_ERROR = 0.04
+# on the inputs themselves values err as much again, and FP8 scores too
+ERROR = {"int8": 0.06, "fp8": 0.1}
+
+
+def name(case):
+    return "B{}-H{}-Lq{}-Lk{}-D{}-q{}-k{}".format(*case)
+
+
+def blocks(length, block):
+    return -(-length // block)
+
+
+def relative(out, exact):
+    """Relative L2 error."""
+    assert torch.isfinite(out).all()
+    return ((out.double() - exact).norm() / exact.norm()).item()
+
+
+def run(q, k, v, keep, block_q, block_k, scale, precision, key_bias=None):
+    lists = {}
+    if keep is not None:
+        lists = dict(zip(("kv_indices", "kv_num_blocks"), reference.lists(keep), strict=True))
+    return low_precision_attention(
+        q, k, v, scale=scale, precision=precision, block_q=block_q, block_k=block_k,
+        key_bias=key_bias, **lists,
+    )  # fmt: skip
+
+
+def of_quantised(q, k, v, scale, precision, key_bias=None, keep=None):
+    """(out, lse) in float64 of the numbers that the kernel multiplies."""
+    B, H, Lq, D = q.shape
+    Lk = k.shape[2]
+    x = quantise(q, k, v, scale=scale, dtype=PRECISIONS[precision], values=True, ordered=False)
+    q8 = x.q.view(B, H, -1, D).double() * x.q_scale.view(B, H, -1, 1).double()
+    k8 = x.k.view(B, H, -1, D).double()
+    k8 *= x.k_scale.view(B, H, -1).repeat_interleave(TILE, 2)[..., None].double()
+    v8 = x.v.view(B, H, -1, D, TILE).double().transpose(-1, -2).flatten(2, 3)
+    v8 = v8 * x.v_scale.view(B, H, 1, D).double() + x.v_mean.view(B, H, 1, D).double()
+    ln_2 = 0.6931471805599453
+    q8, k8, v8 = q8[:, :, :Lq] * ln_2, k8[:, :, :Lk], v8[:, :, :Lk]
+    out, lse = reference.attention(q8, k8, v8, 1.0, key_bias, keep)
+    return out, lse + x.q_shift.view(B, H, -1)[:, :, :Lq].double()
+
+
+def check(q, k, v, keep, block_q, block_k, precision, key_bias=None):
+    scale = q.shape[-1] ** -0.5
+    tokens = None
+    if keep is not None:
+        tokens = expand_blocks(keep, block_q, block_k, q.shape[2], k.shape[2])
+    out, lse = run(q, k, v, keep, block_q, block_k, scale, precision, key_bias)
+    exact, exact_lse = of_quantised(q, k, v, scale, precision, key_bias, tokens)
+    assert_within("lse", lse, exact_lse, 1e-4)
+    assert relative(out, exact) < WEIGHT_ERROR
+    exact, _ = reference.attention(q, k, v, scale, key_bias, tokens)
+    assert relative(out, exact) < ERROR[precision]
+    return out, lse
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("case", CASES, ids=name)
+def test_matches_reference(case, precision, device):
+    B, H, Lq, Lk, D, block_q, block_k = case
+    q, k, v = reference.make(B, H, Lq, Lk, D, torch.bfloat16, device)
+    keep = reference.random_keep(B, H, blocks(Lq, block_q), blocks(Lk, block_k), 0.4, device)
+    out, _ = check(q, k + 2, v, keep, block_q, block_k, precision)
+    assert out.transpose(1, 2).is_contiguous()
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_without_lists_is_dense(precision, device):
+    q, k, v = reference.make(1, 2, 150, 270, 128, torch.float16, device)
+    check(q, k, v, None, 64, 64, precision)
+
+
+@pytest.mark.parametrize("layout", ["BLHD", "packed"])
+def test_reads_strided_inputs_in_place(layout, device):
+    q, k, v = reference.make(2, 2, 130, 130, 64, torch.bfloat16, device, layout)
+    check(q, k, v, reference.random_keep(2, 2, 3, 3, 0.5, device), 64, 64, "int8")
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_key_bias_hides_padding(keep, device):
+    q, k, v = reference.make(2, 1, 192, 200, 64, torch.bfloat16, device)
+    bias = torch.randn(2, 200, device=device)
+    bias[0, 150:] = float("-inf")
+    bias[1, 10:140] = float("-inf")
+    keep = reference.random_keep(2, 1, 3, 4, 0.5, device) if keep else None
+    if keep is not None:
+        keep[..., 0] = True
+    check(q, k, v, keep, 64, 64, "int8", bias)
+
+
+def test_rows_without_a_visible_key_are_zero(device):
+    q, k, v = reference.make(1, 1, 128, 192, 64, torch.bfloat16, device)
+    bias = torch.zeros(1, 192, device=device)
+    bias[:, 64:128] = float("-inf")
+    keep = torch.tensor([[[[False, True, False], [True, True, False]]]], device=device)
+    out, lse = check(q, k, v + 3, keep, 64, 64, "int8", bias)
+    assert (out[:, :, :64] == 0).all() and (lse[:, :, :64] == float("-inf")).all()
+
+
+def test_query_block_with_no_key_blocks_is_zero(device):
+    q, k, v = reference.make(1, 2, 192, 192, 64, torch.bfloat16, device)
+    keep = torch.zeros(1, 2, 3, 3, dtype=torch.bool, device=device)
+    out, lse = run(q, k, v + 3, keep, 64, 64, 0.1, "int8")
+    assert (out == 0).all() and (lse == float("-inf")).all()
+
+
+def test_a_shared_offset_of_keys_or_values_costs_no_precision(device):
+    q, k, v = reference.make(1, 1, 192, 256, 64, torch.bfloat16, device)
+    k += 20 * torch.randn(64, device=device)
+    v += 20 * torch.randn(64, device=device)
+    exact, exact_lse = reference.attention(q, k, v, 0.125)
+    out, lse = run(q, k, v, None, 64, 64, 0.125, "int8")
+    assert relative(out, exact) < 0.01
+    assert_within("lse", lse, exact_lse, 0.05)
+
+
+def emulated_peer(q, k, v, scale):
+    """INT8 scores in blocks of 128 queries x 64 keys less their mean, and FP8 weights and values.
+
+    What SageAttention and SpargeAttn do, in float64 but for their roundings.
+    """
+    k = k.float() - k.float().mean(2, keepdim=True)
+
+    def blockwise(x, rows):
+        x = x.float().unflatten(2, (-1, rows))
+        step = x.abs().amax((3, 4), keepdim=True) / 127
+        return ((x / step).round() * step).flatten(2, 3).double()
+
+    s = blockwise(q, 128) @ blockwise(k, 64).mT * scale
+    p = (s - s.amax(-1, keepdim=True)).exp()
+    step = v.float().abs().amax(2, keepdim=True) / 448
+    v8 = (v.float() / step).to(torch.float8_e4m3fn).double() * step
+    p8 = (p * 448).to(torch.float8_e4m3fn).double() / 448
+    return p8 @ v8 / p.sum(-1, keepdim=True)
+
+
+@pytest.mark.parametrize("outliers", [[], [5, 40]], ids=["none", "same"])
+def test_errs_less_than_peers_where_channels_stand_out(outliers, device):
+    q, k, v = reference.make(1, 2, 128, 512, 128, torch.bfloat16, device)
+    k += 4 * torch.randn(1, 2, 1, 128, device=device)
+    q[..., outliers] *= 4
+    k[..., [17, *outliers]] *= 4
+    v *= torch.randn(1, 2, 1, 128, device=device).exp()
+    exact, _ = reference.attention(q, k, v, 0.09)
+    out, _ = run(q, k, v, None, 64, 64, 0.09, "int8")
+    assert relative(out, exact) < 1.02 * relative(emulated_peer(q, k, v, 0.09), exact)
+
+
+def test_nan_in_a_query_stays_in_its_row(device):
+    q, k, v = reference.make(1, 1, 128, 128, 64, torch.bfloat16, device)
+    clean, _ = run(q, k, v, None, 64, 64, 0.125, "int8")
+    q[0, 0, 7, 3] = float("nan")
+    out, lse = run(q, k, v, None, 64, 64, 0.125, "int8")
+    assert out[0, 0, 7].isnan().all() and lse[0, 0, 7].isnan()
+    out[0, 0, 7] = clean[0, 0, 7]
+    assert torch.equal(out, clean)
+
+
+def test_reads_nothing_beside_its_tensors(device):
+    whole = [torch.full((1, 2, 400, 64), float("nan"), device=device) for _ in range(3)]
+    q, k, v = (x.half()[:, :1, 100:230] for x in whole)
+    for x, y in zip((q, k, v), reference.make(1, 1, 130, 130, 64, q.dtype, device), strict=True):
+        x.copy_(y)
+    check(q, k, v, torch.ones(1, 1, 3, 3, dtype=torch.bool, device=device), 64, 64, "int8")
+
+
+def test_two_runs_are_bit_equal(device):
+    q, k, v = reference.make(1, 2, 256, 256, 128, torch.bfloat16, device)
+    keep = reference.random_keep(1, 2, 4, 4, 0.5, device)
+    first, second = (run(q, k, v, keep, 64, 64, 0.1, "int8") for _ in range(2))
+    assert torch.equal(first[0], second[0]) and torch.equal(first[1], second[1])
+
+
+def test_large_scores_do_not_overflow(device):
+    q, k, v = reference.make(1, 1, 128, 128, 64, torch.bfloat16, device)
+    out, lse = run(q * 30, k, v, None, 64, 64, 1.0, "int8")
+    _, exact_lse = reference.attention(q * 30, k, v, 1.0)
+    assert torch.isfinite(out).all()
+    assert_within("lse", lse / exact_lse, torch.ones_like(exact_lse), 0.05)
+
+
+def test_refuses_what_it_cannot_serve(device):
+    q, k, v = reference.make(1, 1, 64, 64, 64, torch.bfloat16, device)
+    with pytest.raises(ValueError, match="needs the precision int8 or fp8, got int4"):
+        run(q, k, v, None, 64, 64, 0.1, "int4")
+    with pytest.raises(ValueError, match="needs blocks of 64 or 128 tokens, got 32 x 64"):
+        run(q, k, v, None, 32, 64, 0.1, "int8")
+    with pytest.raises(ValueError, match="`kv_num_blocks` must be"):
+        keep = torch.ones(1, 1, 2, 1, dtype=torch.bool, device=device)
+        run(q, k, v, keep, 64, 64, 0.1, "int8")
+    with pytest.raises(ValueError, match="needs float16 or bfloat16, got float32"):
+        run(q.float(), k.float(), v.float(), None, 64, 64, 0.1, "int8")

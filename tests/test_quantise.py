@@ -1,0 +1,124 @@
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+import kernel_reference as reference
+
+from sparse_attn.kernels.quantise import PAD, TILE, key_order, quantise, rotation
+
+
+def run(q, k, v, dtype=torch.int8, ordered=False, scale=0.1):
+    return quantise(q, k, v, scale=scale, dtype=dtype, values=True, ordered=ordered)
+
+
+def rows(x, shape, length):
+    """Rows of every head, without the padding."""
+    return x.view(*shape, -1, x.shape[-1])[:, :, :length].double()
+
+
+def values(x, B, H, D):
+    """[B, H, tokens, D] values as they are stored."""
+    return x.v.view(B, H, -1, D, TILE).double().transpose(-1, -2).flatten(2, 3)
+
+
+def restored(x, B, H, D):
+    scale, mean = (y.view(B, H, 1, D).double() for y in (x.v_scale, x.v_mean))
+    return values(x, B, H, D) * scale + mean
+
+
+@pytest.mark.parametrize("D", [64, 128])
+def test_the_rotation_is_orthogonal(D, device):
+    matrix = rotation(D, torch.float32, device)
+    assert torch.equal(matrix @ matrix.T, D * torch.eye(D, device=device))
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn], ids=str)
+@pytest.mark.parametrize("layout", ["BHLD", "BLHD"])
+def test_scores_come_back_less_the_keys_mean(dtype, layout, device):
+    B, H, Lq, Lk, D = 2, 2, 150, 200, 128
+    q, k, v = reference.make(B, H, Lq, Lk, D, torch.bfloat16, device, layout)
+    k = k + 3
+    x = run(q, k, v, dtype)
+    scores = rows(x.q, (B, H), Lq) @ rows(x.k, (B, H), Lk).mT
+    scores *= x.q_scale.view(B, H, -1)[:, :, :Lq, None]
+    scores *= x.k_scale.view(B, H, -1).repeat_interleave(TILE, 2)[:, :, None, :Lk]
+    exact = 0.1 * q.double() @ k.double().mT
+    got = scores * 0.6931471805599453 + x.q_shift.view(B, H, -1)[:, :, :Lq, None]
+    error = (got - exact).norm() / (exact - exact.mean(-1, keepdim=True)).norm()
+    # a step of INT8 is 1/127 of the largest, one of FP8 1/16 of the number itself
+    assert error < (0.015 if dtype == torch.int8 else 0.05), error
+
+
+def test_an_outlying_channel_costs_no_precision(device):
+    q, k, v = reference.make(1, 1, 128, 128, 128, torch.bfloat16, device)
+    q[..., 5] *= 30
+    x = run(q, k, v)
+    scores = rows(x.q, (1, 1), 128) @ rows(x.k, (1, 1), 128).mT
+    scores *= x.q_scale.view(1, 1, 128, 1) * x.k_scale.view(1, 1, 2).repeat_interleave(TILE, 2)
+    centred = k.double() - k.double().mean(2, keepdim=True)
+    exact = 0.1 * q.double() @ centred.mT / 0.6931471805599453
+    assert (scores - exact).norm() / exact.norm() < 0.015
+
+
+def test_padding_is_zero(device):
+    B, H, Lq, Lk, D = 1, 2, 100, 70, 64
+    q, k, v = reference.make(B, H, Lq, Lk, D, torch.float16, device)
+    x = run(q, k + 5, v + 5)
+    assert x.q.shape[0] == B * H * PAD and x.k.shape[0] == B * H * 2 * TILE
+    assert (x.q.view(B, H, -1, D)[:, :, Lq:] == 0).all()
+    assert (x.k.view(B, H, -1, D)[:, :, Lk:] == 0).all()
+    assert (values(x, B, H, D)[:, :, Lk:] == 0).all()
+    assert (x.q_scale.view(B, H, -1)[:, :, Lq:] == 0).all()
+
+
+@pytest.mark.parametrize("offset", [0.0, 8.0])
+def test_values_come_back(offset, device):
+    B, H, L, D = 2, 1, 130, 64
+    q, k, v = reference.make(B, H, L, L, D, torch.bfloat16, device)
+    v = v + offset
+    x = run(q, k, v)
+    error = (restored(x, B, H, D)[:, :, :L] - v.double()).abs()
+    # half a step of e4m3 is 1/16; the interpreter drops what lies below 2^-6
+    allowed = (v.double() - x.v_mean.view(B, H, 1, D)).abs() / 16
+    allowed += x.v_scale.view(B, H, 1, D) * 2**-6 + 1e-5
+    assert (error <= allowed).all()
+
+
+def test_only_a_mean_that_matters_is_taken_from_the_values(device):
+    q, k, v = reference.make(1, 1, 4096, 4096, 64, torch.bfloat16, device)
+    v[..., 3] += 2
+    mean = run(q, k, v).v_mean[0]
+    assert mean[3] != 0 and (mean != 0).sum() == 1
+
+
+def test_key_order_is_how_ordered_values_lie(device):
+    q, k, v = reference.make(1, 2, 64, 200, 64, torch.bfloat16, device)
+    plain, ordered = (run(q, k, v, ordered=x) for x in (False, True))
+    order = key_order().to(device)
+    assert torch.equal(order.sort().values, torch.arange(TILE, device=device))
+    plain, ordered = (x.v.view(torch.uint8) for x in (plain, ordered))
+    assert torch.equal(plain[:, order], ordered)
+    # what a lane holds as scores is what it must hold as weights
+    for t in range(4):
+        assert order[4 * t : 4 * t + 4].tolist() == [2 * t, 2 * t + 1, 2 * t + 8, 2 * t + 9]
+
+
+def test_a_long_sequence_is_sampled_and_still_exact(device):
+    q, k, v = reference.make(1, 1, 64, 64 * 130, 64, torch.bfloat16, device)
+    k[:, :, ::2] += 4
+    x = run(q, k, v)
+    scores = rows(x.q, (1, 1), 64) @ rows(x.k, (1, 1), k.shape[2]).mT
+    scores *= x.q_scale.view(1, 1, -1)[:, :, :64, None]
+    scores *= x.k_scale.repeat_interleave(TILE)
+    got = scores * 0.6931471805599453 + x.q_shift.view(1, 1, -1)[:, :, :64, None]
+    exact = 0.1 * q.double() @ k.double().mT
+    assert (got - exact).norm() / exact.norm() < 0.015
+
+
+def test_equal_keys_and_values_give_no_nan(device):
+    q = torch.ones(1, 1, 64, 64, device=device, dtype=torch.bfloat16)
+    x = run(q, q, q)
+    for y in (x.q_scale, x.q_shift, x.k_scale, x.v_scale, x.v_mean):
+        assert torch.isfinite(y).all()
+    assert torch.allclose(restored(x, 1, 1, 64), q.double())
