@@ -251,7 +251,7 @@ def test_report_pairs_seeds_and_finds_equal_time(tmp_path):
     gains = [
         (PAPER.name, 0.2, paper, 0.0),
         ("better", 0.2, rods, 1.5),
-        ("better", 0.18, rods, 0.75),
+        ("better", 0.163, rods, 0.75),
         ("worse", 0.2, {}, -2.0),
     ]
     data = results(tmp_path / "lab.json", gains)
@@ -259,7 +259,7 @@ def test_report_pairs_seeds_and_finds_equal_time(tmp_path):
     assert [line.split(" | ")[0] for line in lines] == ["| better", f"| {PAPER.name}", "| worse"]
     assert "+1.50 ± 0.00" in lines[0] and "-2.00 ± 0.00" in lines[2]
     equal = report.equal_time(data)
-    assert "better | 0.18" in equal and "+0.75 ± 0.00 (4 pairs)" in equal
+    assert "better | 0.163" in equal and "+0.75 ± 0.00 (4 pairs)" in equal
     assert "better | 0.2," not in equal
     assert "-0.250 ± 0.144" in report.tasks(data)
 

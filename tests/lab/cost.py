@@ -5,7 +5,9 @@ from pathlib import Path
 
 import torch
 
-BENCH = Path(__file__).parents[1] / "bench" / "results" / "attention_h200.json"
+RESULTS = Path(__file__).parents[1] / "bench" / "results"
+BENCH = RESULTS / "attention_h200.json"
+TAIL_BENCH = RESULTS / "tail_h200.json"
 SHAPE = "hunyuan-720p-129f"
 EVERY_STEP = "pooled scores and lists"
 
@@ -19,6 +21,13 @@ def kernel_times(path: Path = BENCH) -> dict[int, dict[float, float]]:
             if row["name"] == f"ours, sparse {block_q}x64 at {row['density']}":
                 times.setdefault(block_q, {})[row["density"]] = row["ms"]
     return times
+
+
+def arranged_tail_ms(block_q: int, path: Path = TAIL_BENCH) -> float:
+    """What rods and a pooled tail add to a call of the pack, mean over the measured densities."""
+    rows = json.loads(path.read_text())["rows"]
+    extra = [r["whole_ms"] - r["plain_ms"] for r in rows if r["blocks"] == f"{block_q}x64"]
+    return sum(extra) / len(extra)
 
 
 def line(points: dict[float, float]) -> tuple[float, float]:
@@ -42,7 +51,10 @@ def call_ms(rule, extras: dict[str, float]) -> float | None:
         return None
     start, slope = line(points)
     ms = start + slope * rule.density
-    if rule.tail in ("pooled", "corrected", "calibrated", "weighted", "query weighted"):
+    pooled = rule.tail in ("pooled", "corrected", "calibrated", "weighted", "query weighted")
+    if pooled and rule.order != "raster":
+        return ms + arranged_tail_ms(rule.block_q)
+    if pooled:
         ms += extras["block means"] + extras["tail"]
     elif rule.tail == "halves":
         ms += extras["block means"] + 2 * extras["tail"]
