@@ -16,7 +16,7 @@ class AdaSpaAttention(io.ComfyNode):
             category="model/patch",
             description=(
                 "Skips the attention that hardly matters, so long videos sample sooner and look "
-                "almost the same. Finds the pattern of your video once, exactly, and reuses it."
+                "almost the same. Finds the pattern of your video once, from every token, and reuses it."
             ),
             search_aliases=[
                 "sparse attention",
@@ -43,11 +43,13 @@ class AdaSpaAttention(io.ComfyNode):
     def execute(
         cls, model, preset, sparsity, block_size, warmup, search_points, head_adaptive=False,
         dense_layers="", start_percent=0.0, end_percent=1.0, min_tokens=8192, cache="auto",
-        dense_attention="auto", enabled=True,
+        dense_attention="auto", enabled=True, precision="auto",
+        recall=0.0, tail="pooled",
     ) -> io.NodeOutput:  # fmt: skip
         config = config_of(
             preset, sparsity, block_size, warmup, search_points, head_adaptive, dense_layers,
-            start_percent, end_percent, min_tokens, cache, dense_attention, enabled,
+            start_percent, end_percent, min_tokens, cache, dense_attention, enabled, precision, recall,
+            tail,
         )  # fmt: skip
         patched, handle = install(model, config, cls.hidden.unique_id)
         return io.NodeOutput(

@@ -5,36 +5,25 @@ from comfy_api.latest import io, ui
 from ..sparse_attn.host.patterns import begin_with
 from ..sparse_attn.pattern import load
 from .pattern_files import listed
+from .pattern_schema import pattern_schema
 from .sockets import AdaSpaRun
 
 
 class AdaSpaLoadPattern(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
-            node_id="AdaSpaLoadPattern",
-            display_name="AdaSpa Load Pattern",
-            category="model/patch",
-            description=(
-                "Place it between AdaSpa Attention and the sampler. The run begins with a saved "
-                "pattern and needs no search. Where the pattern does not fit the model, the size "
-                "or the video, the run searches as usual, and the report says why."
+        return pattern_schema(
+            "Load",
+            "The run begins with a saved pattern and needs no search. Where the pattern does not "
+            "fit the model, the size or the video, the run searches as usual, and the report says "
+            "why.",
+            io.Combo.Input(
+                "file",
+                options=list(listed()),
+                tooltip="A pattern in the folder adaspa of ComfyUI's output or input folder. "
+                "It decides how much is skipped, whatever sparsity is set to.",
             ),
-            search_aliases=["AdaSpa pattern", "load sparse pattern"],
-            inputs=[
-                io.Model.Input("model", tooltip="From the AdaSpa Attention node."),
-                AdaSpaRun.Input("adaspa", tooltip="From the same AdaSpa Attention node."),
-                io.Combo.Input(
-                    "file",
-                    options=list(listed()),
-                    tooltip="A pattern in the folder adaspa of ComfyUI's output or input folder. "
-                    "It decides how much is skipped, whatever sparsity is set to.",
-                ),
-            ],
-            outputs=[
-                io.Model.Output(display_name="model"),
-                AdaSpaRun.Output("adaspa", display_name="adaspa"),
-            ],
+            AdaSpaRun.Output("adaspa", display_name="adaspa"),
         )
 
     @classmethod

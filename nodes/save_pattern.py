@@ -6,33 +6,22 @@ from comfy_api.latest import io, ui
 
 from ..sparse_attn.host.patterns import save_after_run
 from .pattern_files import FOLDER, checked_name, free_path
-from .sockets import AdaSpaRun
+from .pattern_schema import pattern_schema
 
 
 class AdaSpaSavePattern(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
-            node_id="AdaSpaSavePattern",
-            display_name="AdaSpa Save Pattern",
-            category="model/patch",
-            description=(
-                "Place it between AdaSpa Attention and the sampler. When the sampler is done, the "
-                "pattern that AdaSpa found is written into the output folder; AdaSpa Load Pattern "
-                "lets another run of the same size begin with it."
+        return pattern_schema(
+            "Save",
+            "When the sampler is done, the pattern that AdaSpa found is written into the output "
+            "folder; AdaSpa Load Pattern lets another run of the same size begin with it.",
+            io.String.Input(
+                "name",
+                default="pattern",
+                tooltip="Name of the file in the folder adaspa of ComfyUI's output folder. A "
+                "file of that name is kept, and the new one gets a number.",
             ),
-            search_aliases=["AdaSpa pattern", "save sparse pattern"],
-            inputs=[
-                io.Model.Input("model", tooltip="From the AdaSpa Attention node."),
-                AdaSpaRun.Input("adaspa", tooltip="From the same AdaSpa Attention node."),
-                io.String.Input(
-                    "name",
-                    default="pattern",
-                    tooltip="Name of the file in the folder adaspa of ComfyUI's output folder. A "
-                    "file of that name is kept, and the new one gets a number.",
-                ),
-            ],
-            outputs=[io.Model.Output(display_name="model")],
         )
 
     @classmethod

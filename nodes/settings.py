@@ -6,8 +6,11 @@ from ..sparse_attn.config import (
     BLOCK_SIZES,
     CACHES,
     DENSE_CHOICES,
+    MAX_RECALL,
     MAX_SPARSITY,
+    PRECISIONS,
     PRESETS,
+    TAILS,
     AdaSpaConfig,
     from_preset,
     parse_numbers,
@@ -35,10 +38,11 @@ def setting_inputs() -> list[io.Input]:
         ),
         io.Combo.Input(
             "block_size",
-            options=[str(size) for size in BLOCK_SIZES],
+            options=list(BLOCK_SIZES),
             default="64",
-            tooltip="Tokens per block (preset Custom). 64 follows the picture more "
-            "closely, 128 needs less memory.",
+            tooltip="Tokens per block (preset Custom). 64 follows the picture most closely. "
+            "128x64 takes 128 queries and 64 keys: faster and half the memory, a little less "
+            "close. 128 needs a quarter of the memory.",
         ),
         io.Float.Input(
             "warmup",
@@ -119,13 +123,44 @@ def setting_inputs() -> list[io.Input]:
             advanced=True,
             tooltip="Off leaves the model as it is, for a comparison at the same seed.",
         ),
+        # the inputs from here on are younger than prompts that people saved: those lack them
+        io.Combo.Input(
+            "precision",
+            optional=True,
+            options=list(PRECISIONS),
+            default="auto",
+            advanced=True,
+            tooltip="Precision of the attention in sparse steps, and in dense ones where that is "
+            "fastest: int8 and fp8 are faster and less exact. bf16, and auto for now, compute "
+            "as the model does. Searches always do.",
+        ),
+        io.Float.Input(
+            "recall",
+            optional=True,
+            default=0.0,
+            min=0.0,
+            max=MAX_RECALL,
+            step=0.005,
+            tooltip="Ask for a recall instead of a sparsity: 0.95 keeps, in every head, the fewest "
+            "blocks that hold 95 % of the attention. How much that skips depends on the video. "
+            "0 is off. Not with head_adaptive or the preset Paper.",
+        ),
+        io.Combo.Input(
+            "tail",
+            optional=True,
+            options=list(TAILS),
+            default="pooled",
+            tooltip="Pooled lets the average of every skipped block stand in for it (preset "
+            "Custom): closer to the dense video, for about a tenth of a sparse call. Needs blocks "
+            "of 64 keys. None leaves skipped blocks out, as the paper does.",
+        ),
     ]
 
 
 def config_of(
     preset, sparsity, block_size, warmup, search_points, head_adaptive=False, dense_layers="",
     start_percent=0.0, end_percent=1.0, min_tokens=8192, cache="auto", dense_attention="auto",
-    enabled=True,
+    enabled=True, precision="auto", recall=0.0, tail="pooled",
 ) -> AdaSpaConfig:  # fmt: skip
     """Read the widgets; those with a default may be missing in workflows of earlier versions.
 
@@ -135,7 +170,7 @@ def config_of(
     return from_preset(
         preset,
         sparsity=sparsity,
-        block_size=int(block_size),
+        block_size=block_size,
         warmup=warmup,
         search_points=parse_numbers(search_points, float, "search_points"),
         head_adaptive=head_adaptive,
@@ -146,6 +181,9 @@ def config_of(
         cache=cache,
         dense_attention=dense_attention,
         enabled=enabled,
+        precision=precision,
+        recall=recall,
+        tail=tail,
     )
 
 
@@ -155,4 +193,10 @@ def status_of(config: AdaSpaConfig, preset: str, reason: str) -> str:
         return "AdaSpa is off"
     if reason:
         return f"AdaSpa will run dense: {reason}"
-    return f"AdaSpa is ready: {preset}, sparsity {config.sparsity:.2f}"
+    asked = f"recall {config.recall}" if config.recall else f"sparsity {config.sparsity:.2f}"
+    words = [preset, asked]
+    if config.low_precision:
+        words.append(config.low_precision)
+    if config.why_no_tail:
+        words.append(config.why_no_tail)
+    return "AdaSpa is ready: " + ", ".join(words)

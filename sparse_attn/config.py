@@ -4,9 +4,13 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 
 MAX_SPARSITY = 0.98
-BLOCK_SIZES = (64, 128)
+LEAST_RECALL, MAX_RECALL = 0.1, 0.999
+# queries and keys per block, by what the node calls it
+BLOCK_SIZES = {"64": (64, 64), "128": (128, 128), "128x64": (128, 64)}
 CACHES = ("auto", "gpu", "cpu")
 DENSE_CHOICES = ("auto", "host")
+PRECISIONS = ("auto", "bf16", "int8", "fp8")
+TAILS = ("pooled", "none")
 
 
 @dataclass(frozen=True)
@@ -15,7 +19,7 @@ class AdaSpaConfig:
 
     Args:
         sparsity: share of block pairs that a sparse step skips, in [0, 0.98].
-        block_size: tokens per query block and per key block, 64 or 128.
+        block_size: tokens per block, a key of `BLOCK_SIZES`.
         warmup: share of the whole schedule that runs dense before the first search, in [0, 1).
         search_points: shares of the schedule at which the pattern is searched again, ascending,
             each in [warmup, 1). One equal to `warmup` is the first search itself.
@@ -25,6 +29,12 @@ class AdaSpaConfig:
         min_tokens: shorter sequences run dense.
         cache: where masks and LSE live between steps: "gpu", "cpu" or "auto".
         dense_attention: who runs the dense steps: "auto" (fastest exact one) or "host".
+        precision: of the attention itself: "int8" or "fp8" for sparse steps and, where that is
+            fastest, dense ones; "bf16" and, for now, "auto" are as the model computes. Searches
+            never run in low precision.
+        recall: share of the attention that every head shall keep, in place of `sparsity`; 0 is off.
+        tail: what stands for skipped blocks: "pooled" (their averages, with blocks that are compact
+            pieces of the video) or "none" (nothing, with blocks in the model's order).
         enabled: False leaves the model as it is.
 
     Raises:
@@ -32,7 +42,7 @@ class AdaSpaConfig:
     """
 
     sparsity: float = 0.8
-    block_size: int = 64
+    block_size: str = "64"
     warmup: float = 0.12
     search_points: tuple[float, ...] = ()
     head_adaptive: bool = False
@@ -43,6 +53,9 @@ class AdaSpaConfig:
     cache: str = "auto"
     dense_attention: str = "auto"
     enabled: bool = True
+    precision: str = "auto"
+    recall: float = 0.0
+    tail: str = "pooled"
 
     def __post_init__(self):
         if not 0.0 <= self.sparsity <= MAX_SPARSITY:
@@ -51,7 +64,10 @@ class AdaSpaConfig:
                 "Try 0.8; 0 keeps every block."
             )
         if self.block_size not in BLOCK_SIZES:
-            raise ValueError(f"`block_size` must be 64 or 128, got {self.block_size}. Try 64.")
+            raise ValueError(
+                f"`block_size` must be one of {', '.join(BLOCK_SIZES)}, got {self.block_size}. "
+                "Try 64."
+            )
         if not 0.0 <= self.warmup < 1.0:
             raise ValueError(
                 f"`warmup` must be a share of the schedule from 0 to below 1, got {self.warmup}. "
@@ -87,20 +103,70 @@ class AdaSpaConfig:
                 f"`dense_attention` must be one of {DENSE_CHOICES}, got {self.dense_attention!r}. "
                 "Try auto."
             )
+        if self.precision not in PRECISIONS:
+            raise ValueError(
+                f"`precision` must be one of {PRECISIONS}, got {self.precision!r}. Try auto."
+            )
+        if self.tail not in TAILS:
+            raise ValueError(f"`tail` must be one of {TAILS}, got {self.tail!r}. Try pooled.")
+        if not (self.recall == 0 or LEAST_RECALL <= self.recall <= MAX_RECALL):
+            raise ValueError(
+                f"`recall` must be 0 or from {LEAST_RECALL} to {MAX_RECALL}, got {self.recall}. "
+                "Try 0.95; 0 leaves the choice to `sparsity`."
+            )
+        if self.recall and self.head_adaptive:
+            raise ValueError(
+                "`recall` gives every head the blocks it needs by itself, so `head_adaptive` must "
+                "be off. Switch one of them off; the preset Paper is head-adaptive."
+            )
+
+    @property
+    def low_precision(self) -> str | None:
+        """The low precision that the user asked for, or None."""
+        return self.precision if self.precision in ("int8", "fp8") else None
+
+    @property
+    def pooled(self) -> bool:
+        """Whether averages stand for skipped blocks."""
+        return self.tail == "pooled" and not self.why_no_tail
+
+    @property
+    def why_no_tail(self) -> str:
+        """Why nothing stands for skipped blocks although the user asked, or an empty string."""
+        if self.tail == "none" or self.block_k == 64:
+            return ""
+        return f"blocks of {self.block_size} have no tail, that needs blocks of 64 keys"
 
     @property
     def density(self) -> float:
         """Share of block pairs that a sparse step computes."""
         return 1.0 - self.sparsity
 
+    @property
+    def blocks(self) -> dict[str, int]:
+        """Tokens per block, as the kernels call them."""
+        return {"block_q": self.block_q, "block_k": self.block_k}
+
+    @property
+    def block_q(self) -> int:
+        """Tokens per query block."""
+        return BLOCK_SIZES[self.block_size][0]
+
+    @property
+    def block_k(self) -> int:
+        """Tokens per key block."""
+        return BLOCK_SIZES[self.block_size][1]
+
 
 PRESETS = {
     "Balanced": AdaSpaConfig(sparsity=0.8, warmup=0.12),
     "Quality": AdaSpaConfig(sparsity=0.7, warmup=0.2),
     "Fast": AdaSpaConfig(sparsity=0.9, warmup=0.06),
-    "Paper": AdaSpaConfig(sparsity=0.8, warmup=0.2, search_points=(0.6,), head_adaptive=True),
+    "Paper": AdaSpaConfig(
+        sparsity=0.8, warmup=0.2, search_points=(0.6,), head_adaptive=True, tail="none"
+    ),
 }
-PRESET_FIELDS = ("sparsity", "block_size", "warmup", "search_points", "head_adaptive")
+PRESET_FIELDS = ("sparsity", "block_size", "warmup", "search_points", "head_adaptive", "tail")
 
 
 def from_preset(preset: str, **fields) -> AdaSpaConfig:

@@ -5,8 +5,10 @@ import time
 import torch
 
 from . import attention, reference
+from .arranged import prepare
 from .block_mask import BlockMask
 from .dense_choice import cudnn_serves, torch_cudnn
+from .token_layout import TokenLayout
 
 # a kernel may err this many times as much as torch does in the same dtype
 FACTOR = 4.0
@@ -18,7 +20,7 @@ def report() -> bool:
     right = True
     for head_dim, dtype in _cases(device):
         q, k, v = _inputs(device, dtype, 2, 500, head_dim)
-        backend, why = attention.choose(q, k, v, 64)
+        backend, why = attention.choose(q, k, v, 64, 64)
         name = f"head_dim {head_dim}, {str(dtype).removeprefix('torch.')}"
         if backend is None:
             print(f"backend    {name}: none, {why}")
@@ -69,6 +71,20 @@ def _check(backend, q, k, v):
     same, _ = reference.sparse_attention(q, k, v, keep.to(q.device), scale=scale, **blocks)
     yield _compare("sparse attention", out, exact, same)
 
+    # 500 tokens, as `_inputs` makes them here
+    order = prepare(TokenLayout(20, 5, 8, 12), 1, q.device)
+    arranged = backend.arrange(q, k, v, order)
+    lists = backend.unpack_mask(mask.bits, mask.num_k, more=arranged.pseudo_blocks)
+    out, _ = backend.sparse_attention(
+        arranged.q, arranged.k, arranged.v, *lists, key_bias=arranged.key_bias, tail=mask.bits,
+        order=order, scale=scale, **blocks,
+    )  # fmt: skip
+    order, options = order.cpu(), {"scale": scale, **blocks}
+    exact, _ = reference.sparse_attention_with_tail(*exact_inputs, keep, order, **options)
+    inputs = [x.cpu() for x in (q, k, v)]
+    same, _ = reference.sparse_attention_with_tail(*inputs, keep, order, **options)
+    yield _compare("sparse attention with a tail", out, exact, same)
+
 
 def _compare(name, out, exact, same_dtype):
     error = (out.double().cpu() - exact).abs().max().item()
@@ -81,7 +97,7 @@ def _speed(device):
     heads, tokens, head_dim = (24, 32_768, 128) if device.type == "cuda" else (4, 4_096, 64)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     q, k, v = _inputs(device, dtype, heads, tokens, head_dim)
-    backend, _ = attention.choose(q, k, v, 64)
+    backend, _ = attention.choose(q, k, v, 64, 64)
     if backend is None:
         return
     scale = head_dim**-0.5

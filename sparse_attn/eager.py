@@ -12,6 +12,7 @@ from contextlib import contextmanager
 
 import torch
 
+from .arranged import BLOCK, Arranged, arranged, block_sizes
 from .block_mask import BlockMask
 
 # one pass over dense attention and masses took 0.88 s where two took 0.74 s: 4 heads x 8,320
@@ -32,6 +33,10 @@ def why_not(q, k, v, block_q: int, block_k: int) -> str | None:
     if not q.shape[-1] == k.shape[-1] == v.shape[-1]:
         return f"needs one head_dim, got {q.shape[-1]}, {k.shape[-1]} and {v.shape[-1]}"
     return None
+
+
+def why_not_low_precision(q, k, v, block_q: int, block_k: int, precision: str) -> str:
+    return "plain torch computes in float32"
 
 
 def attend(q, k, v, scale: float, bias=None) -> tuple[torch.Tensor, torch.Tensor]:
@@ -120,19 +125,60 @@ def block_masses(q, k, lse, *, block_q, block_k, scale, key_bias=None, renormali
     return masses
 
 
-def unpack_mask(bits: torch.Tensor, num_k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Turn bits [B, H, Nq, ceil(Nk / 8)] into `kv_indices` and `kv_num_blocks`."""
-    return BlockMask(bits, num_k, 0, 0).kv_lists()
+def pooled_masses(q, k_mean, log_sizes, lse, *, block_q, scale):
+    """Masses of pseudo keys k_mean [B, H, N, D], whose weights have the logs log_sizes [B, N]."""
+    return block_masses(
+        q, k_mean, lse, block_q=block_q, block_k=1, scale=scale, key_bias=log_sizes,
+        renormalise=False,
+    )  # fmt: skip
+
+
+def arrange(q, k, v, order, key_bias=None) -> Arranged:
+    """Put tokens in `order` and the means of their blocks behind them."""
+    return arranged(q, k, v, order, key_bias, arrange=_arrange)
+
+
+def _arrange(x, order, means):
+    B, H, L, D = x.shape
+    if not means:
+        return x.index_select(2, order)
+    blocks = -(-L // BLOCK)
+    whole = blocks * BLOCK
+    out = x.new_zeros(B, H, whole + blocks + -blocks % BLOCK, D)
+    for b in range(B):
+        for h in range(H):
+            out[b, h, :L] = x[b, h].index_select(0, order)
+            sums = out[b, h, :whole].view(blocks, BLOCK, D).sum(1, dtype=torch.float32)
+            out[b, h, whole : whole + blocks] = sums / block_sizes(L, x.device)[:, None]
+    return out
+
+
+def unpack_mask(bits: torch.Tensor, num_k: int, more: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Turn bits [B, H, Nq, ceil(Nk / 8)] into `kv_indices` and `kv_num_blocks`.
+
+    Args:
+        more: blocks num_k to num_k + more - 1, which no bit tells of, end every list.
+    """
+    mask = BlockMask(bits, num_k, 0, 0)
+    if more:
+        listed = torch.nn.functional.pad(mask.to_dense(), (0, more), value=True)
+        mask = BlockMask.from_dense(listed, block_q=0, block_k=0)
+    return mask.kv_lists()
 
 
 def sparse_attention(
-    q, k, v, kv_indices, kv_num_blocks, *, block_q, block_k, scale, key_bias=None
+    q, k, v, kv_indices, kv_num_blocks, *, block_q, block_k, scale, key_bias=None, tail=None,
+    order=None,
 ):  # fmt: skip
     """Attention over the listed key blocks, computed in float32.
 
     Args:
         q: [B, H, Lq, D]. k, v: [B, H, Lk, D].
         kv_indices: [B, H, Nq, K] int32, ascending, packed left. kv_num_blocks: [B, H, Nq] int32.
+        tail: [B, H, Nq, ceil(N / 8)] uint8, the lists as bits, where k and v end with means of
+            their N blocks (`Arranged`) and every list with all blocks of means. The mean of a
+            block that a row lists weighs nothing there.
+        order: [Lq] int32, the token at every place of q; `out` is in the order of the tokens.
 
     Returns:
         out: [B, H, Lq, D], 0 where a row lists no block. lse: None, it would cost a fifth more time.
@@ -148,16 +194,41 @@ def sparse_attention(
                 k_blocks, v_blocks = (_blocks(x[b, h].float(), block_k) for x in (k, v))
                 counts = kv_num_blocks[b, h]
                 lengths = _lengths(kv_indices[b, h], counts, k.shape[-2], block_k)
+                hidden = None if tail is None else _hidden_means(tail[b, h], k.shape[-2])
                 head = torch.zeros_like(q_blocks)
                 attend_head(
-                    head, q_blocks, k_blocks, v_blocks, bias, kv_indices[b, h], counts, lengths,
-                    for_each,
+                    head, q_blocks, k_blocks, v_blocks, bias, hidden, kv_indices[b, h], counts,
+                    lengths, for_each,
                 )  # fmt: skip
-                out[b, h] = head.flatten(0, 1)[:Lq]
+                head = head.flatten(0, 1)[:Lq]
+                if order is None:
+                    out[b, h] = head
+                else:
+                    out[b, h].index_copy_(0, order.long(), head.to(out.dtype))
     return out, None
 
 
-def _attend_rows(head, q_blocks, k_blocks, v_blocks, bias, kv_indices, counts, lengths, for_each):
+def _hidden_means(bits, Lk):
+    """What to add to the logits of all means, by rows of blocks: -inf where the row lists the block.
+
+    Args:
+        bits: [Nq, ceil(N / 8)] uint8. Lk: keys, means among them.
+
+    Returns:
+        [Nq, Np] float32.
+    """
+    total = Lk // BLOCK
+    # one block of means for every 64 of tokens, or fewer at the end
+    blocks = total - -(-total // (BLOCK + 1))
+    listed = BlockMask(bits, blocks, 0, 0).to_dense()
+    hidden = torch.zeros(len(bits), (total - blocks) * BLOCK, device=bits.device)
+    hidden[:, :blocks].masked_fill_(listed, float("-inf"))
+    return hidden
+
+
+def _attend_rows(
+    head, q_blocks, k_blocks, v_blocks, bias, hidden, kv_indices, counts, lengths, for_each
+):  # fmt: skip
     """Attend one row of blocks at a time: its keys and weights stay in the cache of a core."""
     room = _Room()
     # made once: each operation, a view too, has a thread wait for the interpreter's lock
@@ -170,6 +241,8 @@ def _attend_rows(head, q_blocks, k_blocks, v_blocks, bias, kv_indices, counts, l
         torch.mm(q_rows[i], keys.t(), out=logits)
         if bias is not None:
             logits += bias[listed].view(1, -1)[:, :length]
+        if hidden is not None:
+            logits[:, -hidden.shape[1] :] += hidden[i]
         torch.softmax(logits, -1, out=logits)
         # the values take the place of the keys
         torch.index_select(v_blocks, 0, listed, out=blocks)
@@ -200,7 +273,9 @@ class _Room(threading.local):
         return self.views[count, length]
 
 
-def _attend_batches(head, q_blocks, k_blocks, v_blocks, bias, kv_indices, counts, lengths, _):
+def _attend_batches(
+    head, q_blocks, k_blocks, v_blocks, bias, hidden, kv_indices, counts, lengths, _
+):  # fmt: skip
     """Attend many rows of blocks at once, as many as list equally many keys and fit."""
     block_k, D = k_blocks.shape[1:]
     for length in lengths.unique().tolist():
@@ -214,6 +289,8 @@ def _attend_batches(head, q_blocks, k_blocks, v_blocks, bias, kv_indices, counts
             logits = q_blocks[rows] @ keys.mT
             if bias is not None:
                 logits += bias[listed].view(len(rows), 1, -1)[..., :length]
+            if hidden is not None:
+                logits[..., -hidden.shape[1] :] += hidden[rows][:, None]
             head[rows] = logits.softmax(-1) @ values
 
 

@@ -2,13 +2,15 @@
 
 from dataclasses import dataclass
 
+from .arranged import pseudo_blocks
 from .config import AdaSpaConfig
 from .memory import predict
 from .row_wise_top_k import row_budget
-from .run_statistics import gib
+from .run_report import gib
 from .schedule import Schedule, StepKind
 from .text_sink import count_sinks
 from .token_layout import TokenLayout
+from .token_order import in_rods
 
 # masses need q @ k.T, one of the two products of attention
 SEARCH_WORK = 0.5
@@ -21,9 +23,11 @@ class Estimate:
     Args:
         steps: step numbers by kind.
         skipped: share of all block pairs of the run's video attention that are not computed, a
-            search counted as half a dense pass. Not a share of seconds.
+            search counted as half a dense pass. Not a share of seconds. 0 where it is unknown.
         held_bytes: memory of one conditioning between steps.
         too_short: why the run gains nothing, or an empty string.
+        recall: recall that was asked for, so that the search decides what is skipped, or 0.
+        windows: whether the video is sampled in windows, each with memory of its own.
     """
 
     tokens: int
@@ -31,16 +35,24 @@ class Estimate:
     skipped: float = 0.0
     held_bytes: int = 0
     too_short: str = ""
+    recall: float = 0.0
+    windows: bool = False
 
     def line(self) -> str:
         if self.too_short:
             return self.too_short
+        each = "prompt and each context window" if self.windows else "prompt"
+        holds = f"holds {gib(self.held_bytes)} for each {each}"
+        if self.recall and self.held_bytes:
+            return (
+                f"{self.tokens:,} tokens, {self.steps}: the search decides what a recall of "
+                f"{self.recall} can skip; {holds}"
+            )
         if self.skipped <= 0:
             return f"{self.tokens:,} tokens, {self.steps}: nothing to gain in these steps"
         return (
             f"{self.tokens:,} tokens, {self.steps}: skips {self.skipped:.0%} of the video's "
-            f"attention, counted in blocks, not in seconds; holds {gib(self.held_bytes)} for each "
-            "prompt"
+            f"attention, counted in blocks, not in seconds; {holds}"
         )
 
 
@@ -54,6 +66,7 @@ def estimate(
     heads: int,
     one_pass: bool,
     carried: bool = False,
+    windows: bool = False,
 ) -> Estimate:
     """Count the blocks of a run before it starts.
 
@@ -62,6 +75,7 @@ def estimate(
         batch: videos per conditioning. heads: per layer.
         one_pass: whether a search costs nothing beside its dense pass.
         carried: whether the run begins with the pattern of another one.
+        windows: whether the run samples in context windows; `layout` is that of one.
     """
     if reason := too_short(layout, config):
         return Estimate(layout.tokens, schedule.describe(), too_short=reason)
@@ -69,7 +83,8 @@ def estimate(
     density = kept_share(layout, config)
     size = predict(
         schedule, layers=sparse_layers, batch=batch, heads=heads, tokens=layout.tokens,
-        block_size=config.block_size, one_pass=one_pass,
+        **config.blocks, one_pass=one_pass,
+        keeps_lse=not config.recall,
     )  # fmt: skip
     spent, found = 0.0, carried
     for i, kind in enumerate(schedule.kinds):
@@ -85,7 +100,12 @@ def estimate(
             found = True
     steps = max(len(schedule.kinds), 1)
     skipped = (1 - spent / steps) * sparse_layers / layers if layers else 0.0
-    return Estimate(layout.tokens, schedule.describe(), skipped, size.total)
+    if config.recall:
+        skipped = 0.0
+    return Estimate(
+        layout.tokens, schedule.describe(), skipped, size.total,
+        recall=config.recall, windows=windows,
+    )  # fmt: skip
 
 
 def too_short(layout: TokenLayout, config: AdaSpaConfig) -> str:
@@ -101,8 +121,15 @@ def too_short(layout: TokenLayout, config: AdaSpaConfig) -> str:
 
 
 def kept_share(layout: TokenLayout, config: AdaSpaConfig) -> float:
-    """Share of block pairs that a sparse step computes: the budget, and the text's rows whole."""
-    blocks = layout.num_blocks(config.block_size)
-    sinks = count_sinks(layout, config.block_size)
-    budget = row_budget(config.density, blocks, sinks)
-    return ((blocks - sinks) * budget + sinks * blocks) / blocks**2
+    """Share of block pairs that a sparse step computes.
+
+    The budget, the text's rows whole and, with a tail, the blocks of means that every row reads.
+    """
+    if config.pooled:
+        layout = in_rods(layout)
+    rows, blocks = layout.num_blocks(config.block_q), layout.num_blocks(config.block_k)
+    whole = count_sinks(layout, config.block_q)
+    budget = row_budget(config.density, blocks, count_sinks(layout, config.block_k))
+    means = pseudo_blocks(blocks) if config.pooled else 0
+    kept = (rows - whole) * min(budget + means, blocks) + whole * blocks
+    return kept / (rows * blocks)

@@ -6,7 +6,7 @@ QK^T and sums exp(S - LSE). Either way the dense output is the step's output.
 
 
 def fused_online_search(
-    backend, dense_with_lse, q, k, v, *, scale, block_size, key_bias=None, previous_lse=None
+    backend, dense_with_lse, q, k, v, *, scale, block_q, block_k, key_bias=None, previous_lse=None
 ):  # fmt: skip
     """Run dense attention and measure where its mass lies.
 
@@ -17,9 +17,9 @@ def fused_online_search(
         previous_lse: [B, H, L] float32 of an earlier step, or None.
 
     Returns:
-        out: [B, H, L, D]. lse: [B, H, L] float32. masses: [B, H, N, N] float32.
+        out: [B, H, L, D]. lse: [B, H, L] float32. masses: [B, H, Nq, Nk] float32.
     """
-    blocks = {"block_q": block_size, "block_k": block_size}
+    blocks = {"block_q": block_q, "block_k": block_k}
     if previous_lse is not None and backend.ONE_PASS_SEARCH:
         return backend.dense_attention(
             q, k, v, scale=scale, key_bias=key_bias, previous_lse=previous_lse, **blocks

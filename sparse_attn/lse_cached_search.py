@@ -5,16 +5,20 @@ search stands in for today's; the masses are renormalised by row, which mends it
 """
 
 
-def lse_cached_search(backend, q, k, lse, *, scale, block_size, key_bias=None):
+def lse_cached_search(
+    backend, q, k, lse, *, scale, block_q, block_k, key_bias=None, renormalise=True
+):  # fmt: skip
     """Measure block masses with the LSE of an earlier step.
 
     Args:
         backend: module with `block_masses`.
         q, k: [B, H, L, D]. lse: [B, H, L] float32.
+        renormalise: False leaves it to the caller to scale the rows.
 
     Returns:
-        [B, H, N, N] float32; every full row of blocks sums to its number of query rows.
+        [B, H, Nq, Nk] float32; every full row of blocks sums to its number of query rows.
     """
     return backend.block_masses(
-        q, k, lse, block_q=block_size, block_k=block_size, scale=scale, key_bias=key_bias
-    )
+        q, k, lse, block_q=block_q, block_k=block_k, scale=scale, key_bias=key_bias,
+        renormalise=renormalise,
+    )  # fmt: skip

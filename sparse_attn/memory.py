@@ -29,24 +29,30 @@ def predict(
     batch: int,
     heads: int,
     tokens: int,
-    block_size: int,
+    block_q: int,
+    block_k: int,
     one_pass: bool,
+    keeps_lse: bool = True,
 ) -> CacheSize:
     """Predict the cache of one conditioning.
 
     A mask takes one bit per block pair, an LSE four bytes per token, head and layer. The LSE of
     the last warm-up step gives way to the masks layer by layer, so both are whole at once only
-    when a later search needs the LSE again.
+    when a later search needs the LSE again. What lives within a call alone, such as the arranged
+    copies of q, k and v, is not counted.
 
     Args:
         one_pass: whether the backend searches in one pass and so keeps the LSE of a dense step.
+        keeps_lse: False where every search measures its own LSE.
     """
-    blocks = -(-tokens // block_size)
-    mask = layers * batch * heads * blocks * -(-blocks // 8)
+    num_q, num_k = -(-tokens // block_q), -(-tokens // block_k)
+    mask = layers * batch * heads * num_q * -(-num_k // 8)
     lse = layers * batch * heads * tokens * 4
     searches = schedule.kinds.count(StepKind.SEARCH)
     if searches == 0:
         return CacheSize(0, 0)
+    if not keeps_lse:
+        return CacheSize(mask, 0)
     if searches > 1:
         return CacheSize(mask, lse)
     before = one_pass and any(schedule.wants_lse(i) for i in range(len(schedule.kinds)))
@@ -57,14 +63,25 @@ class Cache:
     """Keeps tensors on the GPU, or in pinned CPU memory with the next one fetched ahead.
 
     Args:
-        place: "gpu" (wherever the tensor is) or "cpu".
+        wanted: "gpu" (wherever the tensor is), "cpu", or "auto": on the GPU while there is room.
+        free_bytes: free memory of the GPU when the run starts, or None where there is none.
     """
 
-    def __init__(self, place: str):
-        self.place = place
+    def __init__(self, wanted: str, free_bytes: int | None = None):
+        self.wanted = wanted
+        self.free_bytes = free_bytes
+        self.place = "cpu" if wanted == "cpu" else "gpu"
         self._streams = {}
         # id of a stored tensor -> that tensor, so that its id stays taken, and its copy
         self._fetched = {}
+
+    def make_room(self, size: int) -> None:
+        """Leave the GPU where `size` bytes would take too much of it, unless the user insists."""
+        if self.wanted == "auto" and self.free_bytes and size > GPU_SHARE * self.free_bytes:
+            self.place = "cpu"
+
+    def shown_place(self) -> str:
+        return "cpu" if self.free_bytes is None else self.place
 
     def keep(self, tensor: torch.Tensor) -> torch.Tensor:
         """Return the tensor to store; on the CPU it is pinned."""

@@ -9,11 +9,13 @@ from typing import NamedTuple
 
 import torch
 
+from .config import BLOCK_SIZES
 from .token_layout import TokenLayout
 
 FORMAT, VERSION = "adaspa pattern", 1
-# the video's tokens in (t, h, w) order, as every model of today has them
-ORDER = "raster"
+# what stands for skipped blocks -> the order of the video's tokens: (t, h, w), as every model of
+# today has them, or that of `token_order.rods`
+ORDERS = {"none": "raster", "pooled": "rods"}
 NO_PATTERN = "is not an AdaSpa pattern file; choose one that AdaSpa Save Pattern wrote"
 
 
@@ -50,16 +52,23 @@ class CarriedPattern:
     Args:
         family: name of the model family.
         layout: the sequence that the masks are for.
-        block_size: tokens per query block and per key block.
+        block_size: tokens per block, a key of `BLOCK_SIZES`.
         layers: by `LayerName`; all of one batch and one number of heads.
         source: where the pattern comes from, for people.
+        pooled: whether the masks are of tokens in rods, for steps in which averages stand for
+            skipped blocks.
     """
 
     family: str
     layout: TokenLayout
-    block_size: int
+    block_size: str
     layers: dict[LayerName, CarriedLayer] = field(default_factory=dict)
     source: str = ""
+    pooled: bool = False
+
+    @property
+    def tail(self) -> str:
+        return "pooled" if self.pooled else "none"
 
     def nbytes(self) -> int:
         return sum(layer.bits.nbytes for layer in self.layers.values())
@@ -79,9 +88,10 @@ class CarriedPattern:
         *,
         family: str,
         layout: TokenLayout,
-        block_size: int,
+        block_size: str,
         batch: int,
         heads: int,
+        pooled: bool = False,
     ) -> tuple[CarriedLayer | None, str]:
         """Return the mask of a layer, or None and the reason that it does not fit."""
         if family != self.family:
@@ -94,6 +104,9 @@ class CarriedPattern:
             return None, (
                 f"the pattern has blocks of {self.block_size}, and `block_size` is {block_size}"
             )
+        if pooled != self.pooled:
+            wanted = "pooled" if pooled else "none"
+            return None, f"the pattern was found with `tail` {self.tail}, and this run has {wanted}"
         if name is None:
             return None, "parts of a video and passes that skip blocks do not share patterns"
         layer = self.layers.get(name)
@@ -132,8 +145,9 @@ def save(pattern: CarriedPattern, path: Path) -> None:
         "grid": json.dumps([layout.frames, layout.height, layout.width]),
         "before": str(layout.before),
         "after": str(layout.after),
-        "block_size": str(pattern.block_size),
-        "order": ORDER,
+        "block_size": pattern.block_size,
+        "order": ORDERS[pattern.tail],
+        "tail": pattern.tail,
         "density": f"{pattern.density():.4f}",
         "recall": f"{pattern.recall():.4f}",
         "crc32": str(checksum),
@@ -188,26 +202,32 @@ def _check_version(metadata, name):
 
 
 def _build(metadata, tensors) -> CarriedPattern:
-    if metadata["order"] != ORDER:
-        raise ValueError(f"token order {metadata['order']!r} is not {ORDER!r}")
+    # files of earlier versions do not name a tail
+    tail = metadata.get("tail", "none")
+    if tail not in ORDERS:
+        raise ValueError(f"tail {tail!r} is not one of {', '.join(ORDERS)}")
+    if metadata["order"] != ORDERS[tail]:
+        raise ValueError(f"token order {metadata['order']!r} is not {ORDERS[tail]!r}")
     frames, height, width = json.loads(metadata["grid"])
     layout = TokenLayout(int(metadata["before"]), frames, height, width, int(metadata["after"]))
-    block_size = int(metadata["block_size"])
-    sizes = frames, height, width, block_size
+    sizes = frames, height, width
     if not all(isinstance(n, int) and n > 0 for n in sizes) or min(layout.before, layout.after) < 0:
-        raise ValueError("its grid or block size is not positive")
+        raise ValueError("its grid is not positive")
+    block_size = metadata["block_size"]
+    if block_size not in BLOCK_SIZES:
+        raise ValueError(f"blocks of {block_size} instead of {', '.join(BLOCK_SIZES)}")
     listed = json.loads(metadata["layers"])
     if len(listed) != len(tensors) or not listed:
         raise ValueError(f"{len(tensors)} masks for {len(listed)} layers")
-    blocks = layout.num_blocks(block_size)
+    rows, blocks = (layout.num_blocks(size) for size in BLOCK_SIZES[block_size])
     layers, checksum = {}, 0
     for number, (role, kind, index, occurrence, density, recall) in enumerate(listed):
         bits = tensors[_tensor_name(number)]
         checksum = _checksum(bits, checksum)
         if bits.dtype != torch.uint8:
             raise ValueError(f"a mask of {bits.dtype} instead of uint8")
-        if bits.ndim != 4 or tuple(bits.shape[2:]) != (blocks, -(-blocks // 8)):
-            raise ValueError(f"a mask of shape {list(bits.shape)} for {blocks} blocks")
+        if bits.ndim != 4 or tuple(bits.shape[2:]) != (rows, -(-blocks // 8)):
+            raise ValueError(f"a mask of shape {list(bits.shape)} for {rows} x {blocks} blocks")
         if not len(density) == len(recall) == bits.shape[1] > 0 or not len(bits):
             raise ValueError("its numbers per head do not fit its masks")
         if not all(0 <= float(x) <= 1.001 for x in (*density, *recall)):
@@ -220,7 +240,8 @@ def _build(metadata, tensors) -> CarriedPattern:
         layers[layer_name] = CarriedLayer(bits, tuple(density), tuple(recall))
     if str(checksum) != metadata["crc32"]:
         raise ValueError("its masks are not those that were written")
-    return CarriedPattern(metadata["family"], layout, block_size, layers)
+    pooled = tail == "pooled"
+    return CarriedPattern(metadata["family"], layout, block_size, layers, pooled=pooled)
 
 
 def _tensor_name(number: int) -> str:

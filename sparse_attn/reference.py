@@ -41,6 +41,68 @@ def sparse_attention(q, k, v, keep, *, block_q, block_k, scale, key_bias=None):
     return weights.to(v.dtype) @ v, lse
 
 
+def block_means(x, block: int) -> torch.Tensor:
+    """Mean of every block of tokens of x [B, H, L, D], [B, H, N, D]."""
+    return torch.stack([part.mean(-2) for part in x.split(block, -2)], -2)
+
+
+def sparse_attention_with_tail(q, k, v, keep, order, *, block_q, block_k, scale, key_bias=None):
+    """Attention over the kept key blocks and, for each other block, its mean key and mean value.
+
+    A block in which any key has a bias has no stand-in.
+
+    Args:
+        q, k, v: [B, H, L, D]. keep: [B, H, Nq, N] bool, of the tokens in `order`. order: [L].
+
+    Returns:
+        out: [B, H, L, D] as the tokens came. lse: [B, H, L] in `order`.
+    """
+    q, k, v = (x[:, :, order] for x in (q, k, v))
+    length = k.shape[-2]
+    if key_bias is not None:
+        key_bias = key_bias[:, order]
+    logits = scaled_logits(q, k, scale, key_bias)
+    tokens = expand_blocks(keep, block_q, block_k, length, length)
+    logits = logits.masked_fill(~tokens, float("-inf"))
+    sizes = torch.tensor([len(part) for part in order.split(block_k)], dtype=logits.dtype)
+    pseudo = scaled_logits(q, block_means(k, block_k), scale) + sizes.log()
+    pseudo = pseudo.masked_fill(expand_blocks(keep, block_q, 1, length, len(sizes)), float("-inf"))
+    if key_bias is not None:
+        biased = torch.stack([(part != 0).any(-1) for part in key_bias.split(block_k, -1)], -1)
+        pseudo = pseudo.masked_fill(biased[:, None, None], float("-inf"))
+    both = torch.cat([logits, pseudo], -1)
+    lse = both.logsumexp(-1)
+    values = torch.cat([v, block_means(v, block_k)], -2)
+    arranged = weights_of(both, lse).to(v.dtype) @ values
+    out = torch.empty_like(arranged)
+    out[:, :, order] = arranged
+    return out, lse
+
+
+def tail_error(q, k, v, lse, *, block_q, block_k, scale) -> torch.Tensor:
+    """sqrt(M (M - P)) s + (M - P) |vm - o| of every block pair, one at a time, [B, H, Nq, N].
+
+    M and P are the masses of a block and of its pseudo key, vm and s the mean and the deviation of
+    the block's values, o the mean output of the query block as the block means give it.
+    """
+    masses = block_masses(q, k, lse, block_q=block_q, block_k=block_k, scale=scale)
+    k_mean, v_mean = block_means(k, block_k), block_means(v, block_k)
+    pseudo = weights_of(scaled_logits(q, k_mean, scale), lse)
+    scores = torch.zeros_like(masses)
+    for index in torch.cartesian_prod(*(torch.arange(n) for n in masses.shape)).tolist():
+        b, h, i, j = index
+        rows = slice(i * block_q, (i + 1) * block_q)
+        values = v[b, h, j * block_k : (j + 1) * block_k]
+        M = masses[b, h, i, j]
+        P = len(values) * pseudo[b, h, rows, j].sum()
+        s = (values - v_mean[b, h, j]).square().mean(0).sum().sqrt()
+        o = masses[b, h, i] @ v_mean[b, h] / len(q[b, h, rows])
+        # a rounded mean may weigh more than its keys
+        missing = (M - P).clamp(min=0)
+        scores[b, h, i, j] = (M * missing).sqrt() * s + missing * (v_mean[b, h, j] - o).norm()
+    return scores
+
+
 def dense_attention(q, k, v, *, scale, key_bias=None):
     """Attention over all keys; shapes as in `sparse_attention`."""
     logits = scaled_logits(q, k, scale, key_bias)
@@ -86,18 +148,20 @@ def head_sparsities(recalls: list[float], sparsity: float) -> list[float]:
     return sparsities
 
 
-def row_wise_top_k(scores, budgets, sink) -> torch.Tensor:
+def row_wise_top_k(scores, budgets, sink, sink_q=None) -> torch.Tensor:
     """Per row, one at a time: the sinks first, then the highest scores. All of a sink's row.
 
     Args:
         scores: [B, H, Nq, Nk]. budgets: [B][H] key blocks per row. sink: [Nk] bool.
+        sink_q: [Nq] bool, None where the same.
     """
+    sink_q = sink if sink_q is None else sink_q
     keep = torch.zeros_like(scores, dtype=torch.bool)
     for index in torch.cartesian_prod(*(torch.arange(n) for n in scores.shape[:-1])).tolist():
         b, h, i = index
         row = scores[b, h, i].tolist()
         order = sorted(range(len(row)), key=lambda j: (not sink[j], -row[j]))
-        kept = range(len(row)) if sink[i] else order[: budgets[b][h]]
+        kept = range(len(row)) if sink_q[i] else order[: budgets[b][h]]
         keep[b, h, i][list(kept)] = True
     return keep
 

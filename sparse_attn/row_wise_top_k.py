@@ -15,7 +15,11 @@ def row_budget(density: float, num_k: int, num_sinks: int) -> int:
 
 
 def row_wise_top_k(
-    scores: torch.Tensor, budgets: torch.Tensor, largest_budget: int, sink: torch.Tensor
+    scores: torch.Tensor,
+    budgets: torch.Tensor,
+    largest_budget: int,
+    sink_k: torch.Tensor,
+    sink_q: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Keep the `budgets` blocks of highest score in every row, the sink among them.
 
@@ -23,7 +27,8 @@ def row_wise_top_k(
         scores: [B, H, Nq, Nk] float32: mass, error or any other score.
         budgets: [B, H] int, key blocks per row; at least the number of sinks.
         largest_budget: the largest of `budgets`, known without reading the device.
-        sink: [Nk] bool, blocks that every row keeps and whose own rows keep everything; Nq == Nk.
+        sink_k: [Nk] bool, key blocks that every row keeps.
+        sink_q: [Nq] bool, query blocks that keep everything; None where they are those of `sink_k`.
 
     Returns:
         [B, H, Nq, Nk] bool.
@@ -35,8 +40,8 @@ def row_wise_top_k(
     step = max(1, WORKSPACE_BYTES // (20 * B * Nq * Nk))
     for start in range(0, H, step):
         heads = slice(start, start + step)
-        ranked = scores[:, heads].masked_fill(sink, float("inf"))
+        ranked = scores[:, heads].masked_fill(sink_k, float("inf"))
         best = ranked.topk(largest_budget, dim=-1, sorted=True).indices
         within = slots < budgets[:, heads, None, None]
         keep[:, heads] = keep[:, heads].scatter(-1, best, within.expand(best.shape))
-    return keep.logical_or_(sink[:, None])
+    return keep.logical_or_((sink_k if sink_q is None else sink_q)[:, None])

@@ -1,11 +1,13 @@
 """What happened in a run, as plain numbers: the node's summary and the report read only this."""
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from statistics import median
 
 import torch
 
+from . import run_report
 from .schedule import Schedule, StepKind
 
 # a map of more blocks than this is averaged down for the report
@@ -20,7 +22,7 @@ class Pattern:
         step: number of the step within the whole schedule.
         exact: whether the masses came with the step's own LSE; else recall is an estimate.
         density, recall: per head, mean over the batch.
-        block_map: [H, n, n] uint8, kept share of each cell times 255, first of the batch.
+        block_map: [H, rows, columns] uint8, kept share of each cell times 255, first of the batch.
         carried: found by another run; `recall` is what a sample of this run's rows has.
     """
 
@@ -39,7 +41,7 @@ class Timing:
     Args:
         search: first searches, dense output included; `search_dense` is their dense pass alone.
         search_again: later searches, without output.
-        carry: measuring what carried masks hold.
+        carry: measuring what carried masks hold. sample: what masks still hold in a later step.
     """
 
     dense: list[float] = field(default_factory=list)
@@ -48,9 +50,15 @@ class Timing:
     search_again: list[float] = field(default_factory=list)
     sparse: list[float] = field(default_factory=list)
     carry: list[float] = field(default_factory=list)
+    sample: list[float] = field(default_factory=list)
+
+    def recorder(self, kind: str, rows: int) -> Callable[[float], None]:
+        """Return what notes the seconds of a call of `rows` videos, row by row."""
+        entries = getattr(self, kind)
+        return lambda seconds: entries.extend([seconds / rows] * rows)
 
     def searching(self) -> float:
-        return sum(self.search) + sum(self.search_again) + sum(self.carry)
+        return sum(map(sum, (self.search, self.search_again, self.carry, self.sample)))
 
     def spent(self) -> float:
         return sum(self.dense) + self.searching() + sum(self.sparse)
@@ -75,13 +83,22 @@ class RunStatistics:
     Args:
         schedule: what each step did.
         steps: kind and seconds of each finished step of the whole model.
+        attended: numbers, within the run, of the steps in which the model called its attention.
         model: name of the model family, or why there is none.
         part: which of several models, for people.
         expected: what was said before the run.
+        conditionings, windows: prompts, and parts of a long video; each pair has masks of its own.
         result_sum: sum of the latent that the run returned, or None.
         carried_from: where a carried pattern comes from; `carried` counts the masks in use,
             `carried_recall` holds what they had when found, `not_carried` counts why others are not.
         kept_pattern: what outlives the run in memory and on disk.
+        low_precision: "int8" or "fp8" where the user asked; `low_precision_calls` counts the calls
+            that ran so, `not_low_precision` why others did not.
+        asked_recall: recall that the user asked of every head, or 0.
+        samples: by layer and conditioning, as `patterns`: the step of the whole schedule and the
+            recall per head that a sample of rows had in it, as late as the mask was used.
+        tail: what stood for skipped blocks: "pooled" or "none".
+        stopped_at: number of the step in the whole schedule at which the run was interrupted.
     """
 
     schedule: Schedule
@@ -96,8 +113,10 @@ class RunStatistics:
     predicted_bytes: int = 0
     held_bytes: int = 0
     conditionings: set = field(default_factory=set)
+    windows: set = field(default_factory=set)
     timing: Timing = field(default_factory=Timing)
     steps: list[tuple[StepKind, float]] = field(default_factory=list)
+    attended: set[int] = field(default_factory=set)
     kept_dense: Counter = field(default_factory=Counter)
     patterns: dict[tuple[int, str], Pattern] = field(default_factory=dict)
     carried_from: str = ""
@@ -108,10 +127,33 @@ class RunStatistics:
     warnings: list[str] = field(default_factory=list)
     result_sum: float | None = None
     finished: bool = False
+    low_precision: str = ""
+    low_precision_calls: int = 0
+    not_low_precision: Counter = field(default_factory=Counter)
+    stopped_at: int | None = None
+    asked_recall: float = 0.0
+    tail: str = "none"
+    samples: dict[tuple[int, str], tuple[int, list[float]]] = field(default_factory=dict)
 
     def warn(self, message: str) -> None:
         if message not in self.warnings:
             self.warnings.append(message)
+
+    def samples_recall(self) -> tuple[float, float] | None:
+        """(mean, worst head) of the samples, or None where none was taken."""
+        values = [r for _, recall in self.samples.values() for r in recall]
+        return (sum(values) / len(values), min(values)) if values else None
+
+    def was_skipped(self, step: int) -> bool:
+        """Whether a step of the run called no attention, as under EasyCache, where others did."""
+        return bool(self.attended) and step not in self.attended
+
+    def skipped(self) -> list[int]:
+        """Steps that a cache skipped, by their numbers in the whole schedule."""
+        first, passed = self.schedule.first_step, len(self.schedule.kinds)
+        if not self.finished:
+            passed = max(self.attended, default=-1) + 1
+        return [first + step for step in range(passed) if self.was_skipped(step)]
 
     def density(self) -> float | None:
         """Mean over layers and heads, or None before a search."""
@@ -142,73 +184,11 @@ class RunStatistics:
 
     def summary(self) -> str:
         """One line for the node and the log."""
-        if not self.patterns:
-            why = ", ".join(f"{reason} ({n})" for reason, n in self.kept_dense.most_common(2))
-            ran = self.schedule.describe() if self.tokens else "no sparse attention"
-            return "AdaSpa: every call ran dense" + (f": {why}" if why else f" ({ran})")
-        mean, worst = self.recall()
-        label = self.recall_label()
-        parts = [
-            f"{self.tokens:,} tokens",
-            self.schedule.describe(),
-            f"density {self.density():.2f}",
-            f"recall {mean:.2f}{f' ({label})' if label else ''}, worst head {worst:.2f}",
-        ]
-        saved = self.timing.saved()
-        if saved is not None:
-            verb = "saved" if saved >= 0 else "lost"
-            parts.append(f"{verb} {seconds(abs(saved))} of attention")
-        return ", ".join(parts)
+        return run_report.summary(self)
 
     def lines(self) -> list[str]:
         """The whole report, a line each."""
-        timing = self.timing
-        part = f"{self.part.capitalize()}: " if self.part else ""
-        text = [part + self.summary()]
-        if self.model:
-            text.append(f"Model: {self.model}" + (f", {self.layout}" if self.layout else ""))
-        if self.backend:
-            text.append(f"Sparse attention by: {self.backend}")
-        text.append(f"Dense steps by: {self.dense_choice}")
-        if timing.spent():
-            text.append(
-                f"Attention: {seconds(timing.spent())} spent ({seconds(sum(timing.dense))} dense, "
-                f"{seconds(timing.searching())} search, {seconds(sum(timing.sparse))} sparse)"
-            )
-        dense = timing.dense_call()
-        if dense and timing.sparse:
-            source = "its own dense steps" if timing.dense else "the dense pass of its searches"
-            text.append(
-                f"One call: {milliseconds(dense)} dense, {milliseconds(median(timing.sparse))} "
-                f"sparse ({dense / median(timing.sparse):.1f}x), measured against {source}"
-            )
-        if self.steps:
-            steps = ", ".join(f"{seconds(s)} {kind}" for kind, s in self.step_seconds().items())
-            text.append(f"One step of the whole model: {steps}")
-        if self.predicted_bytes or self.held_bytes:
-            text.append(
-                f"Memory held: {gib(self.held_bytes)} on the {self.cache_place.upper()} for "
-                f"{len(self.conditionings)} conditioning(s), predicted {gib(self.predicted_bytes)} each"
-            )
-        text += self.carried_lines()
-        for reason, count in self.kept_dense.most_common():
-            text.append(f"Kept dense: {count} calls, {reason}")
-        return text + [f"Note: {warning}" for warning in self.warnings]
-
-    def carried_lines(self) -> list[str]:
-        if not self.carried_from:
-            return list(self.kept_pattern)
-        text = [f"Pattern of {self.carried_from}: {self.carried} masks used without a search"]
-        if self.carried:
-            now = [r for p in self.patterns.values() if p.carried for r in p.recall]
-            found = sum(self.carried_recall) / len(self.carried_recall)
-            if now:
-                text[0] += (
-                    f", recall {sum(now) / len(now):.2f} here (sampled), {found:.2f} when found"
-                )
-        for reason, count in self.not_carried.most_common():
-            text.append(f"Searched after all: {count} masks, {reason}")
-        return text + self.kept_pattern
+        return run_report.lines(self)
 
     def as_dict(self) -> dict:
         """Plain numbers for a file or another program."""
@@ -218,11 +198,14 @@ class RunStatistics:
             "model": self.model,
             "tokens": self.tokens,
             "steps": self.schedule.describe(),
+            "steps_skipped": self.skipped(),
             "expected": self.expected,
             "density": self.density(),
             "recall": mean,
             "recall_worst_head": worst,
             "recall_exact": self.exact(),
+            "recall_asked": self.asked_recall,
+            "recall_sampled": self.samples_recall(),
             "attention_seconds": self.timing.spent(),
             "attention_seconds_saved": self.timing.saved(),
             "dense_call_seconds": dense,
@@ -230,8 +213,14 @@ class RunStatistics:
             "step_seconds": self.step_seconds(),
             "held_bytes": self.held_bytes,
             "predicted_bytes": self.predicted_bytes,
+            "context_windows": len(self.windows),
             "backend": self.backend,
             "dense_choice": self.dense_choice,
+            "stopped_at": self.stopped_at,
+            "tail": self.tail,
+            "low_precision": self.low_precision,
+            "low_precision_calls": self.low_precision_calls,
+            "not_low_precision": dict(self.not_low_precision),
             "carried": self.carried,
             "not_carried": dict(self.not_carried),
             "kept_dense": dict(self.kept_dense),
@@ -239,23 +228,9 @@ class RunStatistics:
         }
 
 
-def seconds(value: float) -> str:
-    return (
-        f"{value:.0f} s" if value >= 100 else f"{value:.1f} s" if value >= 1 else f"{value:.2f} s"
-    )
-
-
-def milliseconds(value: float) -> str:
-    return f"{value * 1e3:.0f} ms" if value >= 0.1 else f"{value * 1e3:.2f} ms"
-
-
-def gib(size: int) -> str:
-    return f"{size / 2**30:.2f} GiB" if size >= 2**28 else f"{size / 2**20:.1f} MiB"
-
-
 def block_map(keep: torch.Tensor) -> torch.Tensor:
-    """Average [H, N, N] bool down to at most MAP_SIZE cells a side; uint8, on the same device."""
-    size = min(keep.shape[-1], MAP_SIZE)
+    """Average [H, Nq, Nk] bool down to at most MAP_SIZE cells a side; uint8, on the same device."""
+    size = [min(blocks, MAP_SIZE) for blocks in keep.shape[-2:]]
     # head by head: a whole map in floating point would take four times the masses
     cells = [torch.nn.functional.adaptive_avg_pool2d(head[None].float(), size)[0] for head in keep]
     return (torch.stack(cells) * 255).round().to(torch.uint8)

@@ -62,6 +62,18 @@ class Schedule:
         """Whether a later step of this run searches again, with the LSE kept until then."""
         return StepKind.SEARCH in self.kinds[step + 1 :]
 
+    def search_due(self, step: int) -> int:
+        """The step up to `step` at which the latest search was planned, or -1.
+
+        A cache of the host may skip that step; the search then takes place at the next one.
+        """
+        return max((i for i in range(step + 1) if self.kinds[i] is StepKind.SEARCH), default=-1)
+
+    def is_last_sparse(self, step: int) -> bool:
+        """Whether a sparse step is the last before another search, a dense step or the end."""
+        following = self.kinds[step + 1 : step + 2]
+        return self.kinds[step] is StepKind.SPARSE and following != (StepKind.SPARSE,)
+
     def describe(self) -> str:
         """Step numbers by kind, such as "steps 0-1 dense, 2 search, 3-19 sparse"."""
         parts = []

@@ -1,4 +1,4 @@
-"""From block masses to a block mask: budgets, text sink, row-wise top-k."""
+"""From block masses and scores to a block mask: text sink, budgets or a recall, row-wise top-k."""
 
 import torch
 
@@ -6,37 +6,48 @@ from .block_mask import BlockMask
 from .config import AdaSpaConfig
 from .head_adaptive import budget_shift, head_budgets
 from .recall import recall
+from .row_wise_recall import row_wise_recall
 from .row_wise_top_k import row_budget, row_wise_top_k
 from .text_sink import count_sinks, sink_blocks
 from .token_layout import TokenLayout
 
 
 def select(
-    masses: torch.Tensor, layout: TokenLayout, config: AdaSpaConfig
+    masses: torch.Tensor,
+    layout: TokenLayout,
+    config: AdaSpaConfig,
+    scores: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Choose the blocks to keep. Nothing is read back from the device.
 
     Args:
-        masses: [B, H, N, N] float32 block masses of `layout` in blocks of `config.block_size`.
+        masses: [B, H, Nq, Nk] float32 block masses of `layout` in blocks of `config.block_size`.
+        scores: what to rank the blocks of a row by, [B, H, Nq, Nk] float32; None ranks by mass. A
+            recall that was asked for is one of masses, and the masses rank there.
 
     Returns:
-        keep: [B, H, N, N] bool.
+        keep: [B, H, Nq, Nk] bool.
         recall: [B, H] float32, the share of mass that `keep` holds.
     """
-    B, H, _, N = masses.shape
-    sinks = count_sinks(layout, config.block_size)
-    sink = sink_blocks(layout, config.block_size, masses.device)
-    budget = row_budget(config.density, N, sinks)
+    B, H, _, Nk = masses.shape
+    sinks = count_sinks(layout, config.block_k)
+    sink_q = sink_blocks(layout, config.block_q, masses.device)
+    sink_k = sink_blocks(layout, config.block_k, masses.device)
+    if config.recall:
+        keep = row_wise_recall(masses, config.recall, min(sinks + 1, Nk), sink_k, sink_q)
+        return keep, recall(masses, keep)
+    scores = masses if scores is None else scores
+    budget = row_budget(config.density, Nk, sinks)
     budgets = torch.full((B, H), budget, device=masses.device)
-    keep = row_wise_top_k(masses, budgets, budget, sink)
+    keep = row_wise_top_k(scores, budgets, budget, sink_k, sink_q)
     held = recall(masses, keep)
-    shift = budget_shift(budget, N, sinks) if config.head_adaptive else 0
+    shift = budget_shift(budget, Nk, sinks) if config.head_adaptive else 0
     if shift:
         budgets = head_budgets(held, budget, shift)
-        keep = row_wise_top_k(masses, budgets, budget + shift, sink)
+        keep = row_wise_top_k(scores, budgets, budget + shift, sink_k, sink_q)
         held = recall(masses, keep)
     return keep, held
 
 
 def pack(keep: torch.Tensor, config: AdaSpaConfig) -> BlockMask:
-    return BlockMask.from_dense(keep, block_q=config.block_size, block_k=config.block_size)
+    return BlockMask.from_dense(keep, **config.blocks)

@@ -1,6 +1,7 @@
 """The backend of Triton kernels, for GPUs."""
 
 from . import kernels
+from .arranged import Arranged, arranged
 
 # the dense kernel writes masses in the same pass when it knows an earlier LSE
 ONE_PASS_SEARCH = True
@@ -14,6 +15,21 @@ def why_not(q, k, v, block_q: int, block_k: int) -> str | None:
     return kernels.why_not(q, k, v, block_q, block_k)
 
 
+def why_not_low_precision(q, k, v, block_q: int, block_k: int, precision: str) -> str | None:
+    """Say why the kernels cannot serve the call in `precision`, or None when they can."""
+    kernel = kernels.available()["low_precision_attention"]
+    if isinstance(kernel, str):
+        return kernel
+    return kernel.why_not(q, k, v, block_q, block_k, precision)
+
+
+def low_precision_attention(q, k, v, **options):
+    """(out, lse) of the whole sequence, or of the key blocks that `kv_indices` lists."""
+    return kernels.available()["low_precision_attention"].low_precision_attention(
+        q, k, v, **options
+    )
+
+
 def dense_attention(q, k, v, **options):
     return kernels.available()["dense_attention"].dense_attention(q, k, v, **options)
 
@@ -22,8 +38,18 @@ def block_masses(q, k, lse, **options):
     return kernels.available()["block_masses"].block_masses(q, k, lse, **options)
 
 
-def unpack_mask(bits, num_k: int):
-    return kernels.available()["unpack_mask"].unpack_mask(bits, num_k)
+def pooled_masses(q, k_mean, log_sizes, lse, **options):
+    return kernels.available()["pooled_masses"].pooled_masses(q, k_mean, log_sizes, lse, **options)
+
+
+def arrange(q, k, v, order, key_bias=None) -> Arranged:
+    """Put tokens in `order` and the means of their blocks behind them."""
+    kernel = kernels.available()["arrange"]
+    return arranged(q, k, v, order, key_bias, arrange=kernel.arrange)
+
+
+def unpack_mask(bits, num_k: int, more: int = 0):
+    return kernels.available()["unpack_mask"].unpack_mask(bits, num_k, more=more)
 
 
 def sparse_attention(q, k, v, kv_indices, kv_num_blocks, **options):

@@ -112,6 +112,8 @@ def picture(frame=None):
 
 CASES = {
     "wan": wan("wan"),
+    # as Phantom's node sets it: one frame for each picture of a subject
+    "wan-phantom": wan("wan", after=192, time_dim_concat=noise(1, 16, 2, 16, 24, seed=7)),
     "wan-in-context": wan("wan", after=96, context_latents=[ONE_FRAME]),
     "vace": wan("vace", taken=3, crossings=3, vace_frames=[noise(1, 32, 3, 16, 24)]),
     "vace-two-contexts": wan(

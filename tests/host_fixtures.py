@@ -90,10 +90,12 @@ def sample(
     latent = torch.zeros(shape)
     noise = comfy.sample.prepare_noise(latent, seed)
     positive, negative = (conditioning(n, i, **extra or {}) for i, n in enumerate(texts))
-    return comfy.sample.sample(
-        model, noise, steps, cfg, sampler, scheduler, positive, negative, latent,
-        disable_pbar=True, seed=seed, **options,
-    )  # fmt: skip
+    # ComfyUI runs its nodes without gradients, and parts of 0.24 cannot run with them
+    with torch.no_grad():
+        return comfy.sample.sample(
+            model, noise, steps, cfg, sampler, scheduler, positive, negative, latent,
+            disable_pbar=True, seed=seed, **options,
+        )  # fmt: skip
 
 
 def sparse(model, **fields):

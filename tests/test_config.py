@@ -9,7 +9,7 @@ REFUSED = [
     ("sparsity", -0.01, "`sparsity` must be from 0 to 0.98, got -0.01. Try 0.8"),
     ("sparsity", 0.99, "got 0.99. Try 0.8"),
     ("sparsity", float("nan"), "got nan. Try 0.8"),
-    ("block_size", 32, "`block_size` must be 64 or 128, got 32. Try 64"),
+    ("block_size", "32", "`block_size` must be one of 64, 128, 128x64, got 32. Try 64"),
     ("warmup", 1.0, "`warmup` must be a share of the schedule from 0 to below 1, got 1.0"),
     ("warmup", -0.1, "got -0.1. Try 0.12"),
     ("search_points", (0.6, 0.3), "must ascend, got [0.6, 0.3]. Write them in order"),
@@ -22,6 +22,14 @@ REFUSED = [
     ("end_percent", 1.1, "got 0.0 and 1.1"),
     ("min_tokens", -1, "`min_tokens` must be 0 or more, got -1. Try 8192"),
     ("cache", "disk", "`cache` must be one of ('auto', 'gpu', 'cpu'), got 'disk'. Try auto"),
+    ("precision", "fp4", "must be one of ('auto', 'bf16', 'int8', 'fp8'), got 'fp4'. Try auto"),
+    (
+        "recall",
+        1.0,
+        "`recall` must be 0 or from 0.1 to 0.999, got 1.0. Try 0.95; 0 leaves the choice",
+    ),
+    ("recall", 0.05, "got 0.05"),
+    ("recall", float("nan"), "got nan"),
     ("dense_attention", "sage", "must be one of ('auto', 'host'), got 'sage'. Try auto"),
 ]
 
@@ -41,6 +49,8 @@ ACCEPTED = [
     {"sparsity": 1 / 3, "head_adaptive": True},  # the least that head-adaptive can move from
     {"start_percent": 0.4, "end_percent": 0.6},
     {"dense_layers": (0, -1)},
+    {"recall": 0.1},
+    {"recall": 0.999, "precision": "fp8"},
 ]
 
 
@@ -55,6 +65,20 @@ def test_head_adaptive_needs_room_on_both_sides():
         AdaSpaConfig(sparsity=0.2, head_adaptive=True)
 
 
+def test_a_recall_takes_the_place_of_head_adaptive():
+    with pytest.raises(ValueError, match="so `head_adaptive` must be off"):
+        AdaSpaConfig(recall=0.9, head_adaptive=True)
+    with pytest.raises(ValueError, match="the preset Paper is head-adaptive"):
+        from_preset("Paper", recall=0.9)
+    assert from_preset("Fast", recall=0.9).recall == 0.9
+
+
+def test_only_the_user_asks_for_low_precision():
+    wishes = {p: AdaSpaConfig(precision=p).low_precision for p in ("auto", "bf16", "int8", "fp8")}
+    assert wishes == {"auto": None, "bf16": None, "int8": "int8", "fp8": "fp8"}
+    assert all(preset.precision == "auto" for preset in PRESETS.values())
+
+
 def test_a_config_cannot_change_after_it_was_checked():
     with pytest.raises(dataclasses.FrozenInstanceError):
         AdaSpaConfig().sparsity = 2.0
@@ -62,6 +86,13 @@ def test_a_config_cannot_change_after_it_was_checked():
 
 def test_density_is_what_sparsity_leaves():
     assert AdaSpaConfig(sparsity=0.7).density == pytest.approx(0.3)
+
+
+def test_a_block_size_names_queries_and_keys():
+    sizes = {name: AdaSpaConfig(block_size=name) for name in ("64", "128", "128x64")}
+    assert {name: (c.block_q, c.block_k) for name, c in sizes.items()} == {
+        "64": (64, 64), "128": (128, 128), "128x64": (128, 64),
+    }  # fmt: skip
 
 
 def test_presets_hold_the_designed_values():
@@ -72,18 +103,32 @@ def test_presets_hold_the_designed_values():
         "Fast": (0.9, 0.06, ()),
         "Paper": (0.8, 0.2, (0.6,)),
     }
-    assert all(preset.block_size == 64 for preset in PRESETS.values())
+    assert all(preset.block_size == "64" for preset in PRESETS.values())
     assert [name for name, preset in PRESETS.items() if preset.head_adaptive] == ["Paper"]
+    assert [name for name, preset in PRESETS.items() if preset.tail == "none"] == ["Paper"]
+    assert all(preset.pooled == (preset.tail == "pooled") for preset in PRESETS.values())
+
+
+def test_a_tail_needs_blocks_of_64_keys():
+    for block_size, pooled in (("64", True), ("128x64", True), ("128", False)):
+        config = AdaSpaConfig(block_size=block_size)
+        assert config.tail == "pooled" and config.pooled == pooled
+        assert bool(config.why_no_tail) != pooled
+        config = AdaSpaConfig(block_size=block_size, tail="none")
+        assert not config.pooled and config.why_no_tail == ""
+    with pytest.raises(ValueError, match=r"`tail` must be one of .*, got 'weighted'. Try pooled"):
+        AdaSpaConfig(tail="weighted")
 
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_a_preset_decides_its_fields_and_leaves_the_others(preset):
     own = {
         "sparsity": 0.5,
-        "block_size": 128,
+        "block_size": "128x64",
         "warmup": 0.5,
         "search_points": (0.7,),
         "head_adaptive": False,
+        "tail": "none" if PRESETS[preset].tail == "pooled" else "pooled",
     }
     assert set(own) == set(PRESET_FIELDS)
     others = {
@@ -99,8 +144,8 @@ def test_a_preset_decides_its_fields_and_leaves_the_others(preset):
 
 
 def test_custom_leaves_every_field_to_the_caller():
-    config = from_preset("Custom", sparsity=0.5, block_size=128, warmup=0.4)
-    assert (config.sparsity, config.block_size, config.warmup) == (0.5, 128, 0.4)
+    config = from_preset("Custom", sparsity=0.5, block_size="128", warmup=0.4)
+    assert (config.sparsity, config.block_size, config.warmup) == (0.5, "128", 0.4)
 
 
 def test_an_unknown_preset_is_refused():

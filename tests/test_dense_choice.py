@@ -71,6 +71,7 @@ FASTEST = [
     ({"host": 1.0, "own": 0.4, "cudnn": 0.5}, "own"),
     ({"host": 1.0, "own": MARGIN + 0.01}, "host"),  # not worth a different rounding
     ({"host": 1.0, "own": MARGIN - 0.01}, "own"),
+    ({"host": 1.0, "own": 0.48, "cudnn": 0.5}, "cudnn"),  # two near ones do not take turns
     (
         {"host": 1.0, "own": 1.0, "cudnn": RuntimeError("no kernel")},
         "host",
@@ -118,6 +119,7 @@ def test_with_lse_runs_our_own_unless_cudnn_was_faster(bench):
         ({"own": 1.0}, "lse"),
         ({"own": 1.0, "cudnn": 0.5}, "cudnn's lse"),
         ({"own": 0.5, "cudnn": 1.0}, "lse"),
+        ({"own": 0.48, "cudnn": 0.5}, "cudnn's lse"),
         ({"own": 1.0, "cudnn": RuntimeError("no kernel")}, "lse"),
     ]:
         candidates = bench(**seconds)
@@ -145,9 +147,11 @@ def test_runs_the_named_candidate(bench):
 
 def test_describes_what_it_measured(bench):
     choice = DenseChoice("auto")
-    assert choice.describe() == ""
+    assert choice.describe("host") == "host"
     choose(choice, bench(host=0.1, own=0.0505))
-    assert choice.describe() == "4 of 6 heads x 70 tokens: host 100.0 ms, own 50.5 ms"
+    measured = "4 of 6 heads x 70 tokens: host 100.0 ms, own 50.5 ms"
+    assert choice.describe("own") == f"own ({measured})"
+    assert choice.describe("own int8") == f"own int8, not exact ({measured})"
 
 
 def test_cudnn_does_not_serve_a_cpu():

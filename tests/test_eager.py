@@ -33,10 +33,11 @@ def random_keep(B, H, N, density=0.4, seed=0):
     return keep
 
 
-def run_sparse(q, k, v, keep, block, scale, key_bias=None):
-    mask = BlockMask.from_dense(keep.to(q.device), block_q=block, block_k=block)
+def run_sparse(q, k, v, keep, block, scale, key_bias=None, block_k=None):
+    blocks = {"block_q": block, "block_k": block_k or block}
+    mask = BlockMask.from_dense(keep.to(q.device), **blocks)
     lists = eager.unpack_mask(mask.bits, mask.num_k)
-    options = {"block_q": block, "block_k": block, "scale": scale, "key_bias": key_bias}
+    options = {**blocks, "scale": scale, "key_bias": key_bias}
     return eager.sparse_attention(q, k, v, *lists, **options)[0]
 
 
@@ -82,6 +83,19 @@ def test_sparse_attention_matches_float64(case, dtype, device):
     assert_as_accurate_as("out", out, same, exact, factor=1.0)
 
 
+@pytest.mark.parametrize("biased", [False, True], ids=["", "biased"])
+def test_tall_blocks_match_float64(biased, device):
+    q, k, v = make(2, 2, 450, 64, torch.float32, device)
+    keep = random_keep(2, 2, 8)[:, :, ::2].to(device)
+    bias = some_bias(2, 450, device) if biased else None
+    options = {"block_q": 128, "block_k": 64, "scale": 0.125}
+    exact, _ = reference.sparse_attention(
+        q.double(), k.double(), v.double(), keep, **options,
+        key_bias=None if bias is None else bias.double(),
+    )  # fmt: skip
+    assert_within("out", run_sparse(q, k, v, keep, 128, 0.125, bias, block_k=64), exact, 1e-6)
+
+
 def test_keeping_everything_is_dense_attention():
     q, k, v = make(1, 2, 333, 64)
     keep = torch.ones(1, 2, 6, 6, dtype=torch.bool)
@@ -98,6 +112,42 @@ def test_reads_only_the_listed_blocks():
     k[..., 192:, :] = float("nan")
     v[..., 192:, :] = float("nan")
     assert torch.equal(run_sparse(q, k, v, keep, 64, 0.125), clean)
+
+
+@pytest.mark.parametrize("attend", [eager._attend_rows, eager._attend_batches])
+@pytest.mark.parametrize("block_q", [64, 128])
+def test_averages_stand_for_what_is_not_listed(attend, block_q, monkeypatch):
+    monkeypatch.setattr(eager, "_attend_rows", attend)
+    q, k, v = make(2, 2, 500, 64, packed=True)
+    order = torch.randperm(500).int()
+    keep, bias = random_keep(2, 2, 8), some_bias(2, 500, "cpu")
+    keep = keep[:, :, :: block_q // 64].contiguous()
+    # this row reads averages alone
+    keep[0, 1, 2] = False
+    tokens = eager.arrange(q, k, v, order, bias)
+    mask = BlockMask.from_dense(keep, block_q=block_q, block_k=64)
+    lists = eager.unpack_mask(mask.bits, mask.num_k, more=tokens.pseudo_blocks)
+    blocks = {"block_q": block_q, "block_k": 64, "scale": 0.125}
+    out, _ = eager.sparse_attention(
+        tokens.q, tokens.k, tokens.v, *lists, key_bias=tokens.key_bias, tail=mask.bits,
+        order=order, **blocks,
+    )  # fmt: skip
+    exact, _ = reference.sparse_attention_with_tail(
+        q.double(), k.double(), v.double(), keep, order, key_bias=bias.double(), **blocks
+    )
+    assert_within("out", out, exact, 2e-6)
+    flat = out.transpose(1, 2).flatten(2)
+    assert flat.data_ptr() == out.data_ptr(), "a view in the host's layout"
+
+
+def test_lists_end_with_the_blocks_that_no_bit_tells_of():
+    keep = random_keep(1, 2, 10)
+    mask = BlockMask.from_dense(keep, block_q=64, block_k=64)
+    indices, counts = eager.unpack_mask(mask.bits, 10, more=2)
+    for row, listed, count in zip(
+        keep.flatten(0, 2), indices.flatten(0, 2), counts.flatten(), strict=True
+    ):
+        assert listed[:count].tolist() == [*row.nonzero()[:, 0].tolist(), 10, 11]
 
 
 def test_a_row_that_lists_no_block_is_zero():
@@ -171,15 +221,18 @@ def test_dense_attention_and_its_lse_match_float64(dtype, biased, device):
     assert_within("lse", lse, exact_lse, 1e-5 if dtype == torch.float32 else 2e-2)
 
 
-@pytest.mark.parametrize("L, block", [(512, 64), (333, 64), (333, 128), (20, 64)])
+@pytest.mark.parametrize(
+    "L, block_q, block_k",
+    [(512, 64, 64), (333, 64, 64), (333, 128, 128), (20, 64, 64), (450, 128, 64)],
+)
 @pytest.mark.parametrize("biased", [False, True], ids=["", "biased"])
-def test_block_masses_match_float64(L, block, biased, device):
+def test_block_masses_match_float64(L, block_q, block_k, biased, device):
     B, H, D = 2, 2, 64
     q, k, _ = make(B, H, L, D, device=device, packed=True)
     bias = some_bias(B, L, device) if biased else None
     logits = reference.scaled_logits(q.double(), k.double(), 0.125, bias)
     lse = logits.logsumexp(-1)
-    options = {"block_q": block, "block_k": block, "scale": 0.125}
+    options = {"block_q": block_q, "block_k": block_k, "scale": 0.125}
     exact = reference.block_masses(q.double(), k.double(), lse, key_bias=bias, **options)
     for renormalise in (False, True):
         masses = eager.block_masses(

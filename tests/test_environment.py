@@ -5,10 +5,12 @@ import hashlib
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 import tarfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -351,6 +353,55 @@ def test_unknown_commands_and_versions_are_one_line(capsys, monkeypatch):
     assert "choose one of demo, test" in capsys.readouterr().out
     assert commands.main(["serve", "--comfyui", "9.9"], ROOT) == 1
     assert "no pinned ComfyUI 9.9" in capsys.readouterr().out
+
+
+def test_the_oldest_comfyui_is_the_one_the_pack_promises():
+    assert f'requires-comfyui = ">={pins.OLDEST_COMFYUI}"' in (ROOT / "pyproject.toml").read_text()
+    assert pins.OLDEST_COMFYUI in pins.COMFYUI and pins.DEFAULT_COMFYUI in pins.COMFYUI
+
+
+@pytest.mark.parametrize(
+    ("wanted", "extra", "own", "both"),
+    [
+        (None, [], False, True),
+        ("0.27.0", [], False, False),
+        (None, ["-k", "pair"], False, False),
+        (None, [], True, False),
+    ],
+)
+def test_all_tests_of_a_pinned_comfyui_run_on_the_oldest_too(
+    comfyui, tmp_path, monkeypatch, wanted, extra, own, both
+):
+    monkeypatch.delenv("COMFYUI_PATH", raising=False)
+    root = comfyui / "custom_nodes" / "adaspa" if own else tmp_path
+    options = SimpleNamespace(comfyui=wanted, root=root)
+    assert commands.runs_oldest(options, extra) == both
+
+
+def test_tests_of_the_host_are_found_by_their_names():
+    """What needs a ComfyUI runs on both, but for our graphs and our model, made for one of them."""
+    tests = ROOT / "tests"
+    named = {Path(file) for file in commands.host_tests()}
+    asks = re.compile(r"def \w+\([^)]*\b(comfyui|load|comfy_server|model_paths)\b")
+    need = {file for file in tests.glob("test_*.py") if asks.search(file.read_text("utf-8"))}
+    own = {
+        "test_workflows",
+        "test_workflow_subgraph",
+        "test_tiny_workflow",
+        "test_procedural_video",
+    }
+    assert {file.stem for file in need - named} <= own | {Path(__file__).stem}
+    assert len(named) > 15 and all(file in need for file in named)
+
+
+def test_a_program_beside_speaks_when_asked_and_ends_with_its_context(tmp_path, capsys):
+    env = stamps.Environment(sys.executable, "cpu", "2.13.0", None, str(tmp_path))
+    with commands.Beside(env, ["-c", "print('late'); raise SystemExit(3)"]) as beside:
+        assert beside.result() == 3
+    assert "late" in capsys.readouterr().out
+    with commands.Beside(env, ["-c", "import time; time.sleep(60)"]) as beside:
+        assert beside.process.poll() is None
+    assert beside.process.poll() is not None
 
 
 def test_help_names_every_command(capsys):

@@ -14,11 +14,13 @@ WAN_720P = TokenLayout(0, 21, 45, 80)
 MODEL = {"layers": 40, "batch": 1, "heads": 40}
 
 
-def of(kinds, layout=WAN_720P, one_pass=True, carried=False, **config):
+def of(kinds, layout=WAN_720P, one_pass=True, carried=False, windows=False, **config):
     sigmas = tuple(float(x) for x in range(len(kinds), 0, -1))
     schedule = Schedule(tuple(KINDS[k] for k in kinds), 0, len(kinds), sigmas)
-    settings = AdaSpaConfig(**config)
-    return estimate(layout, schedule, settings, one_pass=one_pass, carried=carried, **MODEL)
+    settings = AdaSpaConfig(**{"tail": "none", **config})
+    return estimate(
+        layout, schedule, settings, one_pass=one_pass, carried=carried, windows=windows, **MODEL
+    )
 
 
 @pytest.mark.parametrize(
@@ -49,14 +51,32 @@ def test_dense_layers_skip_nothing():
 def test_text_keeps_its_rows_and_columns():
     # 128 of 1,280 tokens are text: 2 of 20 blocks; 4 of 20 kept in the other rows
     layout = TokenLayout(128, 8, 12, 12)
-    share = kept_share(layout, AdaSpaConfig(sparsity=0.8))
+    share = kept_share(layout, AdaSpaConfig(sparsity=0.8, tail="none"))
     assert share == pytest.approx((18 * 4 + 2 * 20) / 400)
+
+
+def test_text_keeps_rows_and_columns_of_their_own_sizes():
+    # 100 tokens of text: 1 of 11 query blocks, 2 of 22 key blocks; 4 of 22 in the other rows
+    layout = TokenLayout(100, 8, 12, 13)
+    config = AdaSpaConfig(sparsity=0.8, block_size="128x64", tail="none")
+    assert kept_share(layout, config) == pytest.approx((10 * 4 + 1 * 22) / (11 * 22))
+
+
+def test_averages_of_skipped_blocks_count_as_blocks():
+    # text lies behind the video: 100 of 1,348 tokens in 3 of 22 blocks; one block of averages
+    layout = TokenLayout(100, 8, 12, 13)
+    share = kept_share(layout, AdaSpaConfig(sparsity=0.8))
+    assert share == pytest.approx((19 * (4 + 1) + 3 * 22) / (22 * 22))
+    # 19 blocks of averages for 1,182 of tokens
+    assert kept_share(WAN_720P, AdaSpaConfig()) == pytest.approx((236 + 19) / 1182)
+    assert kept_share(WAN_720P, AdaSpaConfig(block_size="128")) == pytest.approx(118 / 591)
+    assert kept_share(layout, AdaSpaConfig(sparsity=0.0)) == 1
 
 
 def test_memory_is_the_prediction():
     found = of("DSss")
     schedule = Schedule(tuple(KINDS[k] for k in "DSss"), 0, 4, (4.0, 3.0, 2.0, 1.0))
-    size = predict(schedule, tokens=75_600, block_size=64, one_pass=True, **MODEL)
+    size = predict(schedule, tokens=75_600, block_q=64, block_k=64, one_pass=True, **MODEL)
     assert found.held_bytes == size.total > 0
     fewer = of("DSss", dense_layers=tuple(range(20)))
     assert fewer.held_bytes == size.total / 2
@@ -68,6 +88,17 @@ def test_the_line_says_what_it_counts():
     assert "counted in blocks, not in seconds" in line
     assert line.endswith("holds 0.45 GiB for each prompt")
     assert "\n" not in line
+
+
+def test_the_line_of_a_recall_promises_no_share():
+    line = of("DSss", recall=0.95).line()
+    assert line.startswith("75,600 tokens, steps 0 dense, 1 search, 2-3 sparse: the search decides")
+    assert "what a recall of 0.95 can skip; holds 0.26 GiB" in line
+
+
+def test_the_line_counts_memory_by_context_window():
+    line = of("DSss", windows=True).line()
+    assert line.endswith("holds 0.45 GiB for each prompt and each context window")
 
 
 def test_a_run_without_gain_is_told_so():

@@ -48,9 +48,9 @@ def test_latents_that_are_no_whole_patches_are_padded_up(rule):
     assert rule("WanModel", WAN, shape=(1, 16, 3, 15, 23)) == TokenLayout(0, 3, 8, 12)
 
 
-def test_wan_with_frames_behind_the_video_counts_them_as_video(rule):
+def test_wan_with_frames_of_subjects_behind_the_video_keeps_them(rule):
     more = {"time_dim_concat": torch.zeros(1, 16, 2, 16, 24)}
-    assert rule("WanModel", WAN, more) == TokenLayout(0, 5, 8, 12)
+    assert rule("WanModel", WAN, more) == TokenLayout(0, 3, 8, 12, 192)
 
 
 def test_scail_with_several_references_and_large_poses(rule):

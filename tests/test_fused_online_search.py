@@ -8,14 +8,15 @@ from sparse_attn import eager, reference
 from sparse_attn.fused_online_search import fused_online_search
 
 CASES = [
-    # B, H, L, D, block
-    (1, 2, 256, 64, 64),
-    (2, 3, 333, 64, 64),  # ragged, batch
-    (1, 2, 300, 128, 128),
+    # B, H, L, D, block_q, block_k
+    (1, 2, 256, 64, 64, 64),
+    (2, 3, 333, 64, 64, 64),  # ragged, batch
+    (1, 2, 300, 128, 128, 128),
+    (1, 2, 333, 64, 128, 64),  # tall blocks
 ]
 
 
-def search(backend, q, k, v, block, previous=None, key_bias=None):
+def search(backend, q, k, v, block_q=64, block_k=64, previous=None, key_bias=None):
     def dense_with_lse(q, k, v):
         calls.append(q.shape)
         return eager.dense_attention(q, k, v, scale=0.3, key_bias=key_bias)[:2]
@@ -23,28 +24,28 @@ def search(backend, q, k, v, block, previous=None, key_bias=None):
     calls = []
     found = fused_online_search(
         backend, dense_with_lse, q, k, v,
-        scale=0.3, block_size=block, key_bias=key_bias, previous_lse=previous,
+        scale=0.3, block_q=block_q, block_k=block_k, key_bias=key_bias, previous_lse=previous,
     )  # fmt: skip
     return *found, calls
 
 
 @pytest.mark.parametrize("biased", [False, True], ids=["", "biased"])
-@pytest.mark.parametrize("case", CASES, ids=lambda c: "B{}-H{}-L{}-D{}-b{}".format(*c))
+@pytest.mark.parametrize("case", CASES, ids=lambda c: "B{}-H{}-L{}-D{}-q{}-k{}".format(*c))
 def test_two_passes_give_dense_output_and_exact_masses(case, biased, device):
-    B, H, L, D, block = case
+    B, H, L, D, *blocks = case
     torch.manual_seed(0)
     q, k, v = torch.randn(3, B, H, L, D, device=device)
     bias = None
     if biased:
         bias = torch.zeros(B, L, device=device)
         bias[:, L - 20 :] = torch.finfo(torch.float32).min
-    out, lse, masses, calls = search(eager, q, k, v, block, key_bias=bias)
+    out, lse, masses, calls = search(eager, q, k, v, *blocks, key_bias=bias)
     exact_qkv = [x.double() for x in (q, k, v)]
     options = {"scale": 0.3, "key_bias": None if bias is None else bias.double()}
     exact, exact_lse = reference.dense_attention(*exact_qkv, **options)
     same, _ = reference.dense_attention(q, k, v, scale=0.3, key_bias=bias)
     exact_masses = reference.block_masses(
-        *exact_qkv[:2], exact_lse, block_q=block, block_k=block, **options
+        *exact_qkv[:2], exact_lse, block_q=blocks[0], block_k=blocks[1], **options
     )
     assert_as_accurate_as("out", out, same, exact, factor=4.0)
     assert_within("lse", lse, exact_lse, 1e-5)
@@ -55,8 +56,8 @@ def test_two_passes_give_dense_output_and_exact_masses(case, biased, device):
 def test_a_backend_without_one_pass_ignores_the_earlier_lse():
     q, k, v = torch.randn(3, 1, 1, 128, 64)
     useless = torch.full((1, 1, 128), 40.0)
-    _, _, fresh, _ = search(eager, q, k, v, 64)
-    _, _, masses, calls = search(eager, q, k, v, 64, previous=useless)
+    _, _, fresh, _ = search(eager, q, k, v)
+    _, _, masses, calls = search(eager, q, k, v, previous=useless)
     assert torch.equal(masses, fresh) and len(calls) == 1
 
 
@@ -69,16 +70,16 @@ def test_one_pass_runs_when_the_backend_can_and_the_lse_is_known():
 
     backend = SimpleNamespace(ONE_PASS_SEARCH=True, dense_attention=dense_attention)
     q = torch.zeros(1, 1, 64, 64)
-    found = search(backend, q, q, q, 64, previous="earlier", key_bias="bias")
+    found = search(backend, q, q, q, 64, 128, previous="earlier", key_bias="bias")
     assert found == ("out", "lse", "masses", [])
     assert seen == {
-        "scale": 0.3, "key_bias": "bias", "previous_lse": "earlier", "block_q": 64, "block_k": 64
+        "scale": 0.3, "key_bias": "bias", "previous_lse": "earlier", "block_q": 64, "block_k": 128
     }  # fmt: skip
 
 
 def test_the_first_step_searches_in_two_passes_even_where_one_would_do():
     backend = SimpleNamespace(ONE_PASS_SEARCH=True, block_masses=eager.block_masses)
     q, k, v = torch.randn(3, 1, 1, 128, 64)
-    _, _, masses, calls = search(backend, q, k, v, 64)
+    _, _, masses, calls = search(backend, q, k, v)
     assert len(calls) == 1
     assert_within("rows", masses.sum(-1), torch.full((1, 1, 2), 64.0), 1e-3)

@@ -16,7 +16,7 @@ from sparse_attn.host.override import LOWEST_BIAS, key_bias_of
         ({"sparsity": -0.1}, "`sparsity` must be from 0 to 0.98"),
         ({"sparsity": 0.99}, "Try 0.8"),
         ({"sparsity": float("nan")}, "`sparsity` must be"),
-        ({"block_size": 96}, "`block_size` must be 64 or 128"),
+        ({"block_size": "96"}, "`block_size` must be one of 64, 128, 128x64"),
         ({"warmup": 1.0}, "`warmup` must be a share"),
         ({"warmup": -0.1}, "`warmup` must be a share"),
         ({"search_points": (0.6, 0.3)}, "`search_points` must ascend"),
@@ -266,3 +266,45 @@ def test_dense_layers_that_the_model_lacks_are_said(load):
     sample(model)
     (warning,) = handle.latest().warnings
     assert warning.startswith("`dense_layers` lists [99], and this model has layers 0 to ")
+
+
+# ---- a host, or another pack, that tells less than ComfyUI does
+
+
+def with_options(model, change):
+    """Change what every attention call is told, from inside the model."""
+    import comfy.patcher_extension
+
+    def wrapper(executor, *args, **kwargs):
+        options = [a for a in (*args, *kwargs.values()) if isinstance(a, dict) and "uuids" in a]
+        for known in options:
+            change(known)
+        assert options
+        return executor(*args, **kwargs)
+
+    model = model.clone()
+    kind = comfy.patcher_extension.WrappersMP.DIFFUSION_MODEL
+    model.add_wrapper_with_key(kind, "test", wrapper)
+    return model
+
+
+UNNAMED = "the host does not name its conditionings"
+
+
+@pytest.mark.parametrize(
+    "change, reason",
+    [
+        (lambda options: options.pop("uuids"), UNNAMED),
+        (lambda options: options.pop("cond_or_uncond"), UNNAMED),
+        (lambda options: options.update(uuids=[]), UNNAMED),
+        (lambda options: options.update(cond_or_uncond=[0, 1]), UNNAMED),
+        # a batch that two conditionings cannot share evenly
+        (lambda options: options.update(uuids=[1, 2], cond_or_uncond=[0, 1]), UNNAMED),
+        (lambda options: options.update(context_window={}), "a context window of an unknown kind"),
+    ],
+    ids=["no_uuids", "no_roles", "empty", "more_roles", "odd_batch", "window"],
+)
+def test_calls_that_are_not_named_run_dense_and_say_so(load, change, reason):
+    expected = sample(load("wan_h64"))
+    model, handle = sparse(load("wan_h64"))
+    assert_dense(with_options(model, change), handle, expected, reason)

@@ -43,7 +43,7 @@ def watched(monkeypatch):
 def assert_nothing_stays(watched, handle):
     run = watched.runs[-1]
     assert handle.current is None
-    assert not run.layers and not run.following and not run._pending
+    assert not run.layers and not run.layers.following and not run.findings._pending
     gc.collect()
     assert len(watched.tensors) >= 4
     assert [ref for ref in watched.tensors if ref() is not None] == []
@@ -72,7 +72,9 @@ def test_stopped_run_leaves_nothing_and_the_next_one_works(load, watched, kind):
     assert_nothing_stays(watched, handle)
     assert not handle.latest().finished
     # what was found before can still be reported
-    assert handle.latest().lines()[0].startswith("288 tokens")
+    first = handle.latest().lines()[0]
+    assert first.startswith("AdaSpa: stopped at step 1 of 4; until then 288 tokens, steps 0 search")
+    assert handle.latest().as_dict()["stopped_at"] == 1
 
     fresh, _ = sparse(load("wan_h64"), search_points=(0.5,))
     assert torch.equal(sample(model), sample(fresh))
@@ -146,13 +148,13 @@ def test_out_of_memory_everywhere_equals_dense(load, monkeypatch):
 def test_out_of_memory_in_a_later_search_keeps_the_earlier_mask(load, monkeypatch):
     short = failing(eager.block_masses, lambda n: n >= 4, torch.OutOfMemoryError("no room"))
     monkeypatch.setattr(eager, "block_masses", short)
-    model, handle = sparse(load("wan_h64"), search_points=(0.5,))
+    model, handle = sparse(load("wan_h64"), search_points=(0.5,), tail="none")
     out = sample(model)
     assert len(handle.latest().timing.sparse) == 12
     assert {pattern.step for pattern in handle.latest().patterns.values()} == {0}
     assert any(OUT_OF_MEMORY in warning for warning in handle.latest().warnings)
     monkeypatch.undo()
-    assert_same_video(out, sample(sparse(load("wan_h64"))[0]))
+    assert_same_video(out, sample(sparse(load("wan_h64"), tail="none")[0]))
 
 
 def direct_run(config=None, steps=4):

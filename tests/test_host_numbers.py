@@ -1,5 +1,7 @@
 """The numbers a run shows are the true ones: memory, recall, density, tokens, choice."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from host_fixtures import VIDEO_15, assert_same_video, calls, sample, sparse
@@ -42,9 +44,10 @@ def most_held(monkeypatch):
         {"search_points": (0.25, 0.75)},
         {"warmup": 0.9},
         {"dense_layers": (0,), "search_points": (0.5,)},
-        {"block_size": 128, "search_points": (0.5,)},
+        {"block_size": "128", "search_points": (0.5,)},
+        {"block_size": "128x64", "search_points": (0.5,)},
     ],
-    ids=["one", "warmup", "two", "three", "none", "dense_layer", "block_128"],
+    ids=["one", "warmup", "two", "three", "none", "dense_layer", "block_128", "block_128x64"],
 )
 @pytest.mark.parametrize("name", ["wan_h64", "hunyuan_15"])
 def test_memory_held_is_what_was_predicted(load, most_held, name, fields):
@@ -121,19 +124,25 @@ def captured(monkeypatch):
         out = attend(self, call, q, k, v)
         state = self.layers[call.key]
         if state.searched_at == call.step:
-            found[call.layer, call.role] = (call, q.clone(), k.clone(), state.mask)
+            q, k = q.clone(), k.clone()
+            if state.order is not None:
+                # in the order of the mask
+                q, k = q[:, :, state.order], k[:, :, state.order]
+                bias = None if call.key_bias is None else call.key_bias[:, state.order]
+                call = replace(call, key_bias=bias)
+            found[call.layer, call.role] = (call, q, k, state.mask)
         return out
 
     monkeypatch.setattr(RunState, "attend", noted)
     return found
 
 
-def exact_masses(call, q, k, block):
+def exact_masses(call, q, k, block_q=64, block_k=64):
     bias = None if call.key_bias is None else call.key_bias.double()
     q, k = q.double(), k.double()
     lse = reference.scaled_logits(q, k, call.scale, bias).logsumexp(-1)
     return reference.block_masses(
-        q, k, lse, block_q=block, block_k=block, scale=call.scale, key_bias=bias
+        q, k, lse, block_q=block_q, block_k=block_k, scale=call.scale, key_bias=bias
     )
 
 
@@ -143,7 +152,10 @@ def exact_masses(call, q, k, block):
         ("wan_h64", {"sparsity": 0.6}),
         ("wan_h64", {"sparsity": 0.4, "head_adaptive": True}),
         ("hunyuan", {"sparsity": 0.6}),
-        ("hunyuan", {"sparsity": 0.6, "block_size": 128}),
+        ("hunyuan", {"sparsity": 0.6, "tail": "none"}),
+        ("hunyuan", {"sparsity": 0.6, "block_size": "128"}),
+        ("hunyuan", {"sparsity": 0.6, "block_size": "128x64"}),
+        ("wan_h64", {"sparsity": 0.4, "head_adaptive": True, "block_size": "128x64"}),
     ],
 )
 def test_recall_shown_is_the_exact_recall_of_the_mask(load, captured, name, fields):
@@ -153,7 +165,7 @@ def test_recall_shown_is_the_exact_recall_of_the_mask(load, captured, name, fiel
     assert statistics.exact() and len(captured) == len(statistics.patterns)
     for key, (call, q, k, mask) in captured.items():
         keep = mask.to_dense()
-        masses = exact_masses(call, q, k, mask.block_k)
+        masses = exact_masses(call, q, k, mask.block_q, mask.block_k)
         true = (masses * keep).sum((-1, -2)) / masses.sum((-1, -2))
         shown = statistics.patterns[key]
         assert shown.recall == pytest.approx(true.mean(0).tolist(), abs=1e-5)
@@ -165,12 +177,37 @@ def test_recall_shown_is_the_exact_recall_of_the_mask(load, captured, name, fiel
     assert f"recall {mean:.2f}, worst head {worst:.2f}" in statistics.summary()
 
 
+@pytest.mark.parametrize("name", ["wan_h64", "hunyuan"])
+@pytest.mark.parametrize("asked", [0.5, 0.8])
+def test_a_recall_asked_for_is_held_in_every_head_and_search(load, captured, name, asked):
+    model, handle = sparse(load(name), recall=asked, search_points=(0.5,))
+    least = []
+
+    def check(number, *args):
+        for call, q, k, mask in captured.values():
+            masses = exact_masses(call, q, k)
+            keep = mask.to_dense()
+            least.append(((masses * keep).sum((-1, -2)) / masses.sum((-1, -2))).min().item())
+        captured.clear()
+
+    sample(model, (1, 16, 8, 16, 24), callback=check)
+    statistics = handle.latest()
+    # two searches, and the sampler steps on after each
+    assert len(least) == 2 * len(statistics.patterns) and min(least) >= asked
+    assert statistics.exact() and statistics.density() < 0.99
+    assert {step for step, _ in statistics.samples.values()} == {3}
+    text = "\n".join(statistics.lines())
+    assert f"Recall asked for: {asked}; the searches found {asked}" in text
+    assert "in step 3 0." in text and "(sampled)" in text
+    assert "the search decides what a recall of" in statistics.expected
+
+
 def test_mask_keeps_the_blocks_of_most_mass(load, captured):
-    model, _ = sparse(load("hunyuan"), sparsity=0.6)
+    model, _ = sparse(load("hunyuan"), sparsity=0.6, tail="none")
     sample(model, steps=2, cfg=1.0)
     for call, q, k, mask in captured.values():
         keep = mask.to_dense()
-        masses = exact_masses(call, q, k, 64)
+        masses = exact_masses(call, q, k)
         # the first block holds the text: its row and its column are kept whole
         assert keep[..., 0].all() and keep[..., 0, :].all()
         rest, kept = masses[..., 1:, 1:], keep[..., 1:, 1:]
@@ -194,7 +231,7 @@ def test_later_recall_is_an_estimate_from_the_kept_lse(load, captured):
     differences = []
     for key, (call, q, k, mask) in captured.items():
         keep = mask.to_dense()
-        masses = exact_masses(call, q, k, 64)
+        masses = exact_masses(call, q, k)
         true = (masses * keep).sum((-1, -2)) / masses.sum((-1, -2))
         shown = statistics.patterns[key]
         assert shown.step == 2

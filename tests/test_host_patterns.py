@@ -161,7 +161,7 @@ def test_without_a_loaded_pattern_the_wire_is_as_before(saved, attention, nodes)
     "name, shape, settings, words",
     [
         ("wan_h64", (1, 16, 5, 16, 24), {}, "and this run has 480 tokens (5x8x12 video)"),
-        ("wan_h64", VIDEO, {"block_size": "128"}, "blocks of 64, and `block_size` is 128"),
+        ("wan_h64", VIDEO, {"block_size": "128x64"}, "blocks of 64, and `block_size` is 128x64"),
         ("wan_t2v", VIDEO, {}, "4 heads, and this run has 1 and 2"),
         ("hunyuan", VIDEO, {}, "the pattern is of Wan, and this model is HunyuanVideo"),
     ],
@@ -280,8 +280,8 @@ def test_the_first_line_says_what_to_expect(load, said):
     assert [done for _, done in said] == [False] * 4 + [True]
     progress, expected = said[0][0].split("\n")
     assert progress == "step 0 of 4: dense"
-    # plain torch searches in a pass and a half; 2 of 5 blocks in two steps
-    assert expected.startswith("288 tokens, steps 0 dense, 1 search, 2-3 sparse: skips 18% of")
+    # plain torch searches in a pass and a half; 2 of 5 blocks and one of averages in two steps
+    assert expected.startswith("288 tokens, steps 0 dense, 1 search, 2-3 sparse: skips 7% of")
     assert handle.latest().as_dict()["expected"] == expected
     assert "\n" not in said[1][0]
 

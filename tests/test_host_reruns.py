@@ -46,7 +46,7 @@ def test_each_run_begins_with_nothing_and_ends_with_nothing(load, monkeypatch):
         sample(model, seed=seed)
         run = runs[-1]
         assert handle.current is None
-        assert not run.layers and not run.following and not run._pending
+        assert not run.layers and not run.layers.following and not run.findings._pending
         assert run.statistics.finished
     assert runs[0] is not runs[1]
 

@@ -24,7 +24,8 @@ def graph(model="wan_h64", override=None, seed=1, **widgets):
         "preset": "Custom", "sparsity": 0.6, "block_size": "64", "warmup": 0.5,
         "search_points": "", "head_adaptive": False, "dense_layers": "", "start_percent": 0.0,
         "end_percent": 1.0, "min_tokens": 64, "cache": "auto", "dense_attention": "host",
-        "enabled": True,
+        "enabled": True, "precision": "auto", "recall": 0.0,
+        "tail": "pooled",
     }  # fmt: skip
     source = ["override", 0] if override == "before" else ["loader", 0]
     prompt = {

@@ -35,6 +35,7 @@ def preset(model, name):
     "name, steps, expected",
     [
         ("Balanced", 4, "steps 0 search, 1-3 sparse"),
+        ("Balanced", 6, "steps 0 dense, 1 search, 2-5 sparse"),
         ("Balanced", 8, "steps 0 dense, 1 search, 2-7 sparse"),
         ("Fast", 4, "steps 0 search, 1-3 sparse"),
         ("Fast", 8, "steps 0 search, 1-7 sparse"),
@@ -173,3 +174,44 @@ def test_later_search_chooses_a_new_mask(load):
     assert {pattern.step for pattern in handle.latest().patterns.values()} == {2}
     assert not handle.latest().exact()
     assert "(estimated)" in handle.latest().summary()
+
+
+@pytest.mark.parametrize("order", ["before", "after"])
+@pytest.mark.parametrize("shift", [1.0, 5.0, 12.0])
+def test_shift_of_the_schedule_does_not_move_the_first_search(load, order, shift):
+    from comfy_extras.nodes_model_advanced import ModelSamplingSD3
+
+    def shifted(model):
+        return ModelSamplingSD3().patch(model, shift)[0]
+
+    if order == "before":
+        model, handle = sparse(shifted(load("wan_h64")), warmup=0.25)
+    else:
+        model, handle = sparse(load("wan_h64"), warmup=0.25)
+        model = shifted(model)
+    sample(model, steps=8, cfg=1.0)
+    assert describe(handle) == "steps 0-1 dense, 2 search, 3-7 sparse"
+    assert calls(handle) == {"dense": 4, "search": 2, "sparse": 10}
+    # the middle of the schedule lies where the shift put it
+    assert handle.latest().schedule.sigmas[4] == pytest.approx(shift / (shift + 1), abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    "sampler",
+    [
+        "euler_ancestral", "dpmpp_2m", "dpmpp_2m_sde", "dpmpp_sde", "dpmpp_3m_sde", "uni_pc", "lcm",
+        "res_multistep", "res_multistep_ancestral", "gradient_estimation", "er_sde", "ddim",
+        "seeds_2", "sa_solver",
+    ],
+)  # fmt: skip
+def test_every_sampler_searches_once_and_never_goes_back(load, steps_seen, sampler):
+    model, handle = sparse(load("wan_h64"), warmup=0.25)
+    out = sample(model, steps=8, cfg=1.0, sampler=sampler)
+    assert torch.isfinite(out).all()
+    assert steps_seen == sorted(steps_seen)
+    assert set(steps_seen) == set(range(8))
+    made = calls(handle)
+    # two layers; a search each, whatever the number of evaluations
+    assert made["search"] == 2
+    assert sum(made.values()) == 2 * len(steps_seen)
+    assert handle.latest().skipped() == []

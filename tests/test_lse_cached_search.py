@@ -30,7 +30,9 @@ def cached_and_exact(drift, shift=0.0):
     q, k, q_now, k_now = clustered(drift)
     earlier = exact_lse(q, k).float() + shift
     now = exact_lse(q_now, k_now)
-    masses = lse_cached_search(eager, q_now, k_now, earlier, scale=SCALE, block_size=BLOCK)
+    masses = lse_cached_search(
+        eager, q_now, k_now, earlier, scale=SCALE, block_q=BLOCK, block_k=BLOCK
+    )
     exact = reference.block_masses(q_now.double(), k_now.double(), now, **OPTIONS)
     return masses, exact, (earlier - now).abs().mean().item()
 
@@ -77,7 +79,7 @@ def test_a_key_bias_reaches_the_masses():
     bias[:, -100:] = torch.finfo(torch.float32).min
     lse = reference.scaled_logits(q.double(), k.double(), SCALE, bias).logsumexp(-1)
     masses = lse_cached_search(
-        eager, q, k, lse.float(), scale=SCALE, block_size=BLOCK, key_bias=bias
+        eager, q, k, lse.float(), scale=SCALE, block_q=BLOCK, block_k=BLOCK, key_bias=bias
     )
     exact = reference.block_masses(q.double(), k.double(), lse, key_bias=bias, **OPTIONS)
     assert_within("masses", masses, exact, 1e-3)

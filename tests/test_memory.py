@@ -15,27 +15,30 @@ def schedule(kinds):
 
 
 def sizes(kinds, one_pass=False, **shape):
-    shape = {"layers": 2, "batch": 1, "heads": 3, "tokens": 1000, "block_size": 64, **shape}
-    return predict(schedule(kinds), one_pass=one_pass, **shape)
+    defaults = {"layers": 2, "batch": 1, "heads": 3, "tokens": 1000, "block_q": 64, "block_k": 64}
+    return predict(schedule(kinds), one_pass=one_pass, **defaults | shape)
 
 
 def test_hunyuan_video_at_720p_stays_below_a_gib_and_a_half():
     # 129 frames; the paper's schedule searches twice
     size = predict(
         schedule("DDSssSss"),
-        layers=60, batch=1, heads=24, tokens=119_040, block_size=64, one_pass=True,
+        layers=60, batch=1, heads=24, tokens=119_040, block_q=64, block_k=64, one_pass=True,
     )  # fmt: skip
     assert size.mask_bytes / GIB == pytest.approx(0.59, abs=0.015)
     assert size.lse_bytes / GIB == pytest.approx(0.64, abs=0.005)
     assert size.total <= 1.5 * GIB
 
 
-@pytest.mark.parametrize("tokens, block", [(1000, 64), (1024, 64), (8320, 64), (1000, 128)])
-def test_a_mask_takes_what_its_bits_take(tokens, block):
-    n = -(-tokens // block)
-    keep = torch.ones(2, 3, n, n, dtype=torch.bool)
-    bits = BlockMask.from_dense(keep, block_q=block, block_k=block).bits
-    size = sizes("Ss", batch=2, tokens=tokens, block_size=block)
+@pytest.mark.parametrize(
+    "tokens, block_q, block_k",
+    [(1000, 64, 64), (1024, 64, 64), (8320, 64, 64), (1000, 128, 128), (1000, 128, 64)],
+)
+def test_a_mask_takes_what_its_bits_take(tokens, block_q, block_k):
+    blocks = {"block_q": block_q, "block_k": block_k}
+    keep = torch.ones(2, 3, -(-tokens // block_q), -(-tokens // block_k), dtype=torch.bool)
+    bits = BlockMask.from_dense(keep, **blocks).bits
+    size = sizes("Ss", batch=2, tokens=tokens, **blocks)
     assert size == CacheSize(mask_bytes=2 * bits.nbytes, lse_bytes=0)
 
 
@@ -55,6 +58,11 @@ FULLEST = [
 @pytest.mark.parametrize("kinds, one_pass, mask, lse", FULLEST)
 def test_what_is_held_at_the_fullest_moment(kinds, one_pass, mask, lse):
     assert sizes(kinds, one_pass) == CacheSize(mask, lse)
+
+
+def test_a_search_that_measures_its_own_lse_keeps_none():
+    for kinds in ("DSss", "DSsS"):
+        assert sizes(kinds, True, keeps_lse=False) == CacheSize(MASK, 0)
 
 
 def test_masks_outgrow_the_lse_of_a_very_long_video():

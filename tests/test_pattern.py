@@ -11,11 +11,14 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_run_state import BLOCKS, LAYOUT, SCALE, Backend, make_run, tensors  # noqa: F401
 
-from sparse_attn import reference, run_state
+from sparse_attn import carrying as carrying_module
+from sparse_attn import reference
 from sparse_attn.block_mask import BlockMask
+from sparse_attn.carrying import RECALL_LOSS
 from sparse_attn.pattern import CarriedLayer, CarriedPattern, LayerName, load, save
 from sparse_attn.recall import sample_rows, sampled_recall
-from sparse_attn.run_state import NOT_A_NUMBER, RECALL_LOSS, Call
+from sparse_attn.run_report import carried_lines
+from sparse_attn.run_state import NOT_A_NUMBER, Call
 from sparse_attn.token_layout import TokenLayout
 
 NAME = LayerName("positive", "double", 0, 0)
@@ -30,7 +33,7 @@ def a_pattern():
         keep[..., 0] = True
         bits = BlockMask.from_dense(keep, block_q=64, block_k=64).bits
         layers[NAME._replace(block_index=index)] = CarriedLayer(bits, (0.4,) * 3, (0.9, 0.8, 0.7))
-    return CarriedPattern(FAMILY, LAYOUT, 64, layers)
+    return CarriedPattern(FAMILY, LAYOUT, "64", layers)
 
 
 @pytest.fixture
@@ -66,6 +69,21 @@ def test_a_file_names_what_it_is_for_and_is_compact(file):
     masks = a_pattern().nbytes()
     assert masks == 2 * 3 * 10 * 2
     assert masks < file.stat().st_size < masks + 1500
+
+
+@pytest.mark.parametrize("pooled, order", [(True, "rods"), (False, "raster")])
+def test_a_file_tells_the_order_and_the_tail_of_its_masks(tmp_path, pooled, order):
+    path = tmp_path / "city.safetensors"
+    save(replace(a_pattern(), pooled=pooled), path)
+    with safe_open(path, framework="pt") as opened:
+        metadata = opened.metadata()
+    assert (metadata["order"], metadata["tail"]) == (order, "pooled" if pooled else "none")
+    assert load(path).pooled == pooled
+
+
+def test_a_file_of_an_earlier_version_has_no_tail(file):
+    rewritten(file, tail=None)
+    assert not load(file).pooled
 
 
 def test_saving_leaves_the_old_file_and_no_part_when_it_fails(file, monkeypatch):
@@ -117,8 +135,12 @@ DAMAGE = {
     "heads": (lambda x: {k: v[:, :2] for k, v in x.items()}, {}, "numbers per head"),
     "a mask lost": (lambda x: {"mask.00000": x["mask.00000"]}, {}, "1 masks for 2 layers"),
     "order": (None, {"order": "hilbert"}, "token order 'hilbert'"),
+    "order of another tail": (None, {"tail": "pooled"}, "token order 'raster' is not 'rods'"),
+    "tail": (None, {"tail": "weighted"}, "tail 'weighted' is not one of none, pooled"),
     "grid": (None, {"grid": "[5, 4]"}, "damaged"),
     "negative grid": (None, {"grid": "[-5, -4, 31]"}, "is not positive"),
+    "block size": (None, {"block_size": "96"}, "blocks of 96 instead of 64, 128, 128x64"),
+    "other blocks": (None, {"block_size": "128x64"}, "of shape [1, 3, 10, 2] for 5 x 10 blocks"),
     "no family": (None, {"family": None}, "family is missing"),
     "no JSON": (None, {"layers": "[["}, "damaged"),
     "recall": (None, {"layers": json.dumps(2 * [[*NAME, [2.0] * 3, [0.5] * 3]])}, "outside 0 to 1"),
@@ -153,7 +175,7 @@ def test_a_file_of_something_else_or_none_is_refused(tmp_path):
 
 def test_nothing_is_not_saved(tmp_path):
     with pytest.raises(ValueError, match="no pattern to save"):
-        save(CarriedPattern(FAMILY, LAYOUT, 64), tmp_path / "none.safetensors")
+        save(CarriedPattern(FAMILY, LAYOUT, "64"), tmp_path / "none.safetensors")
     assert not list(tmp_path.iterdir())
 
 
@@ -163,7 +185,8 @@ def test_nothing_is_not_saved(tmp_path):
         ({}, ""),
         ({"family": "Mochi"}, "the pattern is of Wan, and this model is Mochi"),
         ({"layout": TokenLayout(20, 4, 5, 31)}, "and this run has 640 tokens (4x5x31 video"),
-        ({"block_size": 128}, "blocks of 64, and `block_size` is 128"),
+        ({"block_size": "128"}, "blocks of 64, and `block_size` is 128"),
+        ({"block_size": "128x64"}, "blocks of 64, and `block_size` is 128x64"),
         ({"name": NAME._replace(role="negative")}, "does not know the layer or the prompt"),
         ({"name": None}, "do not share patterns"),
         ({"batch": 2}, "this run has 2 and 3"),
@@ -172,7 +195,8 @@ def test_nothing_is_not_saved(tmp_path):
 )
 def test_a_mask_is_found_where_everything_fits(change, words):
     fits = {
-        "name": NAME, "family": FAMILY, "layout": LAYOUT, "block_size": 64, "batch": 1, "heads": 3,
+        "name": NAME, "family": FAMILY, "layout": LAYOUT, "block_size": "64", "batch": 1,
+        "heads": 3,
     }  # fmt: skip
     layer, reason = a_pattern().find(**{**fits, **change})
     assert (layer is None) == bool(words) and words in reason and (words or not reason)
@@ -248,6 +272,25 @@ def test_a_run_keeps_its_masks_on_the_cpu_only_when_asked(make_run, found):  # n
     assert run.state.end() is None and not run.state.layers
 
 
+def test_tall_blocks_are_carried_and_saved_as_such(make_run, carrying, tmp_path):  # noqa: F811
+    run = make_run("Ss", block_size="128x64")
+    run.state.statistics.model = FAMILY
+    call_of(run, 0, tensors(0))
+    save(run.state.end(keep_pattern=True), tmp_path / "tall.safetensors")
+    pattern = load(tmp_path / "tall.safetensors")
+    assert pattern.block_size == "128x64"
+    assert pattern.layers[NAME].bits.shape == (1, 2, 5, 2)
+    run, qkv = carrying("Ss", pattern, block_size="128x64"), tensors(0)
+    out, did = call_of(run, 0, qkv)
+    assert did == ["sparse"]
+    keep = BlockMask(pattern.layers[NAME].bits, 10, 128, 64).to_dense()
+    blocks = {"block_q": 128, "block_k": 64, "scale": SCALE}
+    expected, _ = reference.sparse_attention(*(x.double() for x in qkv), keep, **blocks)
+    assert_within("out", out, expected, 1e-5)
+    # in square blocks the same pattern is of no use
+    assert call_of(carrying("Ss", pattern), 0, qkv)[1] == ["dense", "masses"]
+
+
 def test_a_carried_layer_runs_sparse_from_the_search_step_on(carrying, found):
     run = carrying("DSss", found)
     qkv = tensors(0)
@@ -264,7 +307,7 @@ def test_a_carried_layer_runs_sparse_from_the_search_step_on(carrying, found):
     # 64 of 640 rows
     assert pattern.recall == pytest.approx(found.layers[NAME].recall, abs=0.05)
     assert "(sampled)" in statistics.summary() and "(estimated)" not in statistics.summary()
-    (line,) = statistics.carried_lines()
+    (line,) = carried_lines(statistics)
     assert line.startswith("Pattern of a file: 1 masks used without a search, recall 0.")
 
 
@@ -289,6 +332,14 @@ def test_a_layer_whose_recall_fell_searches_after_all(carrying, found, loss, sea
         text = "\n".join(statistics.lines())
         assert f"Searched after all: 1 masks, recall more than {RECALL_LOSS} below" in text
         assert statistics.exact()
+
+
+@pytest.mark.parametrize("asked, searches", [(0.5, False), (0.97, True)])
+def test_a_carried_mask_must_hold_the_recall_that_is_asked_for(carrying, found, asked, searches):
+    run = carrying("Ss", found, recall=asked)
+    assert call_of(run, 0, tensors(0))[1] == (["dense", "masses"] if searches else ["sparse"])
+    if searches:
+        assert run.state.statistics.not_carried == {f"recall below the {asked} asked for": 1}
 
 
 def test_another_video_is_noticed(carrying, found):
@@ -337,7 +388,7 @@ def test_out_of_memory_while_measuring_searches_instead(carrying, found, monkeyp
     def out_of_memory(*args, **options):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(run_state, "sampled_recall", out_of_memory)
+    monkeypatch.setattr(carrying_module, "sampled_recall", out_of_memory)
     run = carrying("Ss", found)
     assert call_of(run, 0, tensors(0))[1] == ["dense", "masses"]
     assert run.state.statistics.not_carried == {"out of memory while measuring the recall": 1}

@@ -2,7 +2,8 @@ import pytest
 import torch
 
 from sparse_attn import reference
-from sparse_attn.recall import recall
+from sparse_attn.block_mask import BlockMask
+from sparse_attn.recall import recall, sample_rows, sampled_recall
 
 
 @pytest.mark.parametrize("length, block", [(256, 64), (200, 64), (300, 128)])
@@ -23,6 +24,26 @@ def test_all_blocks_recall_everything_and_none_nothing():
     keep = torch.zeros(1, 2, 5, 5, dtype=torch.bool)
     keep[:, 1] = True
     torch.testing.assert_close(recall(masses, keep), torch.tensor([[0.0, 1.0]]))
+
+
+@pytest.mark.parametrize("ordered", [False, True], ids=["as it came", "in another order"])
+def test_a_sample_of_all_rows_is_the_recall(ordered):
+    q, k = torch.randn(2, 2, 3, 200, 16)
+    bias = torch.zeros(2, 200)
+    bias[1, 150:] = -1e30
+    keep = torch.rand(2, 3, 4, 4) < 0.5
+    mask = BlockMask.from_dense(keep, block_q=64, block_k=64)
+    order = torch.randperm(200).int() if ordered else None
+    found = sampled_recall(
+        q, k, mask, list(range(200)), scale=0.25, key_bias=bias, order=order
+    )  # fmt: skip
+    if ordered:
+        q, k, bias = q[:, :, order], k[:, :, order], bias[:, order]
+    exact = reference.recall(
+        q.double(), k.double(), keep, block_q=64, block_k=64, scale=0.25, key_bias=bias.double()
+    )
+    torch.testing.assert_close(found.double(), exact, atol=1e-5, rtol=0)
+    assert len(sample_rows(200, 64)) == 64
 
 
 def test_nan_is_not_hidden_by_a_dropped_block():

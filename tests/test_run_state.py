@@ -2,6 +2,8 @@
 
 import gc
 import weakref
+from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -9,7 +11,10 @@ import torch
 from close import assert_within
 
 from sparse_attn import eager, reference, run_state, stopwatch
-from sparse_attn.config import AdaSpaConfig
+from sparse_attn.config import BLOCK_SIZES, AdaSpaConfig
+from sparse_attn.dense_choice import DenseChoice
+from sparse_attn.low_precision import NOT_ALLOWED
+from sparse_attn.memory import Cache
 from sparse_attn.recall import recall
 from sparse_attn.run_state import NOT_A_NUMBER, OUT_OF_MEMORY, Call, RunState
 from sparse_attn.schedule import Schedule, StepKind
@@ -64,7 +69,33 @@ class Backend:
         self._note("sparse")
         return eager.sparse_attention(*args, **options)
 
+    def pooled_masses(self, *args, **options):
+        self._note("pooled masses")
+        return eager.pooled_masses(*args, **options)
+
+    def arrange(self, *args):
+        self._note("arrange")
+        return eager.arrange(*args)
+
     unpack_mask = staticmethod(eager.unpack_mask)
+
+    refuses = None
+
+    def why_not_low_precision(self, q, k, v, block_q, block_k, precision):
+        self.asked = block_q, block_k, precision
+        return self.refuses
+
+    def low_precision_attention(self, q, k, v, *, scale, precision, kv_indices=None,
+                                kv_num_blocks=None, block_q=64, block_k=64, key_bias=None):  # fmt: skip
+        """Coarse values instead of coarse everything, so that it can be told from the exact one."""
+        self._note(precision)
+        v = (v * 4).round() / 4
+        if kv_indices is None:
+            return eager.dense_attention(q, k, v, scale=scale, key_bias=key_bias)[:2]
+        blocks = {"block_q": block_q, "block_k": block_k}
+        return eager.sparse_attention(
+            q, k, v, kv_indices, kv_num_blocks, scale=scale, key_bias=key_bias, **blocks
+        )
 
 
 class Host:
@@ -83,18 +114,18 @@ def make_run(monkeypatch):
     def make(kinds, backend=None, first=0, **config):
         backend = backend or Backend()
         monkeypatch.setattr(run_state.attention, "choose", lambda *args: (backend, "a backend"))
-        fields = {"sparsity": 0.6, "min_tokens": 0, **config}
+        fields = {"sparsity": 0.6, "min_tokens": 0, "tail": "none", **config}
         run = RunState(AdaSpaConfig(**fields), schedule(kinds, first))
         return SimpleNamespace(state=run, backend=backend, host=Host())
 
     return make
 
 
-def attend(run, step, qkv=None, key="layer 0", layer=0, role="positive", key_bias=None):
+def attend(run, step, qkv=None, key="layer 0", layer=0, role="positive", **more):
     """One call; returns its output and what the backend and the host did for it."""
     q, k, v = qkv or tensors()
     run.backend.did, before = [], run.host.calls
-    call = Call(key, layer, role, step, LAYOUT, SCALE, run.host, key_bias)
+    call = Call(key, layer, role, step, LAYOUT, SCALE, run.host, **more)
     out = run.state.attend(call, q, k, v)
     return out, run.backend.did + (run.host.calls - before) * ["host"]
 
@@ -103,9 +134,10 @@ def state_of(run, key="layer 0"):
     return run.state.layers[key]
 
 
-def exact_masses(q, k, key_bias=None):
+def exact_masses(q, k, key_bias=None, **blocks):
     lse = reference.scaled_logits(q.double(), k.double(), SCALE, key_bias).logsumexp(-1)
-    return reference.block_masses(q.double(), k.double(), lse, key_bias=key_bias, **BLOCKS).float()
+    options = {**BLOCKS, **blocks, "key_bias": key_bias}
+    return reference.block_masses(q.double(), k.double(), lse, **options).float()
 
 
 def dense(q, k, v, key_bias=None):
@@ -137,10 +169,12 @@ def test_the_first_search_answers_with_its_own_dense_output(make_run):
     assert_within("out", out, dense(*qkv), 1e-5)
 
 
+@pytest.mark.parametrize("block_size", BLOCK_SIZES)
 @pytest.mark.parametrize("biased", [False, True], ids=["", "biased"])
 @pytest.mark.parametrize("head_adaptive", [False, True], ids=["uniform", "head-adaptive"])
-def test_a_sparse_step_attends_what_the_search_chose(make_run, head_adaptive, biased):
-    run = make_run("Ss", head_adaptive=head_adaptive)
+def test_a_sparse_step_attends_what_the_search_chose(make_run, head_adaptive, biased, block_size):
+    run = make_run("Ss", head_adaptive=head_adaptive, block_size=block_size)
+    blocks = {"block_q": run.state.config.block_q, "block_k": run.state.config.block_k}
     bias = None
     if biased:
         bias = torch.zeros(1, L)
@@ -148,10 +182,10 @@ def test_a_sparse_step_attends_what_the_search_chose(make_run, head_adaptive, bi
     first, later = tensors(0), tensors(1)
     attend(run, 0, first, key_bias=bias)
     out, _ = attend(run, 1, later, key_bias=bias)
-    keep, _ = select(exact_masses(*first[:2], bias), LAYOUT, run.state.config)
+    keep, _ = select(exact_masses(*first[:2], bias, **blocks), LAYOUT, run.state.config)
     assert torch.equal(state_of(run).mask.to_dense(), keep) and not keep.all()
     exact, _ = reference.sparse_attention(
-        *(x.double() for x in later), keep, **BLOCKS, key_bias=bias
+        *(x.double() for x in later), keep, **blocks, scale=SCALE, key_bias=bias
     )
     assert_within("out", out, exact, 1e-5)
 
@@ -235,6 +269,136 @@ def test_layers_and_conditionings_do_not_share_masks(make_run):
         q, k, _ = tensors(seed)
         keep, _ = select(exact_masses(q, k), LAYOUT, run.state.config)
         assert torch.equal(state_of(run, key).mask.to_dense(), keep)
+
+
+# ---- low precision
+
+
+def coarse(v):
+    return (v * 4).round() / 4
+
+
+@pytest.mark.parametrize("block_size", ["64", "128x64"])
+def test_sparse_steps_alone_run_in_the_precision_that_was_asked_for(make_run, block_size):
+    run = make_run("DSsSs", Backend(one_pass=True), precision="int8", block_size=block_size)
+    did = [attend(run, step, tensors(step))[1] for step in range(5)]
+    # whatever a search reads stays exact
+    assert did == [["dense"], ["dense with masses"], ["int8"], ["masses", "int8"], ["int8"]]
+    config = run.state.config
+    assert run.backend.asked == (config.block_q, config.block_k, "int8")
+    q, k, v = tensors(4)
+    out, _ = attend(run, 4, (q, k, v))
+    keep = state_of(run).mask.to_dense()
+    inputs = [x.double() for x in (q, k, coarse(v))]
+    exact, _ = reference.sparse_attention(*inputs, keep, **config.blocks, scale=SCALE)
+    assert_within("out", out, exact, 1e-5)
+    statistics = run.state.statistics
+    assert statistics.low_precision_calls == 4 and not statistics.not_low_precision
+    assert "Precision: 4 calls in int8" in statistics.lines()
+
+
+def test_precision_does_not_change_what_a_search_selects(make_run):
+    masks = []
+    for precision in ("bf16", "fp8"):
+        run = make_run("SsSs", precision=precision)
+        for step in range(4):
+            attend(run, step, tensors(step))
+        masks.append(state_of(run).mask.bits)
+    assert torch.equal(*masks)
+
+
+@pytest.mark.parametrize("precision", ["auto", "bf16"])
+def test_nobody_runs_in_low_precision_unasked(make_run, precision):
+    run = make_run("Ss", precision=precision)
+    assert [attend(run, step)[1] for step in range(2)] == [["dense", "masses"], ["sparse"]]
+    assert not any("recision" in line for line in run.state.statistics.lines())
+
+
+def test_a_declined_call_runs_as_usual_and_is_counted_with_the_reason(make_run):
+    run = make_run("Sss", precision="fp8")
+    run.backend.refuses = "needs compute capability 8.9 for fp8, got 8.0"
+    assert [attend(run, step)[1] for step in range(3)] == [
+        ["dense", "masses"], ["sparse"], ["sparse"],
+    ]  # fmt: skip
+    assert run.state.statistics.not_low_precision == {run.backend.refuses: 2}
+    text = "\n".join(run.state.statistics.lines())
+    assert "Precision: 0 calls in fp8\nNot in fp8: 2 calls, needs compute capability" in text
+
+
+def test_a_call_that_the_host_wants_exact_stays_exact(make_run):
+    run = make_run("Ss", precision="int8")
+    attend(run, 0)
+    assert attend(run, 1, low_precision=False)[1] == ["sparse"]
+    assert run.state.statistics.not_low_precision == {NOT_ALLOWED: 1}
+
+
+def test_out_of_memory_while_quantising_runs_as_usual(make_run):
+    run, qkv = make_run("Ss", precision="int8"), tensors()
+    attend(run, 0, qkv)
+    run.backend.fails["int8"] = torch.OutOfMemoryError("CUDA out of memory")
+    out, did = attend(run, 1, qkv)
+    assert did == ["int8", "sparse"]
+    keep = state_of(run).mask.to_dense()
+    exact, _ = reference.sparse_attention(*(x.double() for x in qkv), keep, **BLOCKS)
+    assert_within("out", out, exact, 1e-5)
+    assert sum(run.state.statistics.not_low_precision.values()) == 1
+
+
+def test_plain_torch_says_why_it_computes_as_it_does(make_run):
+    run = make_run("Ss", eager, precision="int8")
+    call = Call("layer 0", 0, "positive", 0, LAYOUT, SCALE, run.host)
+    for step in range(2):
+        run.state.attend(replace(call, step=step), *tensors())
+    assert run.state.statistics.not_low_precision == {"plain torch computes in float32": 1}
+
+
+DENSE_PRECISIONS = [
+    # fastest, config, what served, calls in low precision
+    ("own int8", {"precision": "int8"}, "int8", 1),
+    ("own", {"precision": "int8"}, "dense", 0),
+    ("host", {"precision": "int8"}, "host", 0),
+    ("own int8", {"precision": "int8", "dense_attention": "host"}, "host", 0),
+    ("own int8", {}, "dense", 0),
+]
+
+
+@pytest.mark.parametrize("fastest, config, served, calls", DENSE_PRECISIONS)
+def test_a_dense_step_runs_in_low_precision_where_that_is_fastest(
+    make_run, monkeypatch, fastest, config, served, calls
+):
+    def measure(self, q, k, v, candidates):
+        return {name: 1.0 if name == fastest else 2.0 + (name == "host") for name in candidates}
+
+    monkeypatch.setattr("sparse_attn.dense_choice.DenseChoice._measure", measure)
+    run, qkv = make_run("DDS", **config), tensors()
+    run.state.dense_choice._candidates = partial(without_cudnn, run.state.dense_choice)
+    out = run.state.dense_steps.serve(*qkv, scale=SCALE, host=run.host)
+    statistics = run.state.statistics
+    assert statistics.low_precision_calls == calls
+    assert run.backend.did == ([] if served == "host" else [served])
+    if served == "int8":
+        q, k, v = qkv
+        assert_within("out", out, dense(q, k, coarse(v)), 1e-5)
+        assert statistics.dense_choice == "own int8, not exact"
+    elif served == "host":
+        assert out is None and statistics.dense_choice == "host"
+
+
+def without_cudnn(choice, backend, scale, precision=None):
+    found = DenseChoice._candidates(backend, scale, precision)
+    return {name: run for name, run in found.items() if name != "cudnn"}
+
+
+def test_a_dense_call_that_the_host_wants_exact_has_no_coarse_candidate(make_run):
+    run = make_run("DDS", precision="int8")
+    asked = []
+    choice = run.state.dense_choice
+    choice.choose = lambda *args, precision, **options: asked.append(precision) or "host"
+    options = {"scale": SCALE, "host": run.host}
+    run.state.dense_steps.serve(*tensors(), **options, low_precision=False)
+    run.state.dense_steps.serve(*tensors(), **options)
+    assert asked == [None, "int8"]
+    assert run.state.statistics.not_low_precision == {NOT_ALLOWED: 1}
 
 
 # ---- trouble
@@ -340,7 +504,7 @@ def test_free_drops_every_tensor(make_run):
             attend(run, step, key=key)
     states = [state_of(run, key) for key in ("a", "b")]
     found = [weakref.ref(x) for s in states for x in (s.lse, s.mask.bits)]
-    found += [weakref.ref(pending[1]) for pending in run.state._pending]
+    found += [weakref.ref(pending[1]) for pending in run.state.findings._pending]
     assert len(found) > 4 and all(ref() is not None for ref in found)
     del states
     run.state.free()
@@ -364,6 +528,16 @@ def test_patterns_hold_the_true_density_and_recall(make_run):
     density = keep.double().mean((-1, -2)).mean(0)
     assert pattern.density == pytest.approx(density.tolist(), abs=1e-6)
     assert torch.equal(pattern.block_map, keep[0].to(torch.uint8) * 255)
+
+
+@pytest.mark.parametrize("one_pass", [False, True], ids=["two passes", "one pass"])
+def test_recall_of_a_search_in_one_pass_is_called_an_estimate(make_run, one_pass):
+    run = make_run("DSs", Backend(one_pass))
+    if one_pass:
+        attend(run, 0, tensors(0))
+    attend(run, 1, tensors(1))
+    run.state.end_step()
+    assert run.state.statistics.exact() == (not one_pass)
 
 
 def test_recall_of_a_later_search_is_called_an_estimate(make_run):
@@ -394,7 +568,7 @@ def test_seconds_are_counted_per_kind_and_video(make_run, monkeypatch):
     slow("block_masses", 4.0)
     slow("sparse_attention", 2.0)
     qkv = tensors(batch=2)
-    with run.state.timed_dense(qkv[0]):
+    with run.state.timed("dense", qkv[0]):
         clock.now += 8.0
     for step in range(1, 5):
         attend(run, step, qkv)
@@ -416,10 +590,11 @@ def test_held_memory_is_the_sum_of_masks_and_lse(make_run):
     assert run.state.statistics.held_bytes == 2 * one, "the fullest moment, not the last"
 
 
+@pytest.mark.parametrize("config", [{}, {"block_size": "128x64"}, {"recall": 0.8}], ids=str)
 @pytest.mark.parametrize("kinds", ["Sss", "DSs", "SsSs", "DSSs", "DDD"])
 @pytest.mark.parametrize("one_pass", [False, True], ids=["two passes", "one pass"])
-def test_memory_is_predicted_to_the_byte(make_run, kinds, one_pass):
-    run = make_run(kinds, Backend(one_pass))
+def test_memory_is_predicted_to_the_byte(make_run, kinds, one_pass, config):
+    run = make_run(kinds, Backend(one_pass), **config)
     q, k, v = tensors(batch=2)
     run.state.foresee(q, k, v, layers=3, batch=2, layout=LAYOUT)
     for step in range(len(kinds)):
@@ -445,7 +620,7 @@ PLACES = [
 @pytest.mark.parametrize("cache, free_bytes, place", PLACES)
 def test_where_the_cache_lives(make_run, cache, free_bytes, place):
     run = make_run("Ss", cache=cache).state
-    run.free_bytes = free_bytes
+    run.cache = Cache(cache, free_bytes)
     run.foresee(*tensors(), layers=60, batch=1, layout=LAYOUT)
     assert run.statistics.cache_place == place
     if free_bytes is not None:
@@ -457,11 +632,11 @@ def test_the_fastest_exact_attention_serves_a_dense_step(make_run):
     qkv = tensors()
     choice = run.state.dense_choice
     choice.choose = lambda *args, **options: "own"
-    out = run.state.dense_step(*qkv, scale=SCALE, host=run.host)
+    out = run.state.dense_steps.serve(*qkv, scale=SCALE, host=run.host)
     assert_within("out", out, dense(*qkv), 1e-5)
     assert len(run.state.statistics.timing.dense) == 1
     choice.choose = lambda *args, **options: "host"
-    assert run.state.dense_step(*qkv, scale=SCALE, host=run.host) is None
+    assert run.state.dense_steps.serve(*qkv, scale=SCALE, host=run.host) is None
     assert run.host.calls == 0, "the caller runs the host itself"
     assert run.state.statistics.dense_choice == "host"
 
@@ -487,7 +662,7 @@ def test_the_summary_of_a_whole_run(make_run):
     run = make_run("DSsSs", sparsity=0.7)
     q, k, v = tensors()
     run.state.foresee(q, k, v, layers=1, batch=1, layout=LAYOUT)
-    with run.state.timed_dense(q):
+    with run.state.timed("dense", q):
         run.host(q, k, v)
     for step in range(1, 5):
         run.state.enter_step(step)
@@ -512,3 +687,105 @@ def test_an_interrupted_run_frees_without_reading_the_device(make_run):
     run.state.free()
     run.state.end_step()
     assert run.state.statistics.patterns == {} and not run.state.statistics.finished
+
+
+@pytest.mark.parametrize("read", [False, True], ids=["before a pattern", "after one"])
+def test_an_interrupted_run_says_where_it_was_stopped(make_run, read):
+    run = make_run("Sss", first=7)
+    for step in range(3 if read else 1):
+        run.state.enter_step(step)
+        attend(run, step)
+    run.state.stop()
+    statistics = run.state.statistics
+    assert statistics.stopped_at == (9 if read else 7) and not statistics.finished
+    (first, *_) = statistics.lines()
+    if read:
+        assert first.startswith("AdaSpa: stopped at step 9 of 10; until then ")
+        assert "density 0." in first
+    else:
+        assert first == "AdaSpa: stopped at step 7 of 10, before the first pattern"
+    assert statistics.as_dict()["stopped_at"] == statistics.stopped_at
+
+
+# ---- a recall asked for
+
+
+@pytest.mark.parametrize("one_pass", [False, True], ids=["two passes", "one pass"])
+def test_every_search_for_a_recall_measures_exactly(make_run, one_pass):
+    run = make_run("DSsSs", Backend(one_pass), recall=0.8)
+    assert not run.state.wants_lse(0, *tensors())
+    did = [attend(run, step, tensors(step))[1] for step in range(1, 5)]
+    assert did == [["dense", "masses"], ["sparse"], ["dense", "masses"], ["sparse"]]
+    run.state.end_step()
+    statistics = run.state.statistics
+    (pattern,) = statistics.patterns.values()
+    assert pattern.exact and pattern.step == 3
+    q, k, _ = tensors(3)
+    keep = state_of(run).mask.to_dense()
+    exact = reference.recall(q.double(), k.double(), keep, **BLOCKS)[0]
+    assert (exact >= 0.8).all()
+    assert pattern.recall == pytest.approx(exact.tolist(), abs=1e-5)
+    assert statistics.held_bytes == state_of(run).mask.bits.nbytes, "no LSE waits for a search"
+
+
+def test_what_the_mask_still_holds_is_sampled_before_the_next_search(make_run):
+    run = make_run("SssSss", first=4, recall=0.8)
+    for step in range(6):
+        attend(run, step, tensors(step))
+        if step == 2:
+            attend(run, step, tensors(step))
+            run.state.end_step()
+            first = dict(run.state.statistics.samples)
+    run.state.end_step()
+    statistics = run.state.statistics
+    assert statistics.timing.sample and len(statistics.timing.sample) == 2
+    ((key, (step, held)),) = first.items()
+    assert (key, step) == ((0, "positive"), 6)
+    (step, held) = statistics.samples[key]
+    assert step == 9
+    q, k, _ = tensors(5)
+    keep = state_of(run).mask.to_dense()
+    exact = reference.recall(q.double(), k.double(), keep, **BLOCKS)[0]
+    # 64 of 640 rows
+    assert held == pytest.approx(exact.tolist(), abs=0.05)
+    (line,) = [line for line in statistics.lines() if line.startswith("Recall asked for")]
+    found = statistics.patterns[key].recall
+    assert line == (
+        f"Recall asked for: 0.8; the searches found {min(found):.3f} to {max(found):.3f} by head; "
+        f"in step 9 {sum(held) / 2:.2f} is left, worst head {min(held):.2f} (sampled)"
+    )
+
+
+def test_out_of_memory_while_sampling_costs_the_sample_alone(make_run, monkeypatch):
+    def out_of_memory(*args, **options):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(run_state, "sampled_recall", out_of_memory)
+    run = make_run("Ss", recall=0.8)
+    attend(run, 0)
+    assert attend(run, 1, layer=5)[1] == ["sparse"]
+    run.state.end_step()
+    statistics = run.state.statistics
+    assert statistics.samples == {}
+    assert statistics.warnings == ["out of memory while sampling the recall of layer 5"]
+
+
+def test_nothing_is_sampled_unasked(make_run):
+    run = make_run("Sss")
+    for step in range(3):
+        attend(run, step)
+    run.state.end_step()
+    statistics = run.state.statistics
+    assert statistics.samples == {} and statistics.timing.sample == []
+    assert not any(line.startswith("Recall asked for") for line in statistics.lines())
+
+
+def test_out_of_memory_in_a_later_exact_search_keeps_the_pattern(make_run):
+    run = make_run("SSs", recall=0.8)
+    attend(run, 0)
+    old = state_of(run).mask
+    run.backend.fails["masses"] = torch.OutOfMemoryError("CUDA out of memory")
+    assert attend(run, 1, layer=3)[1] == ["dense", "masses", "sparse"]
+    assert state_of(run).mask is old
+    assert attend(run, 1)[1] == ["sparse"], "does not try again in the same step"
+    assert run.state.statistics.warnings == [f"{OUT_OF_MEMORY}: layer 3 kept its earlier pattern"]

@@ -1,15 +1,13 @@
 import pytest
 import torch
 
+from sparse_attn.run_report import gib, milliseconds, seconds
 from sparse_attn.run_statistics import (
     MAP_SIZE,
     Pattern,
     RunStatistics,
     Timing,
     block_map,
-    gib,
-    milliseconds,
-    seconds,
 )
 from sparse_attn.schedule import Schedule, StepKind
 
@@ -169,6 +167,12 @@ def test_numbers_for_people(function, value, text):
 def test_a_small_map_is_exact():
     keep = torch.rand(2, 5, 5) < 0.5
     assert torch.equal(block_map(keep), keep.to(torch.uint8) * 255)
+
+
+def test_a_map_of_tall_blocks_has_fewer_rows_than_columns():
+    keep = torch.rand(2, 3, 5) < 0.5
+    assert torch.equal(block_map(keep), keep.to(torch.uint8) * 255)
+    assert block_map(torch.ones(1, 90, 180, dtype=torch.bool)).shape == (1, 90, MAP_SIZE)
 
 
 def test_a_large_map_is_averaged():

@@ -174,6 +174,11 @@ def test_lse_is_kept_while_a_search_is_to_come():
     assert [schedule.searches_after(i) for i in range(8)] == 4 * [True] + 4 * [False]
 
 
+def test_the_last_sparse_step_is_the_one_furthest_from_its_search():
+    schedule = made("DSssSsDSs")
+    assert [i for i in range(9) if schedule.is_last_sparse(i)] == [3, 5, 8]
+
+
 DESCRIPTIONS = [
     ("Ssss", 0, "steps 0 search, 1-3 sparse"),
     ("DDSss", 0, "steps 0-1 dense, 2 search, 3-4 sparse"),

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from sparse_attn import reference
-from sparse_attn.config import AdaSpaConfig
+from sparse_attn.config import BLOCK_SIZES, AdaSpaConfig
 from sparse_attn.row_wise_top_k import row_budget
 from sparse_attn.selection import pack, select
 from sparse_attn.token_layout import TokenLayout
@@ -18,20 +18,22 @@ LAYOUTS = [
 
 def masses_of(layout, block, heads=4, batch=2, seed=0):
     """Masses with heads from concentrated to scattered, renormalised by row."""
-    n = layout.num_blocks(block)
+    block_q, block_k = BLOCK_SIZES[block]
+    shape = batch, heads, layout.num_blocks(block_q), layout.num_blocks(block_k)
     generator = torch.Generator().manual_seed(seed)
     sharpness = torch.linspace(1, 6, heads)[:, None, None]
-    weights = torch.randn(batch, heads, n, n, generator=generator).mul(sharpness).exp()
-    return reference.renormalised(weights, layout.tokens, block)
+    weights = torch.randn(shape, generator=generator).mul(sharpness).exp()
+    return reference.renormalised(weights, layout.tokens, block_q)
 
 
 def naive_select(masses, layout, config):
     """Every step in plain Python."""
     n = masses.shape[-1]
-    sink = reference.sink_blocks(layout, config.block_size)
+    sink_q = reference.sink_blocks(layout, config.block_q)
+    sink = reference.sink_blocks(layout, config.block_k)
     budget = row_budget(config.density, n, sum(sink))
     budgets = [[budget] * masses.shape[1] for _ in masses]
-    keep = reference.row_wise_top_k(masses, budgets, sink)
+    keep = reference.row_wise_top_k(masses, budgets, sink, sink_q)
     if config.head_adaptive:
         for b, video in enumerate(masses):
             held = [
@@ -42,30 +44,50 @@ def naive_select(masses, layout, config):
                 room = min(budget // 2, budget - low, high - budget)
                 moved = (sparsity < config.sparsity) - (sparsity > config.sparsity)
                 budgets[b][h] = budget + moved * room
-        keep = reference.row_wise_top_k(masses, budgets, sink)
-    return keep, budgets, sink
+        keep = reference.row_wise_top_k(masses, budgets, sink, sink_q)
+    return keep, budgets, sink_q, sink
 
 
 @pytest.mark.parametrize("head_adaptive", [False, True], ids=["uniform", "head-adaptive"])
-@pytest.mark.parametrize("block", [64, 128])
+@pytest.mark.parametrize("block", BLOCK_SIZES)
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda x: x.describe())
 def test_matches_the_naive_selection(layout, block, head_adaptive):
     masses = masses_of(layout, block)
     config = AdaSpaConfig(sparsity=0.6, block_size=block, head_adaptive=head_adaptive)
     keep, held = select(masses, layout, config)
-    expected, budgets, sink = naive_select(masses, layout, config)
+    expected, budgets, sink_q, sink = naive_select(masses, layout, config)
     assert torch.equal(keep, expected)
-    video = [not s for s in sink]
+    video = [not s for s in sink_q]
     counts = keep.sum(-1)[:, :, video]
     assert (counts == torch.tensor(budgets)[..., None]).all()
-    assert keep[..., sink].all() and keep[..., sink, :].all()
+    assert keep[..., sink].all() and keep[..., sink_q, :].all()
     exact = (masses.double() * keep).sum((-1, -2)) / masses.double().sum((-1, -2))
     torch.testing.assert_close(held.double(), exact, atol=1e-6, rtol=0)
 
 
+@pytest.mark.parametrize("head_adaptive", [False, True], ids=["uniform", "head-adaptive"])
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda x: x.describe())
+def test_scores_rank_and_masses_tell_the_recall(layout, head_adaptive):
+    masses, scores = masses_of(layout, "64"), masses_of(layout, "64", seed=1)
+    config = AdaSpaConfig(sparsity=0.6, head_adaptive=head_adaptive)
+    keep, held = select(masses, layout, config, scores)
+    exact = (masses.double() * keep).sum((-1, -2)) / masses.double().sum((-1, -2))
+    torch.testing.assert_close(held.double(), exact, atol=1e-6, rtol=0)
+    if not head_adaptive:
+        # heads that share out blocks do so by the recall of their masses
+        assert torch.equal(keep, select(scores, layout, config)[0])
+
+
+def test_a_recall_asked_for_is_ranked_by_mass():
+    layout, config = LAYOUTS[1], AdaSpaConfig(recall=0.8)
+    masses, scores = masses_of(layout, "64"), masses_of(layout, "64", seed=1)
+    keep, held = select(masses, layout, config, scores)
+    assert torch.equal(keep, select(masses, layout, config)[0]) and (held >= 0.8).all()
+
+
 def test_head_adaptive_moves_blocks_and_leaves_the_mean_sparsity():
     layout = TokenLayout(0, 8, 16, 40)
-    masses = masses_of(layout, 64)
+    masses = masses_of(layout, "64")
     uniform, _ = select(masses, layout, AdaSpaConfig(sparsity=0.8))
     moved, _ = select(masses, layout, AdaSpaConfig(sparsity=0.8, head_adaptive=True))
     assert not torch.equal(uniform, moved)
@@ -76,14 +98,14 @@ def test_head_adaptive_moves_blocks_and_leaves_the_mean_sparsity():
 
 def test_zero_sparsity_keeps_every_block():
     layout = LAYOUTS[1]
-    keep, held = select(masses_of(layout, 64), layout, AdaSpaConfig(sparsity=0.0))
+    keep, held = select(masses_of(layout, "64"), layout, AdaSpaConfig(sparsity=0.0))
     assert keep.all()
     torch.testing.assert_close(held, torch.ones_like(held))
 
 
 def test_nan_in_one_head_shows_in_its_recall_alone():
     layout = LAYOUTS[0]
-    masses = masses_of(layout, 64)
+    masses = masses_of(layout, "64")
     masses[1, 2, 3, 4] = float("nan")
     keep, held = select(masses, layout, AdaSpaConfig(sparsity=0.8))
     assert held.isnan().nonzero().tolist() == [[1, 2]]
@@ -92,8 +114,8 @@ def test_nan_in_one_head_shows_in_its_recall_alone():
 
 def test_pack_keeps_the_choice_and_the_block_size():
     layout = LAYOUTS[3]
-    config = AdaSpaConfig(sparsity=0.7, block_size=128)
-    keep, _ = select(masses_of(layout, 128), layout, config)
+    config = AdaSpaConfig(sparsity=0.7, block_size="128x64")
+    keep, _ = select(masses_of(layout, "128x64"), layout, config)
     mask = pack(keep, config)
     assert torch.equal(mask.to_dense(), keep)
-    assert (mask.block_q, mask.block_k) == (128, 128)
+    assert (mask.block_q, mask.block_k, mask.num_k) == (128, 64, keep.shape[-1])

@@ -23,7 +23,6 @@ def test_shown_values_are_the_preset_s_own():
     names = [name for name, _ in pairs(NODES["AdaSpaAttention"][1])]
     values = dict(zip(names, node["widgets_values"], strict=True))
     preset = values.pop("preset")
-    values["block_size"] = int(values["block_size"])
     values["search_points"] = parse_numbers(values["search_points"], float, "search_points")
     values["dense_layers"] = parse_numbers(values["dense_layers"], int, "dense_layers")
     config = from_preset(preset, **values)

@@ -24,6 +24,9 @@ ATTENTION_SETTINGS = (
     "cache",
     "dense_attention",
     "enabled",
+    "precision",
+    "recall",
+    "tail",
 )
 
 
@@ -35,6 +38,7 @@ def shown(config):
         "warmup": config.warmup,
         "search_points": ", ".join(map(str, config.search_points)),
         "head_adaptive": config.head_adaptive,
+        "tail": config.tail,
     }
 
 
@@ -84,6 +88,24 @@ def test_help_gives_the_numbers_of_the_presets():
         row = re.search(rf"^\| \*\*{name}\*\* \|(.*)$", text, re.M)[1]
         assert f"{config.sparsity:.0%}".replace("%", " %") in row, name
         assert f"{config.warmup:.0%}".replace("%", " %") in row, name
+
+
+def test_help_counts_tokens_as_its_formulas_do():
+    text = (WEB / "docs" / "AdaSpaAttention.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (.*) \| width / (\d+) × height / (\d+) \| (.*) \| (.*) \|$", text, re.M)
+    assert len(rows) == 8
+    for name, across, down, frames, examples in rows:
+        width, height, length = map(int, re.findall(r"(\d+) × (\d+), (\d+) frames", examples)[0])
+        tokens = width // int(across) * (height // int(down))
+        half = frames.startswith("half of ")
+        formula = frames.removeprefix("half of ").replace("/", "//").replace("−", "-")
+        latents = eval(formula.replace("×", "*"), {"frames": length})
+        tokens *= -(-latents // 2) if half else latents
+        assert f"frames: {tokens:,}" in examples, name
+    names = " ".join(row[0] for row in rows)
+    for family in ("Wan 2.1", "5B", "HunyuanVideo 1.5", "LTX-2", "MiniMax-H3", "Kandinsky 5",
+                   "CogVideoX 1.5", "Mochi", "Cosmos 1", "Cosmos Predict2"):  # fmt: skip
+        assert family in names, family
 
 
 def fetch(server, path):

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from workflow_builder import TITLE_HEIGHT, VERSIONS, pairs
+from workflow_flat import levels, unfold
 from workflow_graphs import WORKFLOWS, graphs
 from workflow_nodes import NODES
 from workflow_thumbnails import HEIGHT, MOST_BYTES, WIDTH, draw
@@ -19,7 +20,9 @@ from sparse_attn.config import AdaSpaConfig, from_preset
 from sparse_attn.schedule import plan
 
 FILES = {path.stem: path for path in sorted(WORKFLOWS.glob("*.json"))}
-OURS = ("AdaSpaAttention", "AdaSpaReport")
+# nodes of ours and how many models each serves
+SERVES = {"AdaSpaAttention": 1, "AdaSpaAttentionPair": 2}
+OURS = (*SERVES, "AdaSpaReport")
 SAMPLERS = ("KSampler", "KSamplerAdvanced", "SamplerCustomAdvanced")
 LOADERS = ("UNETLoader", "CheckpointLoaderSimple")
 LORAS = ("LoraLoader", "LoraLoaderModelOnly")
@@ -54,9 +57,23 @@ FOLDERS = {
 }
 
 
+BOXED = "wan2_2_5b_t2v_subgraph"
+
+
+# beside these widgets stands a button, which has a value too
+UPLOADS = {("LoadImage", "image"), ("LoadImageMask", "image"), ("LoadVideo", "file")}
+
+
 @pytest.fixture(params=FILES)
-def workflow(request):
+def stored(request):
+    """A workflow as it lies in its file."""
     return json.loads(FILES[request.param].read_text(encoding="utf-8"))
+
+
+@pytest.fixture
+def workflow(stored):
+    """A workflow as it runs, with subgraphs unfolded."""
+    return unfold(stored)
 
 
 def by_id(workflow):
@@ -75,7 +92,7 @@ def values_of(node):
         named[name] = values.pop(0)
         if name in ("seed", "noise_seed"):
             assert values.pop(0) in ("fixed", "increment", "decrement", "randomize")
-        if name == "image":
+        if (node["type"], name) in UPLOADS:
             assert values.pop(0) == "image"
     assert not values, f"{node['type']} has values without a widget: {values}"
     return named
@@ -108,6 +125,7 @@ def test_files_are_what_the_builder_writes():
 
 def test_names_tell_model_and_task():
     assert list(FILES) == [
+        "cogvideox_1_5_void_repaint",
         "hunyuanvideo_1_5_i2v",
         "hunyuanvideo_1_5_t2v",
         "kandinsky5_t2v",
@@ -121,6 +139,7 @@ def test_names_tell_model_and_task():
         "wan2_2_14b_t2v_4_step_lora",
         "wan2_2_14b_t2v_long_context_windows",
         "wan2_2_5b_t2v_i2v",
+        BOXED,
     ]
 
 
@@ -145,7 +164,6 @@ def test_graph_is_of_the_interface_format(workflow):
     assert workflow["version"] == 0.4
     assert {"nodes", "links", "groups", "config", "extra"} <= workflow.keys()
     uuid.UUID(workflow["id"])
-    assert "definitions" not in workflow
     assert workflow["last_node_id"] == max(by_id(workflow))
     assert workflow["last_link_id"] == max(link[0] for link in workflow["links"])
     assert len(by_id(workflow)) == len(workflow["nodes"])
@@ -186,23 +204,25 @@ def rectangle(node):
     return x, y - TITLE_HEIGHT, x + width, y + height
 
 
-def test_nodes_do_not_overlap(workflow):
-    for a, b in combinations(workflow["nodes"], 2):
-        left, right = rectangle(a), rectangle(b)
-        apart = any(left[i + 2] <= right[i] or right[i + 2] <= left[i] for i in (0, 1))
-        assert apart, f"{a['type']} {a['id']} and {b['type']} {b['id']}"
+def test_nodes_do_not_overlap(stored):
+    for level in levels(stored):
+        for a, b in combinations(level["nodes"], 2):
+            left, right = rectangle(a), rectangle(b)
+            apart = any(left[i + 2] <= right[i] or right[i + 2] <= left[i] for i in (0, 1))
+            assert apart, f"{a['type']} {a['id']} and {b['type']} {b['id']}"
 
 
-def test_every_node_but_the_notes_lies_in_one_group(workflow):
-    for node in workflow["nodes"]:
-        x0, y0, x1, y1 = rectangle(node)
-        around = [
-            group["title"]
-            for group in workflow["groups"]
-            for x, y, width, height in [group["bounding"]]
-            if x < x0 and y < y0 and x1 < x + width and y1 < y + height
-        ]
-        assert len(around) == (node["type"] != "MarkdownNote"), (node["type"], around)
+def test_every_node_but_the_notes_lies_in_one_group(stored):
+    for level in levels(stored):
+        for node in level["nodes"]:
+            x0, y0, x1, y1 = rectangle(node)
+            around = [
+                group["title"]
+                for group in level["groups"]
+                for x, y, width, height in [group["bounding"]]
+                if x < x0 and y < y0 and x1 < x + width and y1 < y + height
+            ]
+            assert len(around) == (node["type"] != "MarkdownNote"), (node["type"], around)
 
 
 def test_nodes_name_their_pack_and_version(workflow):
@@ -232,14 +252,15 @@ def test_every_model_file_can_be_downloaded(workflow):
 def test_our_node_sits_between_model_and_sampling(workflow):
     """Every use of a model leads through our node, behind the LoRA if there is one."""
     nodes, models = by_id(workflow), nodes_of(workflow, *LOADERS, *LORAS)
-    assert len(nodes_of(workflow, "AdaSpaAttention")) == len(nodes_of(workflow, *SAMPLERS))
+    served = sum(SERVES[node["type"]] for node in nodes_of(workflow, *SERVES))
+    assert served == len(nodes_of(workflow, *SAMPLERS))
     for link, from_node, _, to_node, _, kind in workflow["links"]:
         source, target = nodes[from_node], nodes[to_node]
         if kind == "MODEL" and source in models:
-            assert target["type"] in ("AdaSpaAttention", *LORAS), link
-        if kind == "MODEL" and source["type"] == "AdaSpaAttention":
+            assert target["type"] in (*SERVES, *LORAS), link
+        if kind == "MODEL" and source["type"] in SERVES:
             assert target["type"] in AFTER, link
-        if kind == "MODEL" and target["type"] == "AdaSpaAttention":
+        if kind == "MODEL" and target["type"] in SERVES:
             lora = nodes_of(workflow, *LORAS)
             assert source["type"] in (LORAS if lora else LOADERS), link
 
@@ -247,9 +268,13 @@ def test_our_node_sits_between_model_and_sampling(workflow):
 def test_report_reads_the_node_that_patched_its_sampler(workflow):
     samplers = nodes_of(workflow, *SAMPLERS)
     reports = nodes_of(workflow, "AdaSpaReport")
+    if nodes_of(workflow, "AdaSpaAttentionPair"):
+        # one report of both runs, after the second
+        first, *samplers = samplers
+        assert upstream(workflow, samplers[0], ("latent_image",), SAMPLERS) is first
     assert [source(workflow, report, "samples") for report in reports] == samplers
     for report, sampler in zip(reports, samplers, strict=True):
-        patched = upstream(workflow, sampler, ("guider", "model"), ("AdaSpaAttention",))
+        patched = upstream(workflow, sampler, ("guider", "model"), SERVES)
         assert source(workflow, report, "adaspa") is patched
     for decoded in nodes_of(
         workflow, "VAEDecode", "VAEDecodeTiled", "VAEDecodeAudio", "LTXVAudioVAEDecode"
@@ -260,7 +285,7 @@ def test_report_reads_the_node_that_patched_its_sampler(workflow):
 
 def test_widgets_hold_what_the_preset_stands_for(workflow):
     defaults = AdaSpaConfig()
-    for node in nodes_of(workflow, "AdaSpaAttention"):
+    for node in nodes_of(workflow, *SERVES):
         values = values_of(node)
         preset = from_preset(values["preset"])
         assert values["sparsity"] == preset.sparsity
@@ -269,7 +294,8 @@ def test_widgets_hold_what_the_preset_stands_for(workflow):
         assert values["search_points"] == ", ".join(map(str, preset.search_points))
         assert values["head_adaptive"] == preset.head_adaptive
         assert values["dense_layers"] == ""
-        for name in ("start_percent", "end_percent", "min_tokens", "cache", "dense_attention"):
+        for name in ("start_percent", "end_percent", "min_tokens", "cache", "dense_attention",
+                     "precision", "recall", "tail"):  # fmt: skip
             assert values[name] == getattr(defaults, name)
         assert values["enabled"] is True
 
@@ -310,7 +336,7 @@ def test_samplers_run_the_whole_schedule(workflow):
 
 
 def test_note_names_the_steps_that_the_schedule_gives(workflow):
-    patched = nodes_of(workflow, "AdaSpaAttention")
+    patched = [node for node in nodes_of(workflow, *SERVES) for _ in range(SERVES[node["type"]])]
     for node, (sigmas, progress) in zip(patched, runs(workflow), strict=True):
         schedule = plan(sigmas, progress, from_preset(values_of(node)["preset"]))
         assert schedule.describe().removeprefix("steps ") in notes(workflow)
@@ -339,6 +365,7 @@ def test_advice_of_the_note_does_what_it_says(name, steps, config):
 # edge of a token in pixels, latent frames of a length, distance between lengths
 FOURS = (16, lambda length: (length - 1) // 4 + 1, 4)
 SIZES = {
+    "VOIDInpaintConditioning": (16, lambda length: ((length - 1) // 4 + 1) // 2, 8),
     "EmptyHunyuanLatentVideo": FOURS,
     "EmptyHunyuanVideo15Latent": FOURS,
     "EmptyLTXVLatentVideo": (32, lambda length: (length - 1) // 8 + 1, 8),
@@ -372,6 +399,18 @@ def test_note_counts_the_tokens_of_this_video(workflow):
         lengths = range(length % step or step, length + 1, step)
         begins = next(n for n in lengths if plane * frames(n) >= AdaSpaConfig().min_tokens)
         assert f"At {width} x {height} that is passed from {begins} frames on" in notes(workflow)
+
+
+def test_note_says_what_was_measured(stored):
+    results = WORKFLOWS.parent / "tests" / "bench" / "results" / "families_h200.json"
+    stacks = json.loads(results.read_text("utf-8"))["stacks"].values()
+    named = [stack for stack in stacks if f" layers of {stack['model']} at " in notes(stored)]
+    (stack,) = named
+    said = (
+        f"at {stack['tokens']:,} tokens ({stack['video']}) took {stack['seconds']['dense']:.2f} s"
+    )
+    assert said in notes(stored)
+    assert stack["hardware"] in notes(stored) and not stack["errors"]
 
 
 def test_long_video_is_cut_into_the_windows_that_the_note_counts(comfyui):
@@ -457,7 +496,7 @@ def test_server_takes_every_widget_value(workflow, object_info):
             continue
         inputs = declared(object_info[node["type"]])
         for name, value in values_of(node).items():
-            if name in (*FILE_WIDGETS, "image"):
+            if name in FILE_WIDGETS or (node["type"], name) in UPLOADS:
                 continue
             kind, extra = inputs[name]
             where = f"{node['type']} {name} {value!r}"

@@ -12,6 +12,7 @@ VERSIONS = {"adaspa": "0.1.0", "comfy-core": "0.30.0"}
 
 COLORS = {
     "AdaSpaAttention": {"color": "#24534a", "bgcolor": "#2c3f3b"},
+    "AdaSpaAttentionPair": {"color": "#24534a", "bgcolor": "#2c3f3b"},
     "AdaSpaReport": {"color": "#24534a", "bgcolor": "#2c3f3b"},
     "MarkdownNote": {"color": "#4a4023", "bgcolor": "#2f2b1f"},
 }
@@ -49,8 +50,13 @@ class Column:
 
 
 class Graph:
-    def __init__(self, name: str):
+    def __init__(self, name: str, first: int = 1):
         self.name, self.nodes, self.links, self.groups = name, [], [], []
+        self.first, self.boxes = first, []
+
+    def every_node(self) -> list[dict]:
+        """Nodes, those inside of boxes too."""
+        return self.nodes + [node for box in self.boxes for node in box.nodes]
 
     def add(self, kind, at, values=(), title=None, models=(), mode=0, **sources) -> dict:
         """A node; `at` is (position, size), each keyword a socket and the output that feeds it.
@@ -68,7 +74,7 @@ class Graph:
                 for model in models
             ]
         node = {
-            "id": len(self.nodes) + 1,
+            "id": self.first + len(self.nodes),
             "type": kind,
             "pos": at[0],
             "size": at[1],
@@ -88,10 +94,41 @@ class Graph:
         if title:
             node["title"] = title
         node |= COLORS.get(kind, {})
+        return self._put(node, sources)
+
+    def _put(self, node: dict, sources: dict) -> dict:
         self.nodes.append(node)
         for name, (source, output) in sources.items():
             self.link(source, output, node, name)
         return node
+
+    def box(self, inner: "Subgraph", at, **sources) -> dict:
+        """A subgraph as one node."""
+        self.boxes.append(inner)
+        outside = ("name", "type")
+        node = {
+            "id": self.first + len(self.nodes),
+            "type": inner.id,
+            "title": inner.name,
+            "pos": at[0],
+            "size": at[1],
+            "flags": {},
+            "order": len(self.nodes),
+            "mode": 0,
+            "inputs": [
+                {key: slot[key] for key in outside} | {"link": None}
+                for slot in inner.entry["outputs"]
+            ],
+            "outputs": [
+                {key: slot[key] for key in outside} | {"links": []} for slot in inner.exit["inputs"]
+            ],
+            "properties": {
+                "proxyWidgets": inner.shown, "cnr_id": "adaspa", "ver": VERSIONS["adaspa"],
+            },
+            "widgets_values": [],
+            **COLORS["AdaSpaAttention"],
+        }  # fmt: skip
+        return self._put(node, sources)
 
     def link(self, source: dict, output: str, target: dict, name: str) -> None:
         from_slot = [out["name"] for out in source["outputs"]].index(output)
@@ -123,7 +160,7 @@ class Graph:
         workflow = {
             "id": str(uuid.uuid5(uuid.NAMESPACE_URL, f"adaspa/{self.name}")),
             "revision": 0,
-            "last_node_id": len(self.nodes),
+            "last_node_id": max(node["id"] for node in self.every_node()),
             "last_link_id": len(self.links),
             "nodes": self.nodes,
             "links": self.links,
@@ -132,4 +169,71 @@ class Graph:
             "extra": {"ds": {"scale": 0.5, "offset": [640, 240]}},
             "version": 0.4,
         }
+        if self.boxes:
+            workflow["definitions"] = {"subgraphs": [box.definition() for box in self.boxes]}
         return json.dumps(workflow, indent=2, ensure_ascii=False) + "\n"
+
+
+class Subgraph(Graph):
+    """A graph that is one node of another; `entry` and `exit` stand for that node's sockets."""
+
+    def __init__(self, name: str, description: str, first: int):
+        super().__init__(name, first)
+        self.id = str(uuid.uuid5(uuid.NAMESPACE_URL, f"adaspa/subgraph/{name}"))
+        self.description = description
+        self.entry = {"id": -10, "outputs": []}
+        self.exit = {"id": -20, "inputs": []}
+        # widgets of inner nodes that the outer node shows
+        self.shown = []
+
+    def take(self, name: str, kind: str) -> tuple[dict, str]:
+        """A socket at the left of the outer node, as a source for inner nodes."""
+        self.entry["outputs"].append({"name": name, "type": kind, "links": []})
+        return self.entry, name
+
+    def give(self, source: dict, output: str) -> None:
+        """A socket at the right of the outer node."""
+        kind = next(out["type"] for out in source["outputs"] if out["name"] == output)
+        self.exit["inputs"].append({"name": output, "type": kind, "link": None})
+        self.link(source, output, self.exit, output)
+
+    def show(self, node: dict, *widgets: str) -> None:
+        self.shown += [[str(node["id"]), widget] for widget in widgets]
+
+    def definition(self) -> dict:
+        left = min(node["pos"][0] for node in self.nodes) - 260
+        right = max(node["pos"][0] + node["size"][0] for node in self.nodes) + 140
+        keys = ("id", "origin_id", "origin_slot", "target_id", "target_slot", "type")
+        return {
+            "id": self.id,
+            "version": 1,
+            "state": {
+                "lastGroupId": len(self.groups),
+                "lastNodeId": max(node["id"] for node in self.nodes),
+                "lastLinkId": len(self.links),
+                "lastRerouteId": 0,
+            },
+            "revision": 0,
+            "config": {},
+            "name": self.name,
+            "inputNode": {"id": -10, "bounding": [left, 0, 120, 100]},
+            "outputNode": {"id": -20, "bounding": [right, 0, 120, 100]},
+            "inputs": [self._socket("in", slot, slot["links"]) for slot in self.entry["outputs"]],
+            "outputs": [self._socket("out", slot, [slot["link"]]) for slot in self.exit["inputs"]],
+            "widgets": [],
+            "nodes": self.nodes,
+            "groups": self.groups,
+            "links": [dict(zip(keys, link, strict=True)) for link in self.links],
+            "extra": {},
+            "category": "AdaSpa",
+            "description": self.description,
+        }
+
+    def _socket(self, side: str, slot: dict, links: list[int]) -> dict:
+        name = f"adaspa/subgraph/{self.name}/{side}/{slot['name']}"
+        return {
+            "id": str(uuid.uuid5(uuid.NAMESPACE_URL, name)),
+            "name": slot["name"],
+            "type": slot["type"],
+            "linkIds": links,
+        }

@@ -6,6 +6,7 @@ models; a test compares the files with what this writes.
 
 from pathlib import Path
 
+import workflow_cogvideox
 import workflow_ltx
 import workflow_minimax
 import workflow_silent
@@ -15,7 +16,14 @@ from workflow_builder import Graph
 
 WORKFLOWS = Path(__file__).resolve().parent.parent / "workflows"
 
-FAMILIES = (workflow_wan, workflow_wan_single, workflow_silent, workflow_ltx, workflow_minimax)
+FAMILIES = (
+    workflow_wan,
+    workflow_wan_single,
+    workflow_silent,
+    workflow_cogvideox,
+    workflow_ltx,
+    workflow_minimax,
+)
 
 
 def graphs() -> list[Graph]:

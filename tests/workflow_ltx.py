@@ -15,6 +15,7 @@ from workflow_parts import (
     adaspa,
     every,
     loader,
+    measured,
     note,
     notes,
     prompts,
@@ -220,7 +221,7 @@ def ltx(name: str, task: str) -> Graph:
         f"The second stage has {clip}, the first {half}. Attention time grows with the square of "
         "that number. LTX packs a video into few tokens, so only large and long clips gain: below "
         "8,192 tokens a stage steps aside and runs as usual. "
-        f"Second stage: {clip.begins()} First stage: {half.begins()}"
+        f"Second stage: {clip.begins()} First stage: {half.begins()} {measured('ltx')}"
     )
     chosen = (
         "*Balanced* skips 80 % of the attention pairs. First stage: steps 0 dense, 1 search, 2-7 "
@@ -231,7 +232,7 @@ def ltx(name: str, task: str) -> Graph:
         "*length* (in both nodes that have it) and size: here they matter more than the preset. "
         "Then *preset*: Quality if something looks wrong, Fast if all is well."
     )
-    notes(graph, note(intro, place, chosen, change, plural=True), 460)
+    notes(graph, note(intro, place, chosen, change, plural=True), 560)
     return graph
 
 

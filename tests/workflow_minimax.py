@@ -110,7 +110,7 @@ def h3(name: str, task: str) -> Graph:
         "between the model and AdaSpa Attention."
     )
     memory = "**Memory.** Out of memory while sampling: set *cache* of AdaSpa Attention to cpu."
-    notes(graph, note(intro, where(clip), chosen, more=memory), 460)
+    notes(graph, note(intro, where(clip, "minimax"), chosen, more=memory), 560)
     return graph
 
 

@@ -1,14 +1,25 @@
 """The sockets and widgets of the nodes that the graphs in workflows/ use."""
 
+# widgets of both AdaSpa Attention nodes
+SETTINGS = (
+    "preset:COMBO sparsity:FLOAT block_size:COMBO warmup:FLOAT search_points:STRING "
+    "head_adaptive:BOOLEAN dense_layers:STRING start_percent:FLOAT end_percent:FLOAT "
+    "min_tokens:INT cache:COMBO dense_attention:COMBO enabled:BOOLEAN precision:COMBO "
+    "recall:FLOAT tail:COMBO"
+)
+
 # type: (sockets, widgets, outputs), each "name:TYPE"; "?" marks a socket that may stay empty,
 # "~" a space
 NODES = {
     "AdaSpaAttention": (
         "model:MODEL",
-        "preset:COMBO sparsity:FLOAT block_size:COMBO warmup:FLOAT search_points:STRING "
-        "head_adaptive:BOOLEAN dense_layers:STRING start_percent:FLOAT end_percent:FLOAT "
-        "min_tokens:INT cache:COMBO dense_attention:COMBO enabled:BOOLEAN",
+        SETTINGS,
         "model:MODEL adaspa:ADASPA",
+    ),
+    "AdaSpaAttentionPair": (
+        "model_high:MODEL model_low:MODEL",
+        SETTINGS,
+        "model_high:MODEL model_low:MODEL adaspa:ADASPA",
     ),
     "AdaSpaReport": (
         "samples:LATENT adaspa:ADASPA?",
@@ -69,6 +80,11 @@ NODES = {
         "start_image:IMAGE? clip_vision_output:CLIP_VISION_OUTPUT?",
         "width:INT height:INT length:INT batch_size:INT",
         "positive:CONDITIONING negative:CONDITIONING latent:LATENT",
+    ),
+    "GetVideoComponents": (
+        "video:VIDEO",
+        "",
+        "images:IMAGE audio:AUDIO fps:FLOAT bit_depth:INT",
     ),
     "ImageScale": (
         "image:IMAGE",
@@ -153,6 +169,8 @@ NODES = {
         "LATENT_UPSCALE_MODEL:LATENT_UPSCALE_MODEL",
     ),
     "LoadImage": ("", "image:COMBO", "IMAGE:IMAGE MASK:MASK"),
+    "LoadImageMask": ("", "image:COMBO channel:COMBO", "MASK:MASK"),
+    "LoadVideo": ("", "file:COMBO", "VIDEO:VIDEO"),
     "LoraLoader": (
         "model:MODEL clip:CLIP",
         "lora_name:COMBO strength_model:FLOAT strength_clip:FLOAT",
@@ -171,6 +189,7 @@ NODES = {
         "positive:CONDITIONING LATENT:LATENT",
     ),
     "ModelSamplingSD3": ("model:MODEL", "shift:FLOAT", "MODEL:MODEL"),
+    "PreviewImage": ("images:IMAGE", "", "images:IMAGE"),
     "RandomNoise": ("", "noise_seed:INT", "NOISE:NOISE"),
     "SamplerCustomAdvanced": (
         "noise:NOISE guider:GUIDER sampler:SAMPLER sigmas:SIGMAS latent_image:LATENT",
@@ -195,6 +214,13 @@ NODES = {
         "tile_size:INT overlap:INT temporal_size:INT temporal_overlap:INT",
         "IMAGE:IMAGE",
     ),
+    "VOIDInpaintConditioning": (
+        "positive:CONDITIONING negative:CONDITIONING vae:VAE video:IMAGE quadmask:MASK",
+        "width:INT height:INT length:INT batch_size:INT",
+        "positive:CONDITIONING negative:CONDITIONING latent:LATENT",
+    ),
+    "VOIDQuadmaskPreprocess": ("mask:MASK", "dilate_width:INT", "quadmask:MASK"),
+    "VOIDSampler": ("", "", "SAMPLER:SAMPLER"),
     "VAELoader": ("", "vae_name:COMBO", "VAE:VAE"),
     "Wan22ImageToVideoLatent": (
         "vae:VAE start_image:IMAGE?",

@@ -1,11 +1,14 @@
 """What the graphs in workflows/ share: notes, prompts, and the nodes at both ends."""
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 from workflow_builder import Column, Graph, name_of
 
 HUB = "https://huggingface.co/Comfy-Org"
+RESULTS = Path(__file__).resolve().parent / "bench" / "results"
 
 SEED = 20250301
 GROUP_GAP = 100
@@ -14,7 +17,10 @@ NOTES, LOADERS, PROMPTS, PATCH, SAMPLER, REPORT, VIDEO = -640, 0, 500, 1020, 152
 
 MIN_TOKENS = 8192
 # the values Balanced stands for, then the advanced ones at their defaults
-BALANCED = ["Balanced", 0.8, "64", 0.12, "", False, "", 0, 1, MIN_TOKENS, "auto", "auto", True]
+BALANCED = [
+    "Balanced", 0.8, "64", 0.12, "", False, "", 0, 1, MIN_TOKENS, "auto", "auto", True, "auto", 0,
+    "pooled",
+]  # fmt: skip
 
 AVOID = (
     "still picture, flicker, blurry, overexposed, washed out, subtitles, watermark, jpeg blocks, "
@@ -123,11 +129,31 @@ and head.""".replace("\n\n\n\n", "\n\n")
     )
 
 
-def where(clip: Clip, before: str = "") -> str:
+def measured(stack: str) -> str:
+    """What was measured of a family's layers, and of a clip that is hardly longer than the limit.
+
+    Args:
+        stack: its name in families_h200.json.
+    """
+    found = json.loads((RESULTS / "families_h200.json").read_text("utf-8"))["stacks"][stack]
+    rows = json.loads((RESULTS / "tiny_model_presets_h200.json").read_text("utf-8"))["rows"]
+    tiny = next(row for row in rows if row["preset"] == "Balanced")
+    dense, sparse = (1000 * tiny[f"{kind}_call_seconds"] for kind in ("dense", "sparse"))
+    times = found["seconds"]
+    return (
+        f"Measured on an {found['hardware']}: {found['layers']} layers of {found['model']} at "
+        f"{found['tokens']:,} tokens ({found['video']}) took {times['dense']:.2f} s in a dense step "
+        f"and {times['sparse_0.2']:.2f} s in a sparse one. At {tiny['tokens']:,} tokens, with the "
+        f"tiny demo model, one attention took {dense:.1f} ms dense and {sparse:.1f} ms sparse. "
+        "Where between the two it begins to pay was not measured."
+    )
+
+
+def where(clip: Clip, stack: str, before: str = "") -> str:
     return (
         f"{before or 'This clip has'} {clip}. Attention time grows with the square of that number, "
         "so large and long clips gain most. Below 8,192 tokens the node steps aside and everything "
-        f"runs as usual. {clip.begins()}"
+        f"runs as usual. {clip.begins()} {measured(stack)}"
     )
 
 
@@ -137,10 +163,10 @@ MEMORY = (
 )
 
 
-def notes(graph: Graph, text: str, height: int = 420) -> None:
+def notes(graph: Graph, text: str, height: int = 540) -> None:
     """The two notes at the left; the second lists the files of all loaders."""
     lines = ["ComfyUI offers to download what is missing when you open this workflow.", ""]
-    for node in graph.nodes:
+    for node in graph.every_node():
         for model in node["properties"].get("models", []):
             line = f"- `models/{model['directory']}`: [{model['name']}]({model['url']})"
             if line not in lines:
@@ -198,11 +224,14 @@ def sampled(graph: Graph, model: dict, conditioning, latent: tuple, shift: float
 
 
 def sampled_with_guider(
-    graph: Graph, guider: dict, sigmas: dict, sampler: str, latent: tuple, patched: dict,
+    graph: Graph, guider: dict, sigmas: dict, sampler: str | None, latent: tuple, patched: dict,
     *, column: Column, seed: int = SEED, name: str = "Sampling", title=None, also=(),
 ) -> dict:  # fmt: skip
-    """The nodes around SamplerCustomAdvanced, and the report."""
-    chosen = graph.add("KSamplerSelect", column.next(70), [sampler])
+    """The nodes around SamplerCustomAdvanced, and the report; without a sampler VOID's own."""
+    if sampler is None:
+        chosen = graph.add("VOIDSampler", column.next(60))
+    else:
+        chosen = graph.add("KSamplerSelect", column.next(70), [sampler])
     noise = graph.add("RandomNoise", column.next(90), [seed, "fixed"])
     right = Column(REPORT, 720, patched["pos"][1])
     run = graph.add(

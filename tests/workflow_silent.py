@@ -126,7 +126,7 @@ def hunyuan(name: str, task: str) -> Graph:
         f"the patched model. Text tokens{also} are always kept in full; only video is thinned out."
     )
     chosen = setting("0-1 dense, 2 search, 3-19 sparse")
-    notes(graph, note(intro, where(clip), chosen, more=MEMORY), 460)
+    notes(graph, note(intro, where(clip, "hunyuan"), chosen, more=MEMORY), 560)
     return graph
 
 
@@ -177,7 +177,7 @@ def kandinsky(name: str) -> Graph:
         "graph changes. The text comes in through cross-attention, which runs in full."
     )
     chosen = setting("0-5 dense, 6 search, 7-49 sparse")
-    notes(graph, note(intro, where(clip), chosen))
+    notes(graph, note(intro, where(clip, "kandinsky"), chosen))
     return graph
 
 

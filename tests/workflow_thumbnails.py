@@ -16,6 +16,7 @@ MOST_BYTES = 30_000
 FINE = 2  # drawn larger and scaled down, for smooth edges
 
 TITLES = {
+    "cogvideox_1_5_void_repaint": ("CogVideoX 1.5", "VOID: repaint a video"),
     "hunyuanvideo_1_5_i2v": ("HunyuanVideo 1.5", "picture to video"),
     "hunyuanvideo_1_5_t2v": ("HunyuanVideo 1.5", "text to video"),
     "kandinsky5_t2v": ("Kandinsky 5", "text to video"),
@@ -29,6 +30,7 @@ TITLES = {
     "wan2_2_14b_t2v_4_step_lora": ("Wan 2.2 14B", "text to video, 4-step LoRA"),
     "wan2_2_14b_t2v_long_context_windows": ("Wan 2.2 14B", "long video, context windows"),
     "wan2_2_5b_t2v_i2v": ("Wan 2.2 5B", "text or picture to video"),
+    "wan2_2_5b_t2v_subgraph": ("Wan 2.2 5B", "text to video, AdaSpa in one box"),
 }
 
 PAPER, GROUP, NODE, EDGE, LINK = "#171c22", "#1f272f", "#39444f", "#4c5a67", "#5d6b78"
@@ -91,7 +93,11 @@ def curve(start, end, points: int = 24) -> list[tuple[float, float]]:
 def draw_graph(pen: ImageDraw.ImageDraw, graph: Graph) -> None:
     nodes = {node["id"]: node for node in graph.nodes if node["type"] != "MarkdownNote"}
     place = scaled(graph.groups)
-    ours = {number for number, node in nodes.items() if node["type"].startswith("AdaSpa")}
+    ours = {
+        number
+        for number, node in nodes.items()
+        if node["type"].startswith("AdaSpa") or "proxyWidgets" in node["properties"]
+    }
     boxes = {}
     for number, node in nodes.items():
         (x, y), (width, height) = node["pos"], node["size"]

@@ -3,11 +3,14 @@
 from workflow_builder import GAP, Column, Graph
 from workflow_parts import (
     AVOID,
+    BALANCED,
     BY_FOURS,
     GROUP_GAP,
     HUB,
     LIVING_PICTURE,
     LOADERS,
+    MEMORY,
+    PATCH,
     PROMPTS,
     REPORT,
     SAMPLER,
@@ -48,6 +51,15 @@ EXPERTS = (
     "Wan 2.2 is two models: the *high noise* model runs the first half of the steps, the *low "
     "noise* model the second half. Each has its own **AdaSpa Attention** node, placed between the "
     "model and *ModelSamplingSD3*. Nothing else in the graph changes."
+)
+ONE_NODE = (
+    "Wan 2.2 is two models: the *high noise* model runs the first half of the steps, the *low "
+    "noise* model the second half. **AdaSpa Attention (two experts)** takes both, placed between "
+    "the models and *ModelSamplingSD3*; its report covers both halves."
+)
+CARRIED = (
+    " That is the plan; the low noise model begins with the pattern of the high noise model, and "
+    "every layer in which it still holds needs no search. The report says how many did."
 )
 TWO_NODES = (
     "*preset*: Quality if something looks wrong, Fast if all is well. Give both nodes the same "
@@ -96,7 +108,10 @@ def text_and_vae(graph: Graph, column: Column, vae: str) -> list[dict]:
     return [text, loader(graph, "VAELoader", column.next(90), [vae])]
 
 
-def two_experts(name, task, clip, steps, split, cfg, text, loras=(), context=False) -> Graph:
+def two_experts(
+    name, task, clip, steps, split, cfg, text, loras=(), context=False, pair=False
+) -> Graph:
+    """The graph; with `pair` one node of ours serves both experts, else each has its own."""
     size = [clip.width, clip.height, clip.length, 1]
     graph = Graph(name)
     column = Column(LOADERS, 380)
@@ -138,12 +153,19 @@ def two_experts(name, task, clip, steps, split, cfg, text, loras=(), context=Fal
         latent = (start, "LATENT")
         graph.group("Prompt and size", [positive, negative, start])
 
-    y = 0
+    y, inside = 0, []
+    if pair:
+        high, low = ((model, "MODEL") for model in models)
+        at = Column(PATCH, 420).next(680)
+        both = graph.add("AdaSpaAttentionPair", at, BALANCED, model_high=high, model_low=low)
     for noise, model in zip(("high", "low"), models, strict=True):
         first = noise == "high"
-        patched = adaspa(graph, (model, "MODEL"), y, f"AdaSpa Attention, {noise} noise")
-        column = Column(SAMPLER, 340, y)
-        feed, parts = (patched, "model"), []
+        if pair:
+            patched, feed = both, (both, f"model_{noise}")
+        else:
+            patched = adaspa(graph, (model, "MODEL"), y, f"AdaSpa Attention, {noise} noise")
+            feed = (patched, "model")
+        column, parts = Column(SAMPLER, 340, y), []
         if context:
             # windows that stay where they are, so that each keeps its mask from step to step
             values = [WINDOW, OVERLAP, "standard_static", 1, False, "pyramid", True, False, False]
@@ -162,6 +184,10 @@ def two_experts(name, task, clip, steps, split, cfg, text, loras=(), context=Fal
             negative=conditioning[1],
             latent_image=latent,
         )
+        if pair:
+            inside += [shifted, sampler]
+            latent, y = (sampler, "LATENT"), column.y
+            continue
         at = Column(REPORT, 720, y).next(640)
         shown = report(graph, at, (sampler, "LATENT"), patched, f"AdaSpa Report, {noise} noise")
         part = f"first {split} of {steps} steps" if first else f"last {steps - split} steps"
@@ -169,6 +195,11 @@ def two_experts(name, task, clip, steps, split, cfg, text, loras=(), context=Fal
         graph.group(title, [patched, *parts, shifted, sampler, shown])
         latent = (shown, "samples")
         y = max(y + 640 + GAP, column.y) + GROUP_GAP
+    if pair:
+        shown = report(graph, Column(REPORT, 720).next(640), latent, both)
+        graph.group(f"High noise: first {split} of {steps} steps; low noise: the rest",
+                    [both, *inside, shown])  # fmt: skip
+        latent = (shown, "samples")
 
     video_out(graph, latent, vae, 16)
     if context:
@@ -179,7 +210,7 @@ def two_experts(name, task, clip, steps, split, cfg, text, loras=(), context=Fal
             f"by {OVERLAP}; attention never looks past one "
             "window. Those after the first have one latent frame more, as an anchor."
         )
-        place = where(window, f"{long} So what counts is the window:")
+        place = where(window, "wan", f"{long} So what counts is the window:")
         more = (
             "**Windows.** Keep *context_schedule* at standard_static: each window then stays where "
             "it is and keeps the mask of its search. With the uniform schedules the windows move "
@@ -187,9 +218,12 @@ def two_experts(name, task, clip, steps, split, cfg, text, loras=(), context=Fal
             "own; out of memory: set *cache* of both nodes to cpu."
         )
         text = note(EXPERTS, place, TWENTY, TWO_NODES, plural=True, more=more)
-        notes(graph, text, 500)
+        notes(graph, text, 620)
+    elif pair:
+        chosen = TWENTY + CARRIED
+        notes(graph, note(ONE_NODE, where(clip, "wan"), chosen, more=MEMORY), 620)
     else:
-        text = note(EXPERTS, where(clip), FOUR if loras else TWENTY, TWO_NODES, plural=True)
+        text = note(EXPERTS, where(clip, "wan"), FOUR if loras else TWENTY, TWO_NODES, plural=True)
         notes(graph, text)
     return graph
 
@@ -202,7 +236,7 @@ def graphs() -> list[Graph]:
     small, large = Clip(832, 480, 81), Clip(1280, 720, 81)
     return [
         two_experts("wan2_2_14b_t2v", "t2v", small, 20, 10, 3.5, HARBOUR),
-        two_experts("wan2_2_14b_i2v", "i2v", small, 20, 10, 3.5, LIVING_PICTURE),
+        two_experts("wan2_2_14b_i2v", "i2v", small, 20, 10, 3.5, LIVING_PICTURE, pair=True),
         two_experts(
             "wan2_2_14b_t2v_4_step_lora",
             "t2v",

@@ -7,7 +7,6 @@ import comfy.model_prefetch
 import comfy.patcher_extension
 import torch
 
-from ..attention import choose
 from ..config import AdaSpaConfig
 from ..estimate import estimate, too_short
 from ..run_handle import RunHandle
@@ -15,7 +14,7 @@ from ..run_state import RunState
 from ..schedule import plan
 from . import messages, patterns
 from .families import family_of
-from .override import CONTEXT, ModelCall, attention_override
+from .override import CAPTURED, CONTEXT, ModelCall, attention_override, captured
 from .progress import progress_of
 
 KEY = "adaspa"
@@ -71,8 +70,9 @@ def _outer_sample(handle: RunHandle, node_id):
         try:
             out = executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
         except BaseException:
-            run.free()
-            line = "AdaSpa: the run was stopped"
+            run.stop()
+            line = run.statistics.summary()
+            messages.log.info("%s", line)
             messages.send(node_id, run.statistics, line, max(run.step, 0), True)
             raise
         else:
@@ -118,6 +118,15 @@ def _apply_model(handle: RunHandle, node_id):
             return executor(x, t, c_concat, c_crossattn, control, transformer_options, **inputs)
         # the run's dictionary is shared by its steps; ours lives for this call
         options = dict(transformer_options or {})
+        previous = options.get(OVERRIDE)
+        previous = None if previous is attention_override else previous
+        options[OVERRIDE] = attention_override
+        if captured(t.device):
+            # which step it is lies on the device, and to read it would break the capture
+            options[CONTEXT] = ModelCall(
+                run, max(run.step, 0), None, None, None, CAPTURED, previous
+            )
+            return executor(x, t, c_concat, c_crossattn, control, options, **inputs)
         step = run.schedule.step_of(float(t.flatten()[0]))
         first = run.step < 0
         line = messages.progress_line(run.statistics, step) if run.enter_step(step) else ""
@@ -132,15 +141,11 @@ def _apply_model(handle: RunHandle, node_id):
             layout, reason = _layout(family, model, x, known)
         foretell = None
         if first and layout is not None:
-            foretell = _foreteller(handle, run, model, family, layout, node_id)
+            windows = options.get("context_window") is not None
+            foretell = _foreteller(handle, run, model, family, layout, node_id, windows)
         elif line:
             messages.send(node_id, run.statistics, line, step, False)
-        previous = options.get(OVERRIDE)
-        options[CONTEXT] = ModelCall(
-            run, step, model, family, layout, reason,
-            None if previous is attention_override else previous, foretell,
-        )  # fmt: skip
-        options[OVERRIDE] = attention_override
+        options[CONTEXT] = ModelCall(run, step, model, family, layout, reason, previous, foretell)
         out = executor(x, t, c_concat, c_crossattn, control, options, **inputs)
         if foretell is not None:
             # said here if no attention call was ours
@@ -150,7 +155,7 @@ def _apply_model(handle: RunHandle, node_id):
     return wrapper
 
 
-def _foreteller(handle, run, model, family, layout, node_id):
+def _foreteller(handle, run, model, family, layout, node_id, windows):
     """Return foretell(q, batch), which says once, before the first attention, what to expect."""
     step, waits = run.step, threading.Lock()
 
@@ -159,12 +164,13 @@ def _foreteller(handle, run, model, family, layout, node_id):
             return
         line = messages.progress_line(run.statistics, step)
         if q is not None:
-            backend, _ = choose(q, q, q, handle.config.block_size)
+            backend, _ = run.backends.of(q, q, q)
             expected = estimate(
                 layout, run.schedule, handle.config,
                 layers=family.num_calls(model), batch=batch, heads=q.shape[1],
                 one_pass=backend is not None and backend.ONE_PASS_SEARCH,
                 carried=run.carried is not None and run.carried.layout == layout,
+                windows=windows,
             )  # fmt: skip
             run.statistics.expected = expected.line()
             line += "\n" + expected.line()

@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -17,6 +18,7 @@ from .families import Family
 CONTEXT = "adaspa"
 # keeps the sum of a bias and a logit inside float32
 LOWEST_BIAS = -1e30
+CAPTURED = "a CUDA graph is being captured, and its replays would all repeat one step"
 
 
 @dataclass
@@ -46,6 +48,18 @@ class ModelCall:
         before = self.occurrences[block]
         self.occurrences[block] += 1
         return before
+
+    @cached_property
+    def dense_layers(self) -> frozenset[int]:
+        """Numbers of the layers that the user wants dense."""
+        total = self.family.num_layers(self.model)
+        listed = self.run.config.dense_layers
+        missing = [n for n in listed if not -total <= n < total]
+        if missing:
+            self.run.statistics.warn(
+                f"`dense_layers` lists {missing}, and this model has layers 0 to {total - 1}"
+            )
+        return frozenset(n % total for n in listed if n not in missing)
 
 
 class Block(NamedTuple):
@@ -84,11 +98,14 @@ def attention_override(
 
     if context is None:
         return original()
+    context.run.statistics.attended.add(context.step)
     reason = not_the_video(context, q, k, v, heads, mask, skip_reshape)
     if not reason:
         block = block_of(context, options)
         bias, mask_reason = key_bias_of(mask, len(q), k.shape[-2])
-        reason = decline(context, block, options) or mask_reason
+        reason = decline(context, block, options, len(q)) or mask_reason
+        if captured(q.device):
+            reason = CAPTURED
     if reason:
         context.run.statistics.kept_dense[reason] += 1
         return original()
@@ -108,15 +125,19 @@ def attention_override(
 
     q4, k4, v4 = (x if skip_reshape else to_heads(x, heads) for x in (q, k, v))
     scale = kwargs.get("scale") or q4.shape[-1] ** -0.5
+    low_precision = False not in (
+        kwargs.get("low_precision_attention"), options.get("low_precision_attention")
+    )  # fmt: skip
     run, step = context.run, context.step
     if context.foretell is not None:
         context.foretell(q4, len(q4) // len(options["uuids"]))
     if run.schedule.kind(step) is StepKind.DENSE and not run.wants_lse(step, q4, k4, v4):
-        out = run.dense_step(
-            q4, k4, v4, scale=scale, key_bias=bias, host=dense_rows(slice(None))
+        out = run.dense_steps.serve(
+            q4, k4, v4, scale=scale, key_bias=bias, host=dense_rows(slice(None)),
+            low_precision=low_precision,
         )  # fmt: skip
         if out is None:
-            with run.timed_dense(q):
+            with run.timed("dense", q):
                 return original()
         return from_heads(out, skip_output_reshape)
 
@@ -132,10 +153,16 @@ def attention_override(
             dense=dense_rows(rows),
             key_bias=None if bias is None else bias[rows],
             name=name_of(block, role, options),
+            low_precision=low_precision,
         )
         outs.append(run.attend(call, q4[rows], k4[rows], v4[rows]))
     out = outs[0] if len(outs) == 1 else torch.cat(outs)
     return from_heads(out, skip_output_reshape)
+
+
+def captured(device: torch.device) -> bool:
+    """Whether a CUDA graph records what is run, instead of it being run."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def not_the_video(context: ModelCall, q, k, v, heads, mask, skip_reshape) -> str:
@@ -157,7 +184,7 @@ def not_the_video(context: ModelCall, q, k, v, heads, mask, skip_reshape) -> str
     return ""
 
 
-def decline(context: ModelCall, block: Block, options) -> str:
+def decline(context: ModelCall, block: Block, options, rows: int) -> str:
     """Say why a self-attention over the video is not ours, or return an empty string."""
     config = context.run.config
     layout = context.layout
@@ -165,9 +192,12 @@ def decline(context: ModelCall, block: Block, options) -> str:
         return "one frame is an image, not a video"
     if layout.tokens < config.min_tokens:
         return f"too short: {layout.tokens:,} tokens, and `min_tokens` is {config.min_tokens:,}"
-    if "uuids" not in options:
+    uuids, window = options.get("uuids") or (), options.get("context_window")
+    if not uuids or len(uuids) != len(options.get("cond_or_uncond") or ()) or rows % len(uuids):
         return "the host does not name its conditionings"
-    if block.number in dense_layers(context):
+    if window is not None and not hasattr(window, "index_list"):
+        return "a context window of an unknown kind"
+    if block.number in context.dense_layers:
         return "listed in `dense_layers`"
     return ""
 
@@ -198,17 +228,6 @@ def name_of(block: Block, role: str, options) -> LayerName | None:
     return LayerName(role, kind, index, occurrence)
 
 
-def dense_layers(context: ModelCall) -> set[int]:
-    total = context.family.num_layers(context.model)
-    listed = context.run.config.dense_layers
-    missing = [n for n in listed if not -total <= n < total]
-    if missing:
-        context.run.statistics.warn(
-            f"`dense_layers` lists {missing}, and this model has layers 0 to {total - 1}"
-        )
-    return {n % total for n in listed if n not in missing}
-
-
 def conditionings(context: ModelCall, block: Block, options, q):
     """Yield (rows of the batch, state key, layer, role), one per conditioning of the call.
 
@@ -218,10 +237,12 @@ def conditionings(context: ModelCall, block: Block, options, q):
     uuids, kinds = options["uuids"], options["cond_or_uncond"]
     size = q.shape[0] // len(uuids)
     window = options.get("context_window")
-    window = None if window is None else tuple(window.index_list)
+    if window is not None:
+        window = tuple(window.index_list)
+        context.run.statistics.windows.add(window)
     if size not in context.run.foreseen:
         context.run.foreseen.add(size)
-        layers = context.family.num_calls(context.model) - len(dense_layers(context))
+        layers = context.family.num_calls(context.model) - len(context.dense_layers)
         context.run.foresee(q, q, q, layers=layers, batch=size, layout=context.layout)
     for i, (uuid, kind) in enumerate(zip(uuids, kinds, strict=True)):
         context.run.statistics.conditionings.add(uuid)

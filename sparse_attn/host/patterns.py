@@ -10,7 +10,7 @@ from pathlib import Path
 from .. import pattern as files
 from ..pattern import CarriedPattern
 from ..run_handle import RunHandle
-from ..run_statistics import gib
+from ..run_report import gib
 from . import messages
 
 HANDLE, BEGIN, SAVE = "adaspa", "adaspa_begin", "adaspa_save"

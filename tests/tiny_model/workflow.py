@@ -51,9 +51,10 @@ def graph() -> Graph:
     adaspa = graph.add(
         "AdaSpaAttention",
         Column(1020, 400).next(760),
-        ["Quality", 0.7, "64", 0.2, "", False, "", 0, 1, 4096, "auto", "auto", True],
+        ["Quality", 0.7, "64", 0.2, "", False, "", 0, 1, 4096, "auto", "auto", True, "auto", 0,
+         "pooled"],
         model=(loader, "MODEL"),
-    )
+    )  # fmt: skip
     sampler = graph.add(
         "KSampler",
         Column(1500, 340).next(330),

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 from . import comfyui_source, environment, pins, torch_plan
@@ -27,7 +28,8 @@ commands
   serve     start ComfyUI with the pack, a tiny video model and the workflows; open it in a browser
   doctor    show GPU and versions, which backend would serve and why, and check its results
   bench     measure attention on this machine's GPU (on a CPU: the plain backend against torch)
-  test      run all checks; further arguments go to pytest
+  test      run all checks, those that concern ComfyUI on {oldest} too; further arguments go to
+            pytest, which then runs once
 
 options
   --python PATH       prepare and run with another Python (3.10 to 3.13)
@@ -79,6 +81,40 @@ def call(command: list[str], env: dict | None = None) -> int:
         raise
 
 
+class Beside:
+    """A program that runs beside what follows, and whose output waits until it is asked for.
+
+    Used as a context; leaving it ends the program.
+    """
+
+    def __init__(self, env: environment.Environment, args: list[str], more: dict | None = None):
+        self.log = Path(env.home) / "beside.log"
+        self.began = time.monotonic()
+        with open(self.log, "wb") as file:
+            self.process = subprocess.Popen(
+                [env.python, *args], cwd=environment.ROOT, env={**env.variables(), **(more or {})},
+                stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT,
+            )  # fmt: skip
+
+    def result(self) -> int:
+        """Wait for its end, and show what it said; returns its exit code."""
+        code = self.process.wait()
+        say(self.log.read_text(encoding="utf-8", errors="replace"))
+        return code
+
+    def __enter__(self) -> Beside:
+        return self
+
+    def __exit__(self, *exc) -> None:
+        if self.process.poll() is None:
+            self.process.terminate()
+            try:
+                self.process.wait(10)
+            except subprocess.TimeoutExpired:
+                self.process.kill()
+                self.process.wait()
+
+
 def prepared(options, level: str) -> environment.Environment:
     """The environment for a command, with the ComfyUI version that was asked for."""
     variables = dict(os.environ)
@@ -91,13 +127,18 @@ def prepared(options, level: str) -> environment.Environment:
         variables.pop("COMFYUI_PATH", None)
     env = environment.prepare(level, options.root, variables)
     if wanted and wanted != pins.DEFAULT_COMFYUI:
-        os.environ["ADASPA_HOME"] = env.home
-        path = environment.comfyui(wanted, env.python)
-        env = environment.Environment(env.python, env.device, env.torch, str(path), env.home)
+        env = with_comfyui(env, wanted)
     if env.comfyui:
         say(f"ComfyUI {comfyui_source.version_of(Path(env.comfyui))} in {env.comfyui}")
     say(f"torch {env.torch} on {env.device}, {env.python}")
     return env
+
+
+def with_comfyui(env: environment.Environment, version: str) -> environment.Environment:
+    """The same Python with another pinned ComfyUI."""
+    os.environ["ADASPA_HOME"] = env.home
+    path = environment.comfyui(version, env.python)
+    return replace(env, comfyui=str(path))
 
 
 # demo, bench
@@ -135,25 +176,49 @@ def test(options, extra: list[str]) -> int:
     more = {} if env.device == "cuda" else {"TRITON_INTERPRET": "1"}
     results = []
 
-    def part(name: str, run) -> None:
+    def part(name: str, run, begin: float | None = None) -> None:
         say(f"\n== {name}")
-        begin = time.monotonic()
+        begin = begin or time.monotonic()
         outcome = run()
         results.append((name, outcome, time.monotonic() - begin))
 
     part("ruff", lambda: run_in(env, ["-m", "ruff", "check", *_our_python()]))
-    part("pytest", lambda: run_in(env, ["-m", "pytest", *extra], more))
+    if runs_oldest(options, extra):
+        oldest = with_comfyui(env, pins.OLDEST_COMFYUI)
+        say(f"Those that concern ComfyUI run on {pins.OLDEST_COMFYUI} too, at the same time.")
+        with Beside(
+            oldest, ["-m", "pytest", "-p", "no:cacheprovider", *host_tests()], more
+        ) as other:
+            part("pytest", lambda: run_in(env, ["-m", "pytest"], more))
+            part(f"ComfyUI {pins.OLDEST_COMFYUI}", other.result, other.began)
+    else:
+        part("pytest", lambda: run_in(env, ["-m", "pytest", *extra], more))
     part("web tests", _web_tests)
     say("\n== summary")
     for name, outcome, took in results:
         said = {None: "skipped", 0: "passed"}.get(outcome, f"FAILED (exit code {outcome})")
-        say(f"{name:<10} {said:<26} {seconds(took)}")
+        say(f"{name:<14} {said:<26} {seconds(took)}")
     failed = [name for name, outcome, _ in results if outcome]
     say(
         f"{'FAILED: ' + ', '.join(failed) if failed else 'All passed'} in"
         f" {seconds(time.monotonic() - started)}"
     )
     return 1 if failed else 0
+
+
+def runs_oldest(options, extra: list[str]) -> bool:
+    """Whether `test` also runs on the oldest ComfyUI: only where no ComfyUI and no test is named."""
+    own = comfyui_source.locate(options.root, os.environ)
+    return not (options.comfyui or extra or own)
+
+
+# what depends on the version of ComfyUI
+HOST_TESTS = ("test_host_*", "test_famil*", "test_nodes*", "test_compare", "test_web")
+
+
+def host_tests() -> list[str]:
+    tests = environment.ROOT / "tests"
+    return sorted(str(file) for name in HOST_TESTS for file in tests.glob(f"{name}.py"))
 
 
 def _our_python() -> list[str]:
@@ -306,13 +371,13 @@ def _parse(argv: list[str]):
 def main(argv: list[str], root: Path) -> int:
     """Run one command; an expected failure is one sentence, not a traceback."""
     if not argv or argv[0] in ("-h", "--help", "help"):
-        say(HELP.format(versions=", ".join(pins.COMFYUI)))
+        say(HELP.format(versions=", ".join(pins.COMFYUI), oldest=pins.OLDEST_COMFYUI))
         return 0 if argv else 2
     if argv[0] not in COMMANDS:
         say(f"There is no command {argv[0]}; choose one of {', '.join(COMMANDS)}.")
         return 2
     if argv[0] in ("serve", "doctor") and {"-h", "--help"} & set(argv[1:]):
-        say(HELP.format(versions=", ".join(pins.COMFYUI)))
+        say(HELP.format(versions=", ".join(pins.COMFYUI), oldest=pins.OLDEST_COMFYUI))
         return 0
     options, extra = _parse(argv)
     options.root = root

@@ -38,6 +38,8 @@ COMFYUI = {
     ),
 }
 DEFAULT_COMFYUI = "0.30.0"
+# the oldest that the pack promises to run on; `test` runs what concerns ComfyUI on it too
+OLDEST_COMFYUI = "0.24.0"
 
 OLDEST_PYTHON = (3, 10)
 NEWEST_PYTHON = (3, 13)

@@ -4,7 +4,9 @@ import test from "node:test";
 import { applyPreset, chosenPreset, displayText, watchPreset } from "../../web/preset_widgets.js";
 import { PRESETS, presetValues } from "../../web/presets.js";
 
-const OWN = { sparsity: 0.55, block_size: "128", warmup: 0.3, search_points: "0.4", head_adaptive: true };
+const OWN = {
+  sparsity: 0.55, block_size: "128", warmup: 0.3, search_points: "0.4", head_adaptive: true, tail: "none",
+};
 
 function node(preset, values = OWN) {
   const named = { preset, ...values, dense_layers: "0", enabled: true };

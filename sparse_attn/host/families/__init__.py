@@ -17,7 +17,7 @@ _COSMOS = (video_only.cosmos, video_only.cosmos_layers, video_only.cosmos_head_d
 
 # class of the diffusion model -> its family
 FAMILIES = {
-    # [reference image] video [in-context videos]
+    # [reference image] video [frames of Phantom's subjects] [in-context videos]
     "WanModel": Family("Wan", wan.layout, *_WAN),
     # video; a VACE block follows a main block and shares its block_index
     "VaceWanModel": Family("Wan VACE", wan.layout, *_WAN, calls=wan.vace_calls),

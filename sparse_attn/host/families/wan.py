@@ -18,16 +18,15 @@ def head_dim(model) -> int:
 
 
 def layout(model, latent_shape, inputs) -> TokenLayout:
-    """[reference image] + video + [reference videos]."""
+    """[reference image] + video + [reference frames] + [reference videos]."""
     frames, height, width = grid(latent_shape, model.patch_size)
-    if inputs.get("time_dim_concat") is not None:
-        frames += grid(inputs["time_dim_concat"].shape, model.patch_size)[0]
     before = 0
     reference = inputs.get("reference_latent")
     if getattr(model, "ref_conv", None) is not None and reference is not None:
         before = prod(whole_patches(reference.shape[-2:], model.patch_size[1:]))
+    behind = [inputs.get("time_dim_concat"), *(inputs.get("context_latents") or ())]
     after = sum(
-        prod(grid(latent.shape, model.patch_size)) for latent in inputs.get("context_latents") or ()
+        prod(grid(latent.shape, model.patch_size)) for latent in behind if latent is not None
     )
     return TokenLayout(before, frames, height, width, after)
 

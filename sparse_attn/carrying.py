@@ -1,0 +1,97 @@
+"""Masks that one run hands to another: what a run keeps, and whether a kept mask still holds."""
+
+from typing import NamedTuple
+
+import torch
+
+from .block_mask import BlockMask
+from .config import AdaSpaConfig
+from .layer_state import Call, LayerState
+from .pattern import CarriedLayer, CarriedPattern
+from .recall import sample_rows, sampled_recall
+from .run_statistics import block_map
+
+# a carried mask may hold this much less of a layer than when it was found
+RECALL_LOSS = 0.05
+# and this much less than the user asks for: what a sample may err by
+SAMPLE_ERROR = 0.02
+SAMPLED_ROWS = 64
+
+
+class FittingMask(NamedTuple):
+    """A carried mask that holds here.
+
+    Args:
+        mask: on the device of the call.
+        recall: [H], of a sample of this call's rows.
+        block_map: [H, rows, columns] uint8, for the report.
+    """
+
+    layer: CarriedLayer
+    mask: BlockMask
+    recall: torch.Tensor
+    block_map: torch.Tensor
+
+
+def fitting_mask(
+    pattern: CarriedPattern, family: str, config: AdaSpaConfig, call: Call, q, k, order=None
+) -> FittingMask | str:
+    """Find the mask of a layer, if it holds here what it held when it was found.
+
+    Reads one number from the device, once per layer and run: the choice is due in this call.
+
+    Args:
+        q, k: [B, H, L, D]. order: [L] int32, the token at every place of the mask's sequence.
+
+    Returns:
+        The mask, or the reason why there is none.
+    """
+    layer, reason = pattern.find(
+        call.name,
+        family=family,
+        layout=call.layout,
+        block_size=config.block_size,
+        pooled=config.pooled,
+        batch=len(q),
+        heads=q.shape[1],
+    )
+    if layer is None:
+        return reason
+    try:
+        num_k = call.layout.num_blocks(config.block_k)
+        mask = BlockMask(layer.bits.to(q.device), num_k, **config.blocks)
+        rows = sample_rows(call.layout.tokens, SAMPLED_ROWS)
+        held = sampled_recall(
+            q, k, mask, rows, scale=call.scale, key_bias=call.key_bias, order=order
+        )
+        cells = block_map(mask.with_bits(mask.bits[:1]).to_dense()[0])
+    except torch.OutOfMemoryError:
+        return "out of memory while measuring the recall"
+    # not (a >= b): also where it is NaN
+    if not held.mean() >= layer.mean_recall() - RECALL_LOSS:
+        return f"recall more than {RECALL_LOSS} below what the pattern had"
+    if config.recall and not held.mean() >= config.recall - SAMPLE_ERROR:
+        return f"recall below the {config.recall} asked for"
+    return FittingMask(layer, mask, held.mean(0), cells)
+
+
+def pattern_of(
+    states: list[LayerState], family: str, config: AdaSpaConfig
+) -> CarriedPattern | None:
+    """The masks of a run, copied to the CPU, or None where there are none."""
+    layers, first = {}, None
+    for state in states:
+        if state.mask is None or state.name is None or state.name in layers:
+            continue
+        like = state.layout, state.mask.bits.shape
+        # one sequence a pattern: a part of the picture with a prompt of its own may be another
+        first = first or like
+        if like == first:
+            layers[state.name] = CarriedLayer(
+                state.mask.bits.cpu(),
+                tuple(state.density.tolist()),
+                tuple(state.recall.tolist()),
+            )
+    if not layers:
+        return None
+    return CarriedPattern(family, first[0], config.block_size, layers, pooled=config.pooled)

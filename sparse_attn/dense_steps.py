@@ -1,0 +1,63 @@
+"""The dense steps of a run: who serves a call, in which precision, and how long it took."""
+
+from collections.abc import Callable
+
+import torch
+
+from .attention import Backends
+from .dense_choice import EXACT, DenseChoice
+from .low_precision import LowPrecision
+from .run_statistics import RunStatistics
+
+
+class DenseSteps:
+    """Serves dense calls of one run with what its `DenseChoice` finds to be fastest.
+
+    Args:
+        timed: timed(kind, q) -> context in which a call is timed.
+    """
+
+    def __init__(
+        self,
+        choice: DenseChoice,
+        backends: Backends,
+        low_precision: LowPrecision,
+        statistics: RunStatistics,
+        timed: Callable,
+    ):
+        self.choice = choice
+        self.backends = backends
+        self.low_precision = low_precision
+        self.statistics = statistics
+        self.timed = timed
+
+    def serve(
+        self, q, k, v, *, scale, host: Callable, key_bias=None, low_precision=True
+    ) -> torch.Tensor | None:
+        """Serve a plainly dense call.
+
+        Args:
+            host: host(q, k, v) -> [B, H, L, D].
+            low_precision: whether the host lets this call run in low precision.
+
+        Returns:
+            [B, H, L, D], or None when the host's own attention is the choice; the caller runs it
+            within `timed`.
+        """
+        backend, _ = self.backends.of(q, k, v)
+        choice, wish = self.choice, self.low_precision
+        quantised = choice.has_candidates(backend, key_bias) and wish.serves(
+            backend, q, k, v, allowed=low_precision
+        )
+        name = choice.choose(
+            backend, q, k, v, scale=scale, host=host, key_bias=key_bias,
+            precision=wish.precision if quantised else None,
+        )  # fmt: skip
+        self.statistics.dense_choice = choice.describe(name)
+        if name == "host":
+            return None
+        with self.timed("dense", q):
+            if name in EXACT:
+                return choice.run(name, backend, q, k, v, scale=scale)
+            found = wish.attend(backend, q, k, v, scale=scale)
+            return None if found is None else found[0]

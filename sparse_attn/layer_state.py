@@ -1,0 +1,130 @@
+"""One attention call, and what a run remembers of its layers."""
+
+import threading
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+from types import ModuleType
+
+import torch
+
+from .attention import Backends
+from .block_mask import BlockMask
+from .memory import Cache
+from .pattern import LayerName
+from .run_statistics import RunStatistics
+from .token_layout import TokenLayout
+
+
+@dataclass(frozen=True)
+class Call:
+    """One attention call of one conditioning.
+
+    Args:
+        key: names the layer within the run: device, conditioning, context window, block.
+        layer: number of the layer, from 0.
+        role: which conditioning, for people: "positive" or "negative".
+        step: number of the step within this run, from 0.
+        scale: multiplies q @ k.T.
+        key_bias: [B, L] float32 added to the logits of every query, or None.
+        dense: dense(q, k, v) -> [B, H, L, D], the attention the host would have run.
+        name: names the layer in every run; None where its mask means nothing to another run.
+        low_precision: whether the host lets this call run in low precision.
+    """
+
+    key: Hashable
+    layer: int
+    role: str
+    step: int
+    layout: TokenLayout
+    scale: float
+    dense: Callable
+    key_bias: torch.Tensor | None = None
+    name: LayerName | None = None
+    low_precision: bool = True
+
+
+@dataclass
+class LayerState:
+    """What a run remembers of one layer: its mask, its LSE, and whether it gave up.
+
+    `density` and `recall`, one number per head, are those of the search that found the mask. `order`
+    is the token at every place of the mask's sequence and of the LSE, or None where that is q's.
+    """
+
+    backend: ModuleType
+    mask: BlockMask | None = None
+    lse: torch.Tensor | None = None
+    order: torch.Tensor | None = None
+    searched_at: int = -1
+    sampled_at: int = -1
+    stays_dense: str = ""
+    name: LayerName | None = None
+    layout: TokenLayout | None = None
+    density: torch.Tensor | None = None
+    recall: torch.Tensor | None = None
+    carried: bool = False
+
+    def give_up(self, reason: str) -> None:
+        """Run dense from now on."""
+        self.stays_dense = reason
+        self.mask = self.lse = None
+
+    def nbytes(self) -> int:
+        """Bytes held between steps."""
+        tensors = (self.lse, None if self.mask is None else self.mask.bits)
+        return sum(x.nbytes for x in tensors if x is not None)
+
+
+class Layers(dict[Hashable, LayerState]):
+    """The layers that a run has met, by `Call.key`: in which order they come, what they hold.
+
+    Args:
+        cache: holds the tensors of the states.
+    """
+
+    def __init__(self, cache: Cache, backends: Backends, statistics: RunStatistics):
+        super().__init__()
+        self.cache = cache
+        self.backends = backends
+        self.statistics = statistics
+        # key -> key of the layer that is called next
+        self.following: dict[Hashable, Hashable] = {}
+        self._last_key = None
+        self._lock = threading.Lock()
+
+    def of(self, call: Call, q, k, v) -> LayerState:
+        """The state of the layer that makes a call, made at its first one."""
+        with self._lock:
+            if self._last_key is not None:
+                self.following.setdefault(self._last_key, call.key)
+            self._last_key = call.key
+            state = self.get(call.key)
+            if state is None:
+                backend, why = self.backends.of(q, k, v)
+                self.statistics.backend = why
+                state = LayerState(backend, stays_dense="" if backend else why)
+                state.name, state.layout = call.name, call.layout
+                self[call.key] = state
+        return state
+
+    def prefetch_next(self, call: Call, device: torch.device) -> None:
+        """Start to fetch the mask of the layer that follows."""
+        if self.cache.place != "cpu" or device.type != "cuda":
+            return
+        state = self.get(self.following.get(call.key))
+        if state is not None and state.mask is not None:
+            self.cache.prefetch(state.mask.bits, device)
+
+    def count_held(self) -> None:
+        """Note the most bytes ever held."""
+        held = sum(state.nbytes() for state in list(self.values()))
+        statistics = self.statistics
+        statistics.held_bytes = max(statistics.held_bytes, held)
+        # context windows hold a mask each, and how many there will be is not known before
+        self.cache.make_room(held)
+        statistics.cache_place = self.cache.shown_place()
+
+    def clear(self) -> None:
+        super().clear()
+        self.following.clear()
+        self._last_key = None

@@ -1,0 +1,65 @@
+"""Which calls of a run are served in low precision, and why the others are not."""
+
+from types import ModuleType
+
+import torch
+
+from .run_statistics import RunStatistics
+
+NOT_ALLOWED = "the model asks for full precision there (`low_precision_attention`)"
+NOT_WITH_TAIL = "it cannot yet let averages stand for skipped blocks (`tail`)"
+OUT_OF_MEMORY = "out of memory while quantising"
+
+
+class LowPrecision:
+    """The user's wish for low precision, in one run.
+
+    Args:
+        precision: "int8" or "fp8", or None where the user did not ask.
+        statistics: where calls are counted.
+    """
+
+    def __init__(self, precision: str | None, statistics: RunStatistics):
+        self.precision = precision
+        self.statistics = statistics
+        statistics.low_precision = precision or ""
+        self._reasons: dict[tuple, str | None] = {}
+
+    def serves(
+        self, backend: ModuleType, q, k, v, block_q=64, block_k=64, allowed=True, tail=False
+    ) -> bool:  # fmt: skip
+        """Whether a call shall run in low precision; where the wish is not met, the reason counts.
+
+        Args:
+            q, k, v: [B, H, L, D]. allowed: False where the host forbids it for this call.
+            tail: whether something stands for the blocks that the call skips.
+        """
+        if self.precision is None:
+            return False
+        reason = None if allowed else NOT_ALLOWED
+        reason = reason or self._reason(backend, q, k, v, block_q, block_k)
+        reason = reason or (NOT_WITH_TAIL if tail else None)
+        if reason is not None:
+            self.statistics.not_low_precision[reason] += 1
+        return reason is None
+
+    def _reason(self, backend, q, k, v, block_q, block_k):
+        key = backend, q.device, q.dtype, k.dtype, v.dtype, q.shape, block_q, block_k
+        if key not in self._reasons:
+            why_not = backend.why_not_low_precision
+            self._reasons[key] = why_not(q, k, v, block_q, block_k, self.precision)
+        return self._reasons[key]
+
+    def attend(self, backend: ModuleType, q, k, v, **options):
+        """Run a call that `serves` accepted.
+
+        Returns:
+            (out, lse), or None where memory runs out.
+        """
+        try:
+            found = backend.low_precision_attention(q, k, v, precision=self.precision, **options)
+        except torch.OutOfMemoryError:
+            self.statistics.not_low_precision[OUT_OF_MEMORY] += 1
+            return None
+        self.statistics.low_precision_calls += 1
+        return found

@@ -1,0 +1,141 @@
+"""What the node, the log and the report say of a run; `run` is its `RunStatistics`."""
+
+from statistics import median
+
+UNREACHED = "no attention call reached it; another node may have replaced the model's attention"
+
+
+def summary(run) -> str:
+    """One line for the node and the log."""
+    if run.stopped_at is not None:
+        return f"AdaSpa: stopped at step {run.stopped_at} of {run.schedule.total_steps}" + (
+            f"; until then {_what_it_did(run)}" if run.patterns else ", before the first pattern"
+        )
+    return _what_it_did(run)
+
+
+def _what_it_did(run) -> str:
+    if not run.patterns:
+        why = ", ".join(f"{reason} ({n})" for reason, n in run.kept_dense.most_common(2))
+        if run.model and run.finished and not run.attended:
+            why = UNREACHED
+        ran = run.schedule.describe() if run.tokens else "no sparse attention"
+        return "AdaSpa: every call ran dense" + (f": {why}" if why else f" ({ran})")
+    mean, worst = run.recall()
+    label = run.recall_label()
+    parts = [
+        f"{run.tokens:,} tokens",
+        run.schedule.describe(),
+        *([f"{len(skipped)} of them skipped by a cache"] if (skipped := run.skipped()) else []),
+        f"density {run.density():.2f}",
+        f"recall {mean:.2f}{f' ({label})' if label else ''}, worst head {worst:.2f}",
+    ]
+    saved = run.timing.saved()
+    if saved is not None:
+        verb = "saved" if saved >= 0 else "lost"
+        parts.append(f"{verb} {seconds(abs(saved))} of attention")
+    return ", ".join(parts)
+
+
+def lines(run) -> list[str]:
+    """The whole report, a line each."""
+    timing = run.timing
+    part = f"{run.part.capitalize()}: " if run.part else ""
+    text = [part + summary(run)]
+    if run.model:
+        text.append(f"Model: {run.model}" + (f", {run.layout}" if run.layout else ""))
+    if run.backend:
+        text.append(f"Sparse attention by: {run.backend}")
+    text.append(f"Dense steps by: {run.dense_choice}")
+    if timing.spent():
+        text.append(
+            f"Attention: {seconds(timing.spent())} spent ({seconds(sum(timing.dense))} dense, "
+            f"{seconds(timing.searching())} search, {seconds(sum(timing.sparse))} sparse)"
+        )
+    dense = timing.dense_call()
+    if dense and timing.sparse:
+        source = "its own dense steps" if timing.dense else "the dense pass of its searches"
+        text.append(
+            f"One call: {milliseconds(dense)} dense, {milliseconds(median(timing.sparse))} "
+            f"sparse ({dense / median(timing.sparse):.1f}x), measured against {source}"
+        )
+    if run.steps:
+        steps = ", ".join(f"{seconds(s)} {kind}" for kind, s in run.step_seconds().items())
+        text.append(f"One step of the whole model: {steps}")
+    if run.predicted_bytes or run.held_bytes:
+        text.append(
+            f"Memory held: {gib(run.held_bytes)} on the {run.cache_place.upper()} for "
+            f"{len(run.conditionings)} conditioning(s){_windows(run)}, predicted "
+            f"{gib(run.predicted_bytes)} each"
+        )
+    if skipped := run.skipped():
+        found = ranges(sorted({pattern.step for pattern in run.patterns.values()}))
+        searched = f"; searched at step {found}" if found else ""
+        text.append(f"Skipped by a cache: {len(skipped)} steps, {ranges(skipped)}{searched}")
+    text += carried_lines(run)
+    if run.tail == "pooled":
+        text.append("Tail: pooled, the average of every skipped block stands in for it")
+    if run.asked_recall:
+        text.append(_recall(run))
+    if run.low_precision:
+        text.append(f"Precision: {run.low_precision_calls} calls in {run.low_precision}")
+    for reason, count in run.not_low_precision.most_common():
+        text.append(f"Not in {run.low_precision}: {count} calls, {reason}")
+    for reason, count in run.kept_dense.most_common():
+        text.append(f"Kept dense: {count} calls, {reason}")
+    return text + [f"Note: {warning}" for warning in run.warnings]
+
+
+def _windows(run) -> str:
+    return f" in {len(run.windows)} context windows" if run.windows else ""
+
+
+def _recall(run) -> str:
+    text = f"Recall asked for: {run.asked_recall}"
+    found = [r for p in run.patterns.values() if not p.carried for r in p.recall]
+    if found:
+        text += f"; the searches found {min(found):.3f} to {max(found):.3f} by head"
+    if samples := run.samples_recall():
+        steps = ranges(sorted({step for step, _ in run.samples.values()}))
+        mean, worst = samples
+        text += f"; in step {steps} {mean:.2f} is left, worst head {worst:.2f} (sampled)"
+    return text
+
+
+def carried_lines(run) -> list[str]:
+    if not run.carried_from:
+        return list(run.kept_pattern)
+    text = [f"Pattern of {run.carried_from}: {run.carried} masks used without a search"]
+    if run.carried:
+        now = [r for p in run.patterns.values() if p.carried for r in p.recall]
+        found = sum(run.carried_recall) / len(run.carried_recall)
+        if now:
+            text[0] += f", recall {sum(now) / len(now):.2f} here (sampled), {found:.2f} when found"
+    for reason, count in run.not_carried.most_common():
+        text.append(f"Searched after all: {count} masks, {reason}")
+    return text + run.kept_pattern
+
+
+def ranges(numbers: list[int]) -> str:
+    """Such as "2-4, 7" of ascending numbers."""
+    parts = []
+    for number in numbers:
+        if parts and parts[-1][1] == number - 1:
+            parts[-1][1] = number
+        else:
+            parts.append([number, number])
+    return ", ".join(f"{a}" if a == b else f"{a}-{b}" for a, b in parts)
+
+
+def seconds(value: float) -> str:
+    return (
+        f"{value:.0f} s" if value >= 100 else f"{value:.1f} s" if value >= 1 else f"{value:.2f} s"
+    )
+
+
+def milliseconds(value: float) -> str:
+    return f"{value * 1e3:.0f} ms" if value >= 0.1 else f"{value * 1e3:.2f} ms"
+
+
+def gib(size: int) -> str:
+    return f"{size / 2**30:.2f} GiB" if size >= 2**28 else f"{size / 2**20:.1f} MiB"

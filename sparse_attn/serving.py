@@ -1,0 +1,125 @@
+"""What a backend does for a call that finds a mask or uses one, with a pooled tail or without.
+
+With an `order` all that belongs to a mask (masses, scores, LSE, bits) is of the arranged sequence,
+and outputs are of the tokens as they came.
+"""
+
+from typing import NamedTuple
+
+import torch
+
+from .arranged import Arranged
+from .block_mask import BlockMask
+from .config import AdaSpaConfig
+from .fused_online_search import fused_online_search
+from .layer_state import Call
+from .low_precision import LowPrecision
+from .lse_cached_search import lse_cached_search
+from .tail_error import rows_of, tail_error
+from .token_order import in_raster
+
+
+class Found(NamedTuple):
+    """What a search measured.
+
+    Args:
+        masses: [B, H, Nq, Nk] float32.
+        scores: the same, what to rank blocks by where that is not the masses.
+        out: [B, H, L, D]. lse: [B, H, L] float32. Both are of a dense search only.
+    """
+
+    masses: torch.Tensor
+    scores: torch.Tensor | None = None
+    out: torch.Tensor | None = None
+    lse: torch.Tensor | None = None
+
+
+def search_dense(
+    backend, dense_with_lse, q, k, v, call: Call, config: AdaSpaConfig, *, order=None,
+    previous_lse=None,
+) -> Found:  # fmt: skip
+    """Answer with dense attention, and search on the way.
+
+    Args:
+        dense_with_lse: dense_with_lse(q, k, v, key_bias) -> (out, lse).
+        order: [L] int32, the token at every place of the arranged sequence, or None.
+        previous_lse: [B, H, L] float32 of an earlier step, or None.
+    """
+    bias, arranged = call.key_bias, None
+    if order is not None:
+        arranged = backend.arrange(q, k, v, order, bias)
+        q, k, v, bias = arranged.q, arranged.token_k, arranged.token_v, arranged.token_bias
+    out, lse, masses = fused_online_search(
+        backend, lambda q, k, v: dense_with_lse(q, k, v, bias), q, k, v,
+        scale=call.scale, key_bias=bias, previous_lse=previous_lse, **config.blocks,
+    )  # fmt: skip
+    if arranged is None:
+        return Found(masses, None, out, lse)
+    scores = None
+    if not config.recall:
+        pooled = _pooled(backend, arranged, lse, call, config)
+        scores = _scores(arranged, masses, pooled, config)
+    # the arranged copies go before the output is copied
+    del arranged, q, k, v
+    return Found(masses, scores, in_raster(out, order), lse)
+
+
+def search_again(
+    backend, q, k, v, lse, call: Call, config: AdaSpaConfig, *, order=None
+) -> Found:  # fmt: skip
+    """Search with the `lse` [B, H, L] of an earlier step, for the price of QK^T alone."""
+    options = {"scale": call.scale, **config.blocks}
+    if order is None:
+        return Found(lse_cached_search(backend, q, k, lse, key_bias=call.key_bias, **options))
+    arranged = backend.arrange(q, k, v, order, call.key_bias)
+    masses = lse_cached_search(
+        backend, arranged.q, arranged.token_k, lse, key_bias=arranged.token_bias,
+        renormalise=False, **options,
+    )  # fmt: skip
+    # the drift of the LSE is the same for both kinds of masses
+    total = masses.sum(-1, keepdim=True)
+    drift = rows_of(arranged.tokens, config.block_q, q.device)[:, None] / total
+    drift = drift.where(total > 0, 1.0)
+    pooled = _pooled(backend, arranged, lse, call, config).mul_(drift)
+    masses.mul_(drift)
+    return Found(masses, _scores(arranged, masses, pooled, config))
+
+
+def _pooled(backend, arranged: Arranged, lse, call, config):
+    return backend.pooled_masses(
+        arranged.q, arranged.k_mean, arranged.log_sizes, lse, block_q=config.block_q,
+        scale=call.scale,
+    )  # fmt: skip
+
+
+def _scores(arranged: Arranged, masses, pooled, config):
+    return tail_error(masses, pooled, arranged.token_v, arranged.v_mean, config.block_q)
+
+
+def sparse(
+    backend, mask: BlockMask, q, k, v, call: Call, low_precision: LowPrecision, *, order=None
+):  # fmt: skip
+    """Attend what a mask keeps and, with an `order`, the means of what it skips.
+
+    Returns:
+        out: [B, H, L, D]. lse: [B, H, L] float32, or None where the backend does not tell it.
+    """
+    blocks = {"block_q": mask.block_q, "block_k": mask.block_k, "scale": call.scale}
+    serves = low_precision.serves(
+        backend, q, k, v, mask.block_q, mask.block_k, call.low_precision, tail=order is not None
+    )
+    if order is not None:
+        arranged = backend.arrange(q, k, v, order, call.key_bias)
+        lists = backend.unpack_mask(mask.bits, mask.num_k, more=arranged.pseudo_blocks)
+        return backend.sparse_attention(
+            arranged.q, arranged.k, arranged.v, *lists,
+            key_bias=arranged.key_bias, tail=mask.bits, order=order, **blocks,
+        )  # fmt: skip
+    lists = backend.unpack_mask(mask.bits, mask.num_k)
+    found = None
+    if serves:
+        found = low_precision.attend(
+            backend, q, k, v, kv_indices=lists[0], kv_num_blocks=lists[1],
+            key_bias=call.key_bias, **blocks,
+        )  # fmt: skip
+    return found or backend.sparse_attention(q, k, v, *lists, key_bias=call.key_bias, **blocks)

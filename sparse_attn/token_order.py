@@ -1,0 +1,45 @@
+"""Token order: the video in rods, so that a block of consecutive tokens is a compact piece of it."""
+
+from dataclasses import replace
+from functools import lru_cache
+
+import torch
+
+from .token_layout import TokenLayout
+
+# frames and rows of a rod: 64 of its tokens are a cube of 4 x 4 x 4
+FRAMES, ROWS = 4, 4
+
+
+def in_rods(layout: TokenLayout) -> TokenLayout:
+    """The layout of a sequence in the order of `rods`: all extra tokens lie behind the video."""
+    return replace(layout, before=0, after=layout.before + layout.after)
+
+
+@lru_cache(maxsize=8)
+def rods(layout: TokenLayout, device: torch.device) -> torch.Tensor:
+    """Order the video in rods along its width, there and back again, and extra tokens behind it.
+
+    A rod is `FRAMES` frames deep and `ROWS` rows high. Rods follow each other like the lines of a
+    plough, so where one ends the block goes on in its neighbour. At the borders rods are thinner.
+
+    Returns:
+        [L] int32, the token at every place.
+    """
+    sizes = layout.frames, layout.height, layout.width
+    t, h, w = torch.meshgrid(*(torch.arange(n) for n in sizes), indexing="ij")
+    lanes = -(-layout.height // ROWS)
+    band, lane = t // FRAMES, h // ROWS
+    lane = torch.where(band % 2 == 1, lanes - 1 - lane, lane)
+    rod = band * lanes + lane
+    across = torch.where(rod % 2 == 1, layout.width - 1 - w, w)
+    place = ((rod * layout.width + across) * FRAMES + t % FRAMES) * ROWS + h % ROWS
+    video = layout.before + place.flatten().argsort()
+    before = torch.arange(layout.before)
+    after = torch.arange(layout.before + layout.video, layout.tokens)
+    return torch.cat([video, before, after]).to(device, torch.int32)
+
+
+def in_raster(arranged: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+    """Put the tokens of [B, H, L, D] back to where `order` took them from."""
+    return torch.empty_like(arranged).index_copy_(2, order.long(), arranged)

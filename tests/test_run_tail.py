@@ -1,0 +1,356 @@
+"""What an attention call does with a pooled tail, step by step, with plain torch."""
+
+import pytest
+import torch
+from close import assert_within
+from test_run_state import SCALE, Backend, Host, exact_masses, schedule
+
+from sparse_attn import eager, reference, run_state
+from sparse_attn.config import AdaSpaConfig
+from sparse_attn.low_precision import NOT_WITH_TAIL
+from sparse_attn.pattern import LayerName
+from sparse_attn.run_state import NOT_A_NUMBER, SPARSE_OUT_OF_MEMORY, Call, RunState
+from sparse_attn.selection import select
+from sparse_attn.token_layout import TokenLayout
+from sparse_attn.token_order import in_rods, rods
+
+# grids that rods of 4 x 4 do not divide, text on both sides, a last block that is not full
+LAYOUT = TokenLayout(30, 5, 6, 21, 40)
+H, D = 2, 16
+ORDER = rods(LAYOUT, torch.device("cpu"))
+ARRANGED = in_rods(LAYOUT)
+NAME = LayerName("positive", "double", 0, 0)
+
+
+class Run:
+    def __init__(self, kinds, monkeypatch, one_pass=False, layout=LAYOUT, carried=None, **config):
+        self.backend, self.host, self.layout = Backend(one_pass), Host(), layout
+        monkeypatch.setattr(run_state.attention, "choose", lambda *args: (self.backend, "torch"))
+        fields = {"sparsity": 0.6, "min_tokens": 0, **config}
+        self.state = RunState(AdaSpaConfig(**fields), schedule(kinds), carried=carried)
+        self.state.statistics.model = "Wan"
+
+    def attend(self, step, qkv, **more):
+        """One call; returns its output and what the backend did for it."""
+        self.backend.did = []
+        call = Call("layer 0", 0, "positive", step, self.layout, SCALE, self.host, **more)
+        return self.state.attend(call, *qkv), self.backend.did
+
+    @property
+    def layer(self):
+        return self.state.layers["layer 0"]
+
+    @property
+    def keep(self):
+        return self.layer.mask.to_dense()
+
+
+@pytest.fixture
+def make_run(monkeypatch):
+    return lambda kinds, **options: Run(kinds, monkeypatch, **options)
+
+
+def tensors(seed=0, batch=1, layout=LAYOUT, dtype=torch.float32):
+    """Neighbours in the video are alike; [B, H, L, D] over the host's [B, L, H, D]."""
+    generator = torch.Generator().manual_seed(seed)
+    L = layout.tokens
+    smooth = torch.randn(batch, 8, H, D, generator=generator)
+    smooth = smooth.repeat_interleave(-(-L // 8), 1)[:, :L]
+    found = []
+    for share in (1.0, 1.0, 0.0):
+        x = share * smooth + torch.randn(batch, L, H, D, generator=generator)
+        found.append(x.to(dtype).transpose(1, 2))
+    return found
+
+
+def dense(q, k, v, key_bias=None):
+    bias = None if key_bias is None else key_bias.double()
+    inputs = (x.double() for x in (q, k, v))
+    return reference.dense_attention(*inputs, scale=SCALE, key_bias=bias)[0]
+
+
+def with_tail(q, k, v, keep, block_q=64, key_bias=None):
+    bias = None if key_bias is None else key_bias.double()
+    inputs = (x.double() for x in (q, k, v))
+    return reference.sparse_attention_with_tail(
+        *inputs, keep, ORDER, block_q=block_q, block_k=64, scale=SCALE, key_bias=bias
+    )[0]
+
+
+def padded(batch=1):
+    """A bias that hides the last tokens of the text behind the video, and weighs one before it."""
+    bias = torch.zeros(batch, LAYOUT.tokens)
+    bias[:, -25:] = -1e30
+    bias[:, 3] = 1.5
+    return bias
+
+
+def in_order(q, k, v):
+    return [x[:, :, ORDER] for x in (q, k, v)]
+
+
+SEQUENCES = [
+    ("Sss", False, [["arrange", "dense", "masses", "pooled masses"],
+                    ["arrange", "sparse"], ["arrange", "sparse"]]),
+    ("DSs", True, [["dense"], ["arrange", "dense with masses", "pooled masses"],
+                   ["arrange", "sparse"]]),
+    ("SSs", False, [["arrange", "dense", "masses", "pooled masses"],
+                    ["arrange", "masses", "pooled masses", "arrange", "sparse"],
+                    ["arrange", "sparse"]]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("kinds, one_pass, did", SEQUENCES, ids=lambda x: str(x)[:5])
+def test_each_step_does_its_kind_of_work(make_run, kinds, one_pass, did):
+    run = make_run(kinds, one_pass=one_pass)
+    assert [run.attend(step, tensors(step))[1] for step in range(len(kinds))] == did
+
+
+@pytest.mark.parametrize("one_pass", [False, True], ids=["two passes", "one pass"])
+@pytest.mark.parametrize("biased", [False, True], ids=["", "biased"])
+def test_dense_steps_and_searches_answer_with_the_dense_output(make_run, one_pass, biased):
+    run, bias = make_run("DSs", one_pass=one_pass), padded(2) if biased else None
+    for step in range(2):
+        qkv = tensors(step, batch=2)
+        out, _ = run.attend(step, qkv, key_bias=bias)
+        assert_within("out", out, dense(*qkv, bias), 1e-5)
+
+
+@pytest.mark.parametrize("block_size", ["64", "128x64"])
+@pytest.mark.parametrize("biased", [False, True], ids=["", "biased"])
+@pytest.mark.parametrize("head_adaptive", [False, True], ids=["uniform", "head-adaptive"])
+@pytest.mark.parametrize("batch", [1, 2])
+def test_a_sparse_step_adds_the_averages_of_what_it_skips(
+    make_run, block_size, biased, head_adaptive, batch
+):
+    run = make_run("Ss", block_size=block_size, head_adaptive=head_adaptive)
+    bias = padded(batch) if biased else None
+    run.attend(0, tensors(0, batch), key_bias=bias)
+    later = tensors(1, batch)
+    out, _ = run.attend(1, later, key_bias=bias)
+    keep, block_q = run.keep, run.layer.mask.block_q
+    exact = with_tail(*later, keep, block_q, bias)
+    assert_within("out", out, exact, 1e-5)
+    bare, _ = reference.sparse_attention(
+        *(x.double() for x in in_order(*later)), keep, block_q=block_q, block_k=64, scale=SCALE,
+        key_bias=None if bias is None else bias[:, ORDER].double(),
+    )  # fmt: skip
+    assert (out[:, :, ORDER] - bare).abs().max() > 0.05, "the tail does something"
+    truth = dense(*later, bias)[:, :, ORDER]
+    assert (out[:, :, ORDER] - truth).square().mean() < (bare - truth).square().mean()
+
+
+def test_a_search_keeps_the_blocks_whose_averages_err_most(make_run):
+    run, qkv = make_run("Ss"), tensors()
+    run.attend(0, qkv)
+    q, k, v = (x.double() for x in in_order(*qkv))
+    lse = reference.scaled_logits(q, k, SCALE).logsumexp(-1)
+    scores = reference.tail_error(q, k, v, lse, block_q=64, block_k=64, scale=SCALE).float()
+    masses = exact_masses(q, k)
+    keep, held = select(masses, ARRANGED, run.state.config, scores)
+    assert torch.equal(run.keep, keep)
+    by_mass, most = select(masses, ARRANGED, run.state.config)
+    assert not torch.equal(keep, by_mass)
+    # the recall shown is still one of masses
+    run.state.end_step()
+    (pattern,) = run.state.statistics.patterns.values()
+    assert pattern.recall == pytest.approx(held[0].tolist(), abs=1e-5) and (held < most).all()
+
+
+def test_keeping_everything_equals_dense_at_every_step(make_run):
+    run = make_run("SsSs", sparsity=0.0)
+    for step in range(4):
+        qkv = tensors(step, batch=2)
+        assert_within("out", run.attend(step, qkv)[0], dense(*qkv), 1e-5)
+
+
+def test_text_reads_everything_and_is_read_whole(make_run):
+    run, bias = make_run("Ss", sparsity=0.8), padded()
+    run.attend(0, tensors(0), key_bias=bias)
+    later = tensors(1)
+    out, _ = run.attend(1, later, key_bias=bias)
+    text = [*range(LAYOUT.before), *range(LAYOUT.tokens - LAYOUT.after, LAYOUT.tokens)]
+    exact = dense(*later, bias)
+    assert_within("text", out[:, :, text], exact[:, :, text], 1e-5)
+    video = slice(LAYOUT.before, LAYOUT.before + LAYOUT.video)
+    assert (out[:, :, video] - exact[:, :, video]).abs().max() > 0.05
+    keep = run.keep
+    first = LAYOUT.video // 64
+    assert keep[..., first:].all() and keep[..., first:, :].all() and not keep.all()
+
+
+@pytest.mark.parametrize("one_pass", [False, True], ids=["two passes", "one pass"])
+def test_a_later_search_finds_the_new_pattern_with_the_old_lse(make_run, one_pass):
+    run, later = make_run("DSsSs", one_pass=one_pass), tensors(7)
+    for step in range(3):
+        if step or one_pass:
+            run.attend(step, tensors(step))
+    old = run.keep
+    assert run.layer.lse is not None
+    run.attend(3, later)
+    new = run.keep
+    assert not torch.equal(new, old) and run.layer.lse is None
+    q, k, v = (x.double() for x in in_order(*later))
+    lse = reference.scaled_logits(q, k, SCALE).logsumexp(-1)
+    scores = reference.tail_error(q, k, v, lse, block_q=64, block_k=64, scale=SCALE)
+    best, _ = select(scores.float(), ARRANGED, run.state.config)
+    spared = (scores * new).sum() / (scores * best).sum()
+    assert spared > 0.95, "close to the choice with today's LSE"
+    assert (scores * old).sum() < (scores * new).sum()
+
+
+def test_an_lse_kept_before_a_search_is_in_the_order_of_the_mask(make_run):
+    run, (q, k, v) = make_run("DSs", one_pass=True), tensors()
+    run.attend(0, (q, k, v))
+    exact = reference.scaled_logits(q, k, SCALE).logsumexp(-1)[..., ORDER]
+    assert_within("lse", run.layer.lse, exact.double(), 1e-4)
+
+
+@pytest.mark.parametrize("layout", [TokenLayout(0, 4, 8, 20), TokenLayout(0, 3, 1, 30)])
+def test_a_video_alone_and_one_smaller_than_the_rods(make_run, layout):
+    run = make_run("Ss", layout=layout)
+    run.attend(0, tensors(0, layout=layout))
+    later = tensors(1, layout=layout)
+    out, _ = run.attend(1, later)
+    exact, _ = reference.sparse_attention_with_tail(
+        *(x.double() for x in later), run.keep, rods(layout, torch.device("cpu")),
+        block_q=64, block_k=64, scale=SCALE,
+    )  # fmt: skip
+    assert_within("out", out, exact, 1e-5)
+
+
+def test_bfloat16_errs_as_little_as_its_rounding(make_run):
+    run = make_run("Ss")
+    run.attend(0, tensors(0, dtype=torch.bfloat16))
+    later = tensors(1, dtype=torch.bfloat16)
+    out, _ = run.attend(1, later)
+    assert out.dtype == torch.bfloat16
+    assert_within("out", out, with_tail(*later, run.keep), 2e-2)
+
+
+def test_a_recall_is_one_of_masses_and_sampled_in_the_masks_order(make_run):
+    run = make_run("Sss", recall=0.7)
+    did = [run.attend(step, tensors(step))[1] for step in range(3)]
+    assert did[0] == ["arrange", "dense", "masses"], "no scores, the masses rank"
+    q, k, _ = in_order(*tensors(0))
+    keep, held = select(exact_masses(q, k), ARRANGED, run.state.config)
+    assert torch.equal(run.keep, keep) and (held >= 0.7).all()
+    run.state.end_step()
+    ((step, sampled),) = run.state.statistics.samples.values()
+    q, k, _ = in_order(*tensors(2))
+    exact = reference.recall(
+        q.double(), k.double(), keep, block_q=64, block_k=64, scale=SCALE
+    )  # fmt: skip
+    assert step == 2 and sampled == pytest.approx(exact[0].tolist(), abs=0.06)
+
+
+@pytest.mark.parametrize("step", [0, 1])
+def test_nan_gives_the_call_to_the_host(make_run, step):
+    run = make_run("Sss")
+    if step:
+        run.attend(0, tensors(0))
+    q, k, v = tensors(step)
+    k[0, 0, 100, 3] = float("nan")
+    before = run.host.calls
+    out, _ = run.attend(step, (q, k, v))
+    assert run.host.calls == before + 1
+    assert run.layer.stays_dense == NOT_A_NUMBER
+    assert torch.equal(out.isnan(), Host()(q, k, v).isnan())
+
+
+def test_out_of_memory_while_arranging_keeps_sampling_dense(make_run):
+    run, qkv = make_run("Sss"), tensors()
+    run.attend(0, qkv)
+    run.backend.fails["arrange"] = torch.OutOfMemoryError("CUDA out of memory")
+    out, _ = run.attend(1, qkv)
+    assert_within("out", out, dense(*qkv), 1e-5)
+    assert run.host.calls == 1 and run.layer.mask is None
+    assert run.state.statistics.kept_dense == {SPARSE_OUT_OF_MEMORY: 1}
+
+
+def test_low_precision_declines_and_says_why(make_run):
+    run = make_run("Sss", precision="int8")
+    for step in range(3):
+        run.attend(step, tensors(step))
+    assert run.state.statistics.not_low_precision == {NOT_WITH_TAIL: 2}
+
+
+def test_the_report_tells_of_the_tail(make_run):
+    text = "Tail: pooled, the average of every skipped block stands in for it"
+    for config, said in (({}, True), ({"tail": "none"}, False), ({"block_size": "128"}, False)):
+        run = make_run("Ss", **config)
+        for step in range(2):
+            _, did = run.attend(step, tensors(step))
+        statistics = run.state.statistics
+        assert (text in statistics.lines()) == said == ("arrange" in did)
+        assert statistics.as_dict()["tail"] == ("pooled" if said else "none")
+        note = "Note: blocks of 128 have no tail, that needs blocks of 64 keys"
+        assert (note in statistics.lines()) == ("block_size" in config)
+
+
+def test_memory_is_predicted_to_the_byte(make_run):
+    run, qkv = make_run("DSsSs", one_pass=True), tensors(batch=2)
+    run.state.foresee(*qkv, layers=1, batch=2, layout=LAYOUT)
+    for step in range(5):
+        run.attend(step, qkv)
+    statistics = run.state.statistics
+    assert statistics.held_bytes == statistics.predicted_bytes > 0
+
+
+# ---- carried patterns
+
+
+def carried_from(make_run, **config):
+    run = make_run("Ss", **config)
+    for step in range(2):
+        run.attend(step, tensors(step), name=NAME)
+    return run.state.end(keep_pattern=True).named("another run")
+
+
+def test_a_carried_pattern_is_used_in_its_order(make_run):
+    pattern = carried_from(make_run)
+    assert pattern.pooled and pattern.layout == LAYOUT
+    run = make_run("Sss", carried=pattern)
+    qkv = tensors(1)
+    out, did = run.attend(0, qkv, name=NAME)
+    assert did == ["arrange", "sparse"]
+    assert torch.equal(run.layer.mask.bits, pattern.layers[NAME].bits)
+    assert_within("out", out, with_tail(*qkv, run.keep), 1e-5)
+    run.state.end_step()
+    (shown,) = run.state.statistics.patterns.values()
+    q, k, _ = in_order(*qkv)
+    exact = reference.recall(q.double(), k.double(), run.keep, block_q=64, block_k=64, scale=SCALE)
+    assert shown.recall == pytest.approx(exact[0].tolist(), abs=0.06)
+
+
+def test_a_second_search_replaces_a_carried_pattern(make_run):
+    run = make_run("DsSs", one_pass=True, carried=carried_from(make_run))
+    did = [run.attend(step, tensors(step), name=NAME)[1] for step in range(4)]
+    # with the LSE of the dense step, which is in the order of the mask
+    again = ["arrange", "masses", "pooled masses", "arrange", "sparse"]
+    assert did[1:] == [["arrange", "sparse"], again, ["arrange", "sparse"]]
+    assert not run.layer.carried
+
+
+@pytest.mark.parametrize("first, second", [("none", "pooled"), ("pooled", "none")])
+def test_a_pattern_of_another_tail_is_refused_with_the_reason(make_run, first, second):
+    pattern = carried_from(make_run, tail=first)
+    run = make_run("Ss", tail=second, carried=pattern)
+    run.attend(0, tensors(0), name=NAME)
+    reason = f"the pattern was found with `tail` {first}, and this run has {second}"
+    assert run.state.statistics.not_carried == {reason: 1}
+    assert run.keep is not None and not run.layer.carried
+
+
+# ---- the backend
+
+
+def test_batches_of_rows_agree_with_single_rows(make_run, monkeypatch):
+    """Other devices attend many rows at once."""
+    outs = []
+    for attend in (eager._attend_rows, eager._attend_batches):
+        monkeypatch.setattr(eager, "_attend_rows", attend)
+        run = make_run("Ss")
+        run.attend(0, tensors(0, 2), key_bias=padded(2))
+        outs.append(run.attend(1, tensors(1, 2), key_bias=padded(2))[0])
+    assert_within("out", outs[1], outs[0].double(), 2e-6)

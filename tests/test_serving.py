@@ -1,0 +1,83 @@
+"""Searches and sparse calls with a pooled tail; `test_run_tail.py` has them within a run."""
+
+import gc
+import weakref
+
+import pytest
+import torch
+from close import assert_within
+
+from sparse_attn import eager, reference, serving
+from sparse_attn.arranged import prepare
+from sparse_attn.config import AdaSpaConfig
+from sparse_attn.layer_state import Call
+from sparse_attn.token_layout import TokenLayout
+
+LAYOUT, SCALE = TokenLayout(12, 5, 6, 14, 20), 0.25
+ORDER = prepare(LAYOUT, 2, torch.device("cpu"))
+CALL = Call("layer 0", 0, "positive", 0, LAYOUT, SCALE, None)
+
+
+def tensors():
+    return torch.randn(3, 2, 2, LAYOUT.tokens, 16).unbind(0)
+
+
+def dense_with_lse(q, k, v, key_bias):
+    return eager.dense_attention(q, k, v, scale=SCALE, key_bias=key_bias)[:2]
+
+
+@pytest.mark.parametrize("block_size", ["64", "128x64"])
+def test_both_searches_find_the_same_and_bear_a_drift_of_the_lse(block_size):
+    q, k, v = tensors()
+    config = AdaSpaConfig(block_size=block_size)
+    first = serving.search_dense(eager, dense_with_lse, q, k, v, CALL, config, order=ORDER)
+    exact, lse = reference.dense_attention(q.double(), k.double(), v.double(), scale=SCALE)
+    assert_within("out", first.out, exact, 1e-5)
+    assert_within("lse", first.lse, lse[..., ORDER], 1e-5)
+    stale = first.lse + 0.4
+    again = serving.search_again(eager, q, k, v, stale, CALL, config, order=ORDER)
+    assert again.out is None and again.lse is None
+    assert_within("masses", again.masses, first.masses.double(), 1e-3)
+    assert_within("scores", again.scores, first.scores.double(), 5e-3 * first.scores.max().item())
+    inputs = [x[:, :, ORDER].double() for x in (q, k, v)]
+    masses = reference.block_masses(
+        *inputs[:2], lse[..., ORDER], block_q=config.block_q, block_k=64, scale=SCALE
+    )
+    assert_within("masses", first.masses, masses, 1e-3)
+
+
+def test_a_recall_needs_no_scores():
+    config = AdaSpaConfig(recall=0.9)
+    found = serving.search_dense(eager, dense_with_lse, *tensors(), CALL, config, order=ORDER)
+    assert found.scores is None and found.masses is not None
+
+
+def test_without_an_order_nothing_is_arranged(monkeypatch):
+    monkeypatch.setattr(eager, "arrange", lambda *args: 1 / 0)
+    q, k, v = tensors()
+    config = AdaSpaConfig(tail="none")
+    first = serving.search_dense(eager, dense_with_lse, q, k, v, CALL, config)
+    again = serving.search_again(eager, q, k, v, first.lse, CALL, config)
+    assert first.scores is None and again.scores is None
+    assert_within("masses", again.masses, first.masses.double(), 1e-3)
+
+
+def test_arranged_copies_are_gone_before_the_output_is_copied(monkeypatch):
+    alive = []
+    arrange, in_raster = eager.arrange, serving.in_raster
+
+    def noted(*args):
+        found = arrange(*args)
+        alive.extend(weakref.ref(x) for x in (found.q, found.k, found.v))
+        return found
+
+    def checked(*args):
+        gc.collect()
+        assert len(alive) == 3 and not any(ref() is not None for ref in alive)
+        return in_raster(*args)
+
+    monkeypatch.setattr(eager, "arrange", noted)
+    monkeypatch.setattr(serving, "in_raster", checked)
+    serving.search_dense(
+        eager, dense_with_lse, *tensors(), CALL, AdaSpaConfig(), order=ORDER
+    )  # fmt: skip

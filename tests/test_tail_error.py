@@ -1,0 +1,102 @@
+import pytest
+import torch
+from close import assert_within
+
+from sparse_attn import eager, reference
+from sparse_attn import tail_error as module
+from sparse_attn.arranged import prepare
+from sparse_attn.tail_error import deviation, rows_of, tail_error
+from sparse_attn.token_layout import TokenLayout
+
+CPU, SCALE = torch.device("cpu"), 0.25
+LAYOUTS = [TokenLayout(20, 4, 5, 15, 24), TokenLayout(0, 4, 8, 10), TokenLayout(0, 1, 2, 5)]
+
+
+def found_by(layout, block_q, dtype=torch.float32):
+    """Masses, pooled masses and arranged tokens, and the arranged tokens in float64."""
+    q, k, v = torch.randn(3, 2, 3, layout.tokens, 16).to(dtype)
+    # a few keys stand out, so that means miss much
+    k[:, :, ::29] *= 4
+    arranged = eager.arrange(q, k, v, prepare(layout, 2, CPU))
+    inputs = [x.double() for x in (arranged.q, arranged.token_k, arranged.token_v)]
+    lse = reference.scaled_logits(*inputs[:2], SCALE).logsumexp(-1)
+    options = {"block_q": block_q, "scale": SCALE}
+    masses = eager.block_masses(arranged.q, arranged.token_k, lse.float(), block_k=64, **options)
+    pooled = eager.pooled_masses(
+        arranged.q, arranged.k_mean, arranged.log_sizes, lse.float(), **options
+    )
+    return masses, pooled, arranged, inputs, lse
+
+
+@pytest.mark.parametrize("block_q", [64, 128])
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda x: x.describe())
+@pytest.mark.parametrize("workspace", [1, 256 << 20], ids=["a head at a time", "all heads"])
+def test_matches_the_definition_in_float64(layout, block_q, workspace, monkeypatch):
+    monkeypatch.setattr(module, "WORKSPACE_BYTES", workspace)
+    masses, pooled, arranged, inputs, lse = found_by(layout, block_q)
+    before = masses.clone()
+    scores = tail_error(masses, pooled, arranged.token_v, arranged.v_mean, block_q)
+    exact = reference.tail_error(*inputs, lse, block_q=block_q, block_k=64, scale=SCALE)
+    # where masses agree to rounding, the root of their difference is all rounding
+    assert_within("scores", scores, exact, 5e-3 * exact.max().item())
+    assert scores.data_ptr() == pooled.data_ptr(), "takes the memory of the pooled masses"
+    assert torch.equal(masses, before)
+
+
+def test_half_precision_scores_rank_alike():
+    layout = LAYOUTS[1]
+    masses, pooled, arranged, inputs, lse = found_by(layout, 64, torch.bfloat16)
+    scores = tail_error(masses, pooled, arranged.token_v, arranged.v_mean, 64)
+    exact = reference.tail_error(*inputs, lse, block_q=64, block_k=64, scale=SCALE)
+    assert_within("scores", scores, exact, 0.05 * exact.max().item())
+
+
+def test_equal_keys_leave_no_error():
+    layout = TokenLayout(0, 4, 8, 8)
+    q, v = torch.randn(2, 1, 1, layout.tokens, 16)
+    # each block of 64 keys is one key 64 times
+    order = prepare(layout, 1, CPU)
+    k = torch.empty_like(q)
+    k[:, :, order] = torch.randn(1, 1, layout.num_blocks(64), 16).repeat_interleave(64, 2)
+    arranged = eager.arrange(q, k, v, order)
+    lse = eager.dense_attention(arranged.q, arranged.token_k, arranged.token_v, scale=SCALE)[1]
+    masses = eager.block_masses(
+        arranged.q, arranged.token_k, lse, block_q=64, block_k=64, scale=SCALE
+    )
+    pooled = eager.pooled_masses(
+        arranged.q, arranged.k_mean, arranged.log_sizes, lse, block_q=64, scale=SCALE
+    )
+    assert_within("pooled", pooled, masses.double(), 1e-3)
+    scores = tail_error(masses, pooled, arranged.token_v, arranged.v_mean, 64)
+    # sqrt(64 * 1e-4) of rounding times a deviation of about 4
+    assert scores.max() < 0.5 and scores.max() < 0.02 * masses.max()
+
+
+def test_a_stand_in_that_is_hidden_costs_the_whole_block():
+    masses, pooled, arranged, _, _ = found_by(LAYOUTS[1], 64)
+    pooled.zero_()
+    scores = tail_error(masses, pooled, arranged.token_v, arranged.v_mean, 64)
+    spread = deviation(arranged.token_v[0], arranged.v_mean[0].float())
+    assert (scores[0] >= masses[0] * spread[:, None] * (1 - 1e-5)).all()
+
+
+def test_nan_stays_in_its_head():
+    masses, pooled, arranged, _, _ = found_by(LAYOUTS[0], 64)
+    masses[1, 2, 3, 1] = float("nan")
+    scores = tail_error(masses, pooled, arranged.token_v, arranged.v_mean, 64)
+    assert scores[1, 2, 3].isnan().any()
+    scores[1, 2] = 0
+    assert torch.isfinite(scores).all()
+
+
+def test_deviation_is_that_of_the_values_in_a_block():
+    v = torch.randn(2, 150, 16) + 100
+    means = reference.block_means(v[None].double(), 64)[0]
+    exact = torch.stack(
+        [part.double().var(-2, correction=0).sum(-1).sqrt() for part in v.split(64, -2)], -1
+    )
+    assert_within("deviation", deviation(v, means.float()), exact, 1e-3)
+
+
+def test_rows_of_blocks():
+    assert rows_of(150, 64).tolist() == [64, 64, 22] and rows_of(128, 128).tolist() == [128]

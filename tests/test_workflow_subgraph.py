@@ -1,0 +1,91 @@
+"""The graph whose loader, AdaSpa, sampler and report are one node."""
+
+import inspect
+import json
+import uuid
+
+import pytest
+from test_workflows import BOXED, FILES, get, values_of
+from workflow_builder import pairs
+from workflow_flat import ENTRY, EXIT, unfold
+from workflow_nodes import NODES
+
+
+@pytest.fixture
+def boxed():
+    return json.loads(FILES[BOXED].read_text(encoding="utf-8"))
+
+
+def test_subgraph_and_the_node_that_stands_for_it_agree(boxed):
+    (inner,) = boxed["definitions"]["subgraphs"]
+    (box,) = [node for node in boxed["nodes"] if node["type"] == inner["id"]]
+    uuid.UUID(inner["id"])
+    for own, outside in ((inner["inputs"], box["inputs"]), (inner["outputs"], box["outputs"])):
+        assert [(s["name"], s["type"]) for s in own] == [(s["name"], s["type"]) for s in outside]
+    links = {link["id"]: link for link in inner["links"]}
+    for slot, socket in enumerate(inner["inputs"]):
+        ends = {(links[i]["origin_id"], links[i]["origin_slot"]) for i in socket["linkIds"]}
+        assert ends == {(ENTRY, slot)}
+    for slot, socket in enumerate(inner["outputs"]):
+        (link,) = socket["linkIds"]
+        assert (links[link]["target_id"], links[link]["target_slot"]) == (EXIT, slot)
+    inside = {str(node["id"]): node for node in inner["nodes"]}
+    for number, widget in box["properties"]["proxyWidgets"]:
+        widgets = {name for name, _ in pairs(NODES[inside[number]["type"]][1])}
+        assert widget in widgets | {"control_after_generate"}
+    # an id twice would make one of the two nodes unreachable
+    assert not {node["id"] for node in boxed["nodes"]} & {node["id"] for node in inner["nodes"]}
+    kinds = [node["type"] for node in inner["nodes"]]
+    assert kinds == [
+        "UNETLoader",
+        "AdaSpaAttention",
+        "ModelSamplingSD3",
+        "KSampler",
+        "AdaSpaReport",
+    ]
+
+
+def as_prompt(nodes, links):
+    """Nodes as the server takes them; a link from elsewhere is left open."""
+    prompt, ids = {}, {node["id"] for node in nodes}
+    for node in nodes:
+        inputs = values_of(node)
+        for link, start, slot, end, place, _ in links:
+            if end == node["id"] and start in ids:
+                assert node["inputs"][place]["link"] == link
+                inputs[node["inputs"][place]["name"]] = [str(start), slot]
+        prompt[str(node["id"])] = {"class_type": node["type"], "inputs": inputs}
+    return prompt
+
+
+def test_subgraph_runs_on_a_server(comfy_server, boxed):
+    (inner,) = boxed["definitions"]["subgraphs"]
+    numbers = {node["type"]: str(node["id"]) for node in inner["nodes"]}
+    whole = unfold(boxed)
+    nodes = [node for node in whole["nodes"] if str(node["id"]) in numbers.values()]
+    prompt = as_prompt(nodes, whole["links"])
+    # a tiny model, and conditionings that need no text encoder
+    prompt[numbers["UNETLoader"]]["inputs"]["unet_name"] = "tiny_wan_h64.safetensors"
+    prompt[numbers["AdaSpaAttention"]]["inputs"].update(preset="Custom", min_tokens=64)
+    prompt[numbers["KSampler"]]["inputs"].update(
+        steps=4, sampler_name="euler", positive=["text", 0], negative=["text", 0],
+        latent_image=["latent", 0],
+    )  # fmt: skip
+    prompt["text"] = {"class_type": "AdaSpaHostTestPrompt", "inputs": {"tokens": 7, "seed": 0}}
+    size = {"width": 192, "height": 128, "length": 9, "batch_size": 1}
+    prompt["latent"] = {"class_type": "EmptyHunyuanLatentVideo", "inputs": size}
+    entry = comfy_server.post(prompt)
+    (text,) = entry["outputs"][numbers["AdaSpaReport"]]["text"]
+    assert text.startswith("288 tokens, steps 0 search, 1-3 sparse, density")
+
+
+def test_blueprints_are_read_from_a_folder_at_the_top_of_a_pack_alone(comfyui, comfy_server):
+    """Were there another place, the subgraph could be offered from there, too."""
+    from app.subgraph_manager import SubgraphManager
+
+    source = inspect.getsource(SubgraphManager.get_custom_node_subgraphs)
+    assert '"*/subgraphs/*.json"' in source and source.count("glob.glob(") == 1
+    packs = {
+        entry["info"]["node_pack"] for entry in get(comfy_server, "/global_subgraphs").values()
+    }
+    assert "custom_nodes.adaspa" not in packs
