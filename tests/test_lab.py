@@ -13,6 +13,7 @@ TESTS = Path(__file__).resolve().parent
 sys.path[:0] = [str(TESTS / "lab"), str(TESTS / "tiny_model")]
 
 import attention  # noqa: E402
+import compare_presets  # noqa: E402
 import contestants  # noqa: E402
 import cost  # noqa: E402
 import metrics  # noqa: E402
@@ -281,3 +282,50 @@ def test_recorded_results_still_make_their_tables():
     assert PAPER.name in text
     rules = {rule.name for group in contestants.GROUPS.values() for rule in group}
     assert {name for _, _, name in data["rows"]} <= rules
+
+
+def users_graph():
+    def node(kind, **inputs):
+        return {"class_type": kind, "inputs": inputs}
+
+    return {
+        "1": node("UNETLoader", unet_name="wan"),
+        "2": node("AdaSpaAttention", model=["1", 0], preset="Custom", enabled=True),
+        "3": node("KSampler", model=["2", 0], seed=7, steps=20),
+        "4": node("AdaSpaReport", samples=["3", 0], adaspa=["2", 1]),
+        "5": node("VAEDecode", samples=["4", 0]),
+        "6": node("CreateVideo", images=["5", 0]),
+        "7": node("SaveVideo", video=["6", 0]),
+    }
+
+
+def test_users_graph_ends_in_its_frames_and_takes_presets():
+    graph = compare_presets.prepared(users_graph(), {"SaveVideo", "AdaSpaReport"})
+    assert set(graph) == {"1", "2", "3", "5", "6", "adaspa_frames"}
+    assert graph["adaspa_frames"]["inputs"]["images"] == ["5", 0]
+    assert graph["5"]["inputs"]["samples"] == ["3", 0], "the report passed the latent on"
+    fast = compare_presets.variant(graph, "Fast", 3)
+    dense = compare_presets.variant(graph, None, 3)
+    assert fast["2"]["inputs"] | {"model": 0} == {"model": 0, "preset": "Fast", "enabled": True}
+    assert dense["2"]["inputs"]["enabled"] is False and graph["2"]["inputs"]["enabled"]
+    assert fast["3"]["inputs"]["seed"] == dense["3"]["inputs"]["seed"] == 3
+
+
+def test_users_graph_without_our_node_is_refused():
+    graph = users_graph()
+    del graph["2"]
+    with pytest.raises(ValueError, match="no AdaSpa Attention node"):
+        compare_presets.prepared(graph, set())
+
+
+def test_presets_are_summed_up_over_seeds():
+    row = {"ssim": 0.9, "flicker": 1.0, "features": 0.1, "seconds": 10.0, "dense_seconds": 20.0}
+    rows = [
+        {"seed": seed, "preset": preset, "psnr": psnr, **row}
+        for preset, psnr in (("Fast", 20.0), ("Quality", 30.0))
+        for seed in (1, 2)
+    ]
+    rows[1]["psnr"] = 22.0
+    table, plot = compare_presets.summary(rows)
+    assert "| Fast | 21.00 | 0.900 | 1.00 | 10.0 | 20.0 |" in table
+    assert plot.startswith("<svg") and "Quality" in plot
