@@ -132,7 +132,7 @@ def setting_inputs() -> list[io.Input]:
             advanced=True,
             tooltip="Precision of the attention in sparse steps, and in dense ones where that is "
             "fastest: int8 and fp8 are faster and less exact. bf16, and auto for now, compute "
-            "as the model does. Searches always do.",
+            "as the model does. Searches always do, and so do sparse steps with a tail.",
         ),
         io.Float.Input(
             "recall",
