@@ -43,5 +43,5 @@ def row_wise_top_k(
         ranked = scores[:, heads].masked_fill(sink_k, float("inf"))
         best = ranked.topk(largest_budget, dim=-1, sorted=True).indices
         within = slots < budgets[:, heads, None, None]
-        keep[:, heads] = keep[:, heads].scatter(-1, best, within.expand(best.shape))
+        keep[:, heads].scatter_(-1, best, within.expand(best.shape))
     return keep.logical_or_((sink_k if sink_q is None else sink_q)[:, None])

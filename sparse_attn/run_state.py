@@ -246,8 +246,8 @@ class RunState:
             mask = selection.pack(keep, self.config)
             state.mask = mask.with_bits(self.cache.keep(mask.bits))
         state.searched_at = call.step
-        density = keep.flatten(2).sum(-1) / keep[0, 0].numel()
-        state.density, state.recall, state.carried = density.mean(0), recall.mean(0), False
+        state.density, state.recall = mask.density().mean(0), recall.mean(0)
+        state.carried = False
         self.findings.add_mask(call, state, state.recall, block_map(keep[0]), exact=exact)
 
     def _checked(self, call, state, out, lse, q, k, v):

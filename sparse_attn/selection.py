@@ -2,6 +2,7 @@
 
 import torch
 
+from . import kernels
 from .block_mask import BlockMask
 from .config import AdaSpaConfig
 from .head_adaptive import budget_shift, head_budgets
@@ -39,14 +40,22 @@ def select(
     scores = masses if scores is None else scores
     budget = row_budget(config.density, Nk, sinks)
     budgets = torch.full((B, H), budget, device=masses.device)
-    keep = row_wise_top_k(scores, budgets, budget, sink_k, sink_q)
-    held = recall(masses, keep)
+    keep, held = _keep_best(scores, masses, budgets, budget, sink_k, sink_q)
     shift = budget_shift(budget, Nk, sinks) if config.head_adaptive else 0
     if shift:
         budgets = head_budgets(held, budget, shift)
-        keep = row_wise_top_k(scores, budgets, budget + shift, sink_k, sink_q)
-        held = recall(masses, keep)
+        keep, held = _keep_best(scores, masses, budgets, budget + shift, sink_k, sink_q)
     return keep, held
+
+
+def _keep_best(scores, masses, budgets, largest_budget, sink_k, sink_q):
+    """Row-wise top-k and its recall, by the kernel where it serves."""
+    if scores.device.type == "cuda":
+        kernel = kernels.available()["top_blocks"]
+        if not isinstance(kernel, str) and kernel.why_not(scores) is None:
+            return kernel.top_blocks(scores, masses, budgets, sink_k, sink_q)
+    keep = row_wise_top_k(scores, budgets, largest_budget, sink_k, sink_q)
+    return keep, recall(masses, keep)
 
 
 def pack(keep: torch.Tensor, config: AdaSpaConfig) -> BlockMask:

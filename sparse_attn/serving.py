@@ -93,7 +93,7 @@ def _pooled(backend, arranged: Arranged, lse, call, config):
 
 
 def _scores(arranged: Arranged, masses, pooled, config):
-    return tail_error(masses, pooled, arranged.token_v, arranged.v_mean, config.block_q)
+    return tail_error(masses, pooled, arranged.token_v, arranged.v_mean)
 
 
 def sparse(

@@ -18,12 +18,12 @@ WORKSPACE_BYTES = 256 << 20
 
 
 def tail_error(
-    masses: torch.Tensor, pooled: torch.Tensor, v: torch.Tensor, v_mean: torch.Tensor, block_q: int
+    masses: torch.Tensor, pooled: torch.Tensor, v: torch.Tensor, v_mean: torch.Tensor
 ) -> torch.Tensor:
     """Score every block pair by the error that skipping it leaves; nothing is read back.
 
     Args:
-        masses: [B, H, Nq, N] float32, of the softmax over all keys.
+        masses: [B, H, Nq, N] float32, of the softmax over all keys; a row sums to its queries.
         pooled: [B, H, Nq, N] float32, of the pseudo keys; the result takes its place.
         v: [B, H, L, D]. v_mean: [B, H, N, D].
 
@@ -31,7 +31,6 @@ def tail_error(
         [B, H, Nq, N] float32.
     """
     B, H, Nq, N = masses.shape
-    rows = rows_of(v.shape[2], block_q, v.device)[:, None]
     # a few heads at a time: three maps of block pairs at once, and the values in float32
     per_head = 12 * Nq * N + 8 * v.shape[2] * v.shape[3]
     step = max(1, WORKSPACE_BYTES // per_head)
@@ -40,6 +39,7 @@ def tail_error(
             heads = slice(first, first + step)
             mass, means = masses[b, heads], v_mean[b, heads].float()
             missing = mass.sub(pooled[b, heads]).clamp_(min=0)
+            rows = mass.sum(-1, keepdim=True).clamp_(min=1e-20)
             apart = torch.cdist(mass @ means / rows, means)
             score = torch.mul(mass, missing).sqrt_().mul_(deviation(v[b, heads], means)[:, None])
             pooled[b, heads] = score.addcmul_(missing, apart)

@@ -1,4 +1,6 @@
 import os
+import sys
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -8,6 +10,19 @@ from host_fixtures import comfy_server, comfyui, load, loaded_models, model_path
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
     torch.set_num_threads(min(2, os.cpu_count() or 1))
+
+
+def pytest_collection_finish(session):
+    """Let the compiler work through what `test_tiles` asks of it while other tests run."""
+    modules = {item.module.__name__: item.module for item in session.items}
+    wanted = "test_tiles" in modules and len(modules) > 1 and find_spec("triton")
+    if wanted and not session.config.option.collectonly:
+        modules["test_tiles"].PROCESSES.begin(at_a_time=1)
+
+
+def pytest_sessionfinish(session):
+    if "test_tiles" in sys.modules:
+        sys.modules["test_tiles"].PROCESSES.end()
 
 
 @pytest.fixture

@@ -35,7 +35,7 @@ def test_matches_the_definition_in_float64(layout, block_q, workspace, monkeypat
     monkeypatch.setattr(module, "WORKSPACE_BYTES", workspace)
     masses, pooled, arranged, inputs, lse = found_by(layout, block_q)
     before = masses.clone()
-    scores = tail_error(masses, pooled, arranged.token_v, arranged.v_mean, block_q)
+    scores = tail_error(masses, pooled, arranged.token_v, arranged.v_mean)
     exact = reference.tail_error(*inputs, lse, block_q=block_q, block_k=64, scale=SCALE)
     # where masses agree to rounding, the root of their difference is all rounding
     assert_within("scores", scores, exact, 5e-3 * exact.max().item())
@@ -46,7 +46,7 @@ def test_matches_the_definition_in_float64(layout, block_q, workspace, monkeypat
 def test_half_precision_scores_rank_alike():
     layout = LAYOUTS[1]
     masses, pooled, arranged, inputs, lse = found_by(layout, 64, torch.bfloat16)
-    scores = tail_error(masses, pooled, arranged.token_v, arranged.v_mean, 64)
+    scores = tail_error(masses, pooled, arranged.token_v, arranged.v_mean)
     exact = reference.tail_error(*inputs, lse, block_q=64, block_k=64, scale=SCALE)
     assert_within("scores", scores, exact, 0.05 * exact.max().item())
 
@@ -67,7 +67,7 @@ def test_equal_keys_leave_no_error():
         arranged.q, arranged.k_mean, arranged.log_sizes, lse, block_q=64, scale=SCALE
     )
     assert_within("pooled", pooled, masses.double(), 1e-3)
-    scores = tail_error(masses, pooled, arranged.token_v, arranged.v_mean, 64)
+    scores = tail_error(masses, pooled, arranged.token_v, arranged.v_mean)
     # sqrt(64 * 1e-4) of rounding times a deviation of about 4
     assert scores.max() < 0.5 and scores.max() < 0.02 * masses.max()
 
@@ -75,7 +75,7 @@ def test_equal_keys_leave_no_error():
 def test_a_stand_in_that_is_hidden_costs_the_whole_block():
     masses, pooled, arranged, _, _ = found_by(LAYOUTS[1], 64)
     pooled.zero_()
-    scores = tail_error(masses, pooled, arranged.token_v, arranged.v_mean, 64)
+    scores = tail_error(masses, pooled, arranged.token_v, arranged.v_mean)
     spread = deviation(arranged.token_v[0], arranged.v_mean[0].float())
     assert (scores[0] >= masses[0] * spread[:, None] * (1 - 1e-5)).all()
 
@@ -83,7 +83,7 @@ def test_a_stand_in_that_is_hidden_costs_the_whole_block():
 def test_nan_stays_in_its_head():
     masses, pooled, arranged, _, _ = found_by(LAYOUTS[0], 64)
     masses[1, 2, 3, 1] = float("nan")
-    scores = tail_error(masses, pooled, arranged.token_v, arranged.v_mean, 64)
+    scores = tail_error(masses, pooled, arranged.token_v, arranged.v_mean)
     assert scores[1, 2, 3].isnan().any()
     scores[1, 2] = 0
     assert torch.isfinite(scores).all()

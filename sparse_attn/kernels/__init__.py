@@ -5,7 +5,7 @@ from importlib import import_module
 
 NAMES = (
     "sparse_attention", "dense_attention", "block_masses", "unpack_mask",
-    "low_precision_attention", "arrange", "pooled_masses",
+    "low_precision_attention", "arrange", "pooled_masses", "top_blocks",
 )  # fmt: skip
 
 

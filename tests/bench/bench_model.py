@@ -1,16 +1,20 @@
-"""Steps of ComfyUI's own HunyuanVideo, sampled through the node's patch, on random weights.
+"""A run of ComfyUI's own HunyuanVideo 13B, composed of measured steps, on random weights.
 
     python tests/bench/bench_model.py --out results.json
 
-Times one dense step with the host's default attention, then a short run in which every kind of step
-occurs, and composes a run of 50 steps from the measured ones. Random weights say nothing of quality.
+Samples a twentieth of the layers (one double, two single blocks) at full width and length, through
+the node's patch and ComfyUI's sampler, and times every kind of step. A whole model's step is what
+lies outside the layers plus twenty times the layers; `--whole` builds all 60 instead. Random weights
+say nothing of quality.
 """
 
 import argparse
 import json
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
+from statistics import mean
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
@@ -18,118 +22,168 @@ from tests.tools import comfy_inprocess
 
 comfy_inprocess.start()
 
-import comfy.model_detection  # noqa: E402
 import comfy.model_management  # noqa: E402
-import comfy.model_patcher  # noqa: E402
-import comfy.ops  # noqa: E402
-import comfy.sample  # noqa: E402
 import torch  # noqa: E402
-from comfy.ldm.hunyuan_video.model import HunyuanVideo  # noqa: E402
 
 from sparse_attn.config import AdaSpaConfig  # noqa: E402
-from sparse_attn.host.install import install  # noqa: E402
+from sparse_attn.dense_choice import DenseChoice, cudnn_serves  # noqa: E402
+from tests.bench.real_stacks import STACKS  # noqa: E402
 from tests.bench.record import facts  # noqa: E402
+from tests.bench.stack_runs import StackRuns  # noqa: E402
 
-LARGE = {"hidden_size": 3072, "num_heads": 24, "depth": 20, "depth_single_blocks": 40, "context_in_dim": 4096}
-SMALL = {"hidden_size": 256, "num_heads": 2, "depth": 1, "depth_single_blocks": 1, "context_in_dim": 64}
-# dense, dense with LSE, search, sparse, LSE-cached search, sparse
-STEPS, WARMUP, POINTS = 6, 2 / 6, (4 / 6,)
-# AdaSpa's schedule: 0-9 dense, 10 search, 11-29 sparse, 30 search, 31-49 sparse
-RUN = {"dense": 9, "dense_with_lse": 1, "search": 1, "search_again": 1, "sparse": 38}
-
-
-def build(sizes, device) -> comfy.model_patcher.ModelPatcher:
-    """ComfyUI's model with random weights, on the device from the start."""
-    parameters = dict(
-        image_model="hunyuan_video", in_channels=16, out_channels=16, vec_in_dim=768, mlp_ratio=4.0,
-        axes_dim=[16, 56, 56], theta=256, patch_size=[1, 2, 2], qkv_bias=True, guidance_embed=True,
-        byt5=False, meanflow=False, use_cond_type_embedding=False, vision_in_dim=None,
-        meanflow_sum=False, **sizes,
-    )  # fmt: skip
-    shapes = HunyuanVideo(
-        device="meta", dtype=torch.bfloat16, operations=comfy.ops.disable_weight_init, **parameters
-    ).state_dict()
-    config = comfy.model_detection.model_config_from_unet(shapes, "")
-    config.set_inference_dtype(torch.bfloat16, None)
-    config.custom_operations = comfy.ops.disable_weight_init
-    model = config.get_model(shapes, "", device=device)
-    generator = torch.Generator(device).manual_seed(0)
-    for name, weight in model.diffusion_model.named_parameters():
-        # weights of norms stay near one, so that logits have the size they have in a real model
-        weight.data.normal_(0, 0.02, generator=generator)
-        if "norm" in name and name.endswith(("scale", "weight")) and weight.ndim == 1:
-            weight.data.add_(1)
-    return comfy.model_patcher.ModelPatcher(model, load_device=device, offload_device=device)
+DOUBLE, SINGLE = 20, 40
+# one for measuring which dense attention is fastest, and one that is measured
+ORDER = (
+    "first", "dense", "dense_with_lse", "search", "sparse", "sparse", "search_again", "sparse"
+)  # fmt: skip
+BASE = AdaSpaConfig(
+    sparsity=0.8, warmup=3 / 8, search_points=(6 / 8,), min_tokens=0, cache="gpu", tail="none"
+)
+VARIANTS = {
+    "bf16, 64x64": {},
+    "bf16, 128x64": {"block_size": "128x64"},
+    "bf16, 128x64, pooled tail": {"block_size": "128x64", "tail": "pooled"},
+    "int8, 128x64": {"block_size": "128x64", "precision": "int8"},
+    "int8, 128x64, pooled tail": {"block_size": "128x64", "precision": "int8", "tail": "pooled"},
+}
+# 0-9 dense, 10 search, 11-29 sparse, 30 search from the cached LSE, 31-49 sparse
+RUN = {"dense": 9, "dense_with_lse": 1, "search": 1, "sparse": 38, "search_again": 1}
+CUDNN = "dense, cuDNN"
+DEFAULT = "dense, ComfyUI's default"
 
 
-def sample(patcher, shape, context_dim: int, steps: int) -> float:
-    """Sample once; seconds of the whole run."""
-    generator = torch.Generator().manual_seed(0)
-    text = torch.randn(1, 256, context_dim, generator=generator)
-    condition = [[text, {"pooled_output": torch.randn(1, 768, generator=generator)}]]
-    latent = torch.zeros(shape)
-    noise = torch.randn(shape, generator=generator)
-    start = time.perf_counter()
-    comfy.sample.sample(
-        patcher, noise, steps, 1.0, "euler", "simple", condition, condition, latent,
-        denoise=1.0, disable_pbar=True, seed=0,
-    )  # fmt: skip
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
+class CudnnWherePresent(DenseChoice):
+    def choose(self, backend, q, k, v, **options):
+        return "cudnn" if cudnn_serves(q) else "host"
+
+
+class LayerClock:
+    """Seconds that every model call spends between its first and its last layer."""
+
+    def __init__(self, diffusion, device):
+        self.device, self.seconds = device, []
+        diffusion.double_blocks[0].register_forward_pre_hook(self._begin)
+        diffusion.single_blocks[-1].register_forward_hook(self._end)
+
+    def _now(self):
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    def _begin(self, *_):
+        self.began = self._now()
+
+    def _end(self, *_):
+        self.seconds.append(self._now() - self.began)
+
+
+class ModelRuns(StackRuns):
+    """What is measured on part of the model, or all of it."""
+
+    def __init__(self, whole: bool, small: bool, device):
+        self.times = 1 if whole else DOUBLE
+        double, single = DOUBLE // self.times, SINGLE // self.times
+        stack = STACKS["hunyuan"]
+        settings = {**stack.settings, "depth": double, "depth_single_blocks": single}
+        stack = replace(stack, settings=settings, layers=double + single)
+        super().__init__(stack, small, device)
+        self.clock = LayerClock(self.patcher.model.diffusion_model, device)
+
+    def steps(self, model, steps, shapes=None, **options) -> list[float]:
+        """Seconds of every step of the whole model."""
+        self.clock.seconds = []
+        _, meter = self.sample(model, steps, shapes, **options)
+        layers = self.clock.seconds
+        return [all_ + (self.times - 1) * x for all_, x in zip(meter.seconds, layers, strict=True)]
+
+    def dense(self) -> dict:
+        """A step with ComfyUI's default attention, and one with cuDNN's."""
+        model, handle = self.install(self.patcher, BASE)
+        handle.dense_choice = CudnnWherePresent("auto")
+        return {
+            DEFAULT: self.steps(self.patcher, 2)[1],
+            CUDNN: self.steps(model, len(ORDER), last_step=2)[1],
+        }
+
+    def variant(self, options) -> dict:
+        config = replace(BASE, **options)
+        short, _ = self.install(self.patcher, config)
+        # compiles the kernels
+        self.steps(short, len(ORDER), self.stack.short_shapes())
+        model, handle = self.install(self.patcher, config)
+        steps = self.steps(model, len(ORDER))
+        statistics = handle.latest()
+        self.check(statistics, len(ORDER), self.shapes)
+        found = {}
+        for kind, seconds in zip(ORDER, steps, strict=True):
+            found.setdefault(kind, []).append(seconds)
+        return {
+            "step_seconds": {kind: mean(seconds) for kind, seconds in found.items()},
+            "tokens": statistics.tokens,
+            "density": statistics.density(),
+            "dense_choice": statistics.dense_choice,
+            "low_precision_calls": statistics.low_precision_calls,
+            "not_low_precision": dict(statistics.not_low_precision),
+            "timing": {
+                kind: mean(seconds)
+                for kind in ("dense", "sparse", "search", "search_dense", "search_again")
+                if (seconds := getattr(statistics.timing, kind, None))
+            },
+        }
+
+
+def compose(step_seconds: dict, dense_steps: dict, baselines: dict) -> dict:
+    """A run of 50 steps whose plainly dense ones are those of `dense_steps`."""
+    took = sum(
+        count * (dense_steps if kind == "dense" else step_seconds)[kind]
+        for kind, count in RUN.items()
+    )
+    runs = {name: sum(RUN.values()) * seconds for name, seconds in baselines.items()}
+    return {
+        "seconds": took,
+        "over_cudnn": runs[CUDNN] / took,
+        "over_default": runs[DEFAULT] / took,
+    }
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--small", action="store_true", help="two layers and few tokens, to try the script")
-    parser.add_argument("--sparsity", type=float, default=0.8)
+    parser.add_argument("--small", action="store_true", help="narrow and short, to try the script")
+    parser.add_argument("--whole", action="store_true", help="build and measure all 60 layers")
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
-    device = comfy.model_management.get_torch_device()
-    sizes = SMALL if options.small else LARGE
-    shape = (1, 16, 5, 24, 32) if options.small else (1, 16, 33, 90, 160)
-
     torch.set_grad_enabled(False)
-    patcher = build(sizes, device)
-    context = sizes["context_in_dim"]
-    print(f"built {sum(p.numel() for p in patcher.model.parameters()) / 1e9:.2f} B parameters", flush=True)
-    sample(patcher, (1, 16, 2, 16, 16), context, 1)  # loads and warms what does not depend on length
-    host = sample(patcher, shape, context, 1)
-    print(f"one step, host's default attention: {host:.2f} s", flush=True)
-
-    config = AdaSpaConfig(
-        sparsity=options.sparsity, warmup=WARMUP, search_points=POINTS, min_tokens=0, cache="gpu"
-    )
-    # a short run compiles the kernels; the measured run then starts warm
-    warm, _ = install(patcher, config)
-    sample(warm, (1, 16, 5, 24, 32), context, STEPS)
-    adaspa, handle = install(patcher, config)
-    sample(adaspa, shape, context, STEPS)
-    statistics = handle.latest()
-    print("\n".join(statistics.lines()), flush=True)
-
-    order = ["dense", "dense_with_lse", "search", "sparse", "search_again", "sparse_again"]
-    steps = dict(zip(order, (took for _, took in statistics.steps), strict=True))
-    composed = sum(count * steps[kind] for kind, count in RUN.items())
-    dense = 50 * min(host, steps["dense_with_lse"])
+    bench = ModelRuns(options.whole, options.small, comfy.model_management.get_torch_device())
+    # what does not depend on length
+    bench.steps(bench.patcher, 1, bench.stack.short_shapes())
     result = {
-        "what": "seconds per denoising step of ComfyUI's HunyuanVideo, random weights",
-        "tokens": statistics.tokens,
-        "layers": sizes["depth"] + sizes["depth_single_blocks"],
-        "host_default_step": host,
-        "steps": steps,
-        "run_of_50": {
-            "schedule": RUN,
-            "adaspa_seconds": composed,
-            "speed_up_over_host_default": 50 * host / composed,
-            "speed_up_over_fastest_dense": dense / composed,
-        },
-        "statistics": statistics.as_dict(),
+        "what": "seconds of HunyuanVideo 13B's steps, random weights, density 0.2",
+        "layers_measured": bench.stack.layers,
+        "dense_step_seconds": bench.dense(),
+        "run_of_50": RUN,
+        "variants": {},
+        "runs": {},
         **facts(),
     }
-    print(json.dumps({k: result[k] for k in ("host_default_step", "steps", "run_of_50")}, indent=1))
-    if options.out:
-        options.out.write_text(json.dumps(result, indent=2) + "\n")
+    baselines = result["dense_step_seconds"]
+    print({name: round(seconds, 2) for name, seconds in baselines.items()}, flush=True)
+    exact = None
+    for name in options.variants:
+        found = result["variants"][name] = bench.variant(VARIANTS[name])
+        found["errors"], bench.errors = bench.errors, []
+        steps = found["step_seconds"]
+        exact = exact or steps
+        result["runs"][name] = compose(steps, steps, baselines)
+        if "precision" in VARIANTS[name]:
+            result["runs"][f"{name}, dense steps exact"] = compose(steps, exact, baselines)
+        shown = " ".join(f"{kind} {seconds:.2f}" for kind, seconds in steps.items())
+        print(f"{name}: {shown}; {found['dense_choice']}; {found['errors']}", flush=True)
+        if options.out:
+            options.out.write_text(json.dumps(result, indent=1) + "\n")
+    print(f"\n{'run of 50 steps':48}{'s':>8}{'x cuDNN':>9}{'x default':>11}")
+    for name, run in result["runs"].items():
+        print(f"{name:48}{run['seconds']:8.0f}{run['over_cudnn']:9.2f}{run['over_default']:11.2f}")
 
 
 if __name__ == "__main__":

@@ -1,17 +1,14 @@
-"""What a sparse call costs beside attention: selection, packing, lists, and Python."""
+"""What a sparse call and a search cost beside attention: selection, packing, lists, and Python."""
 
 import time
+from types import SimpleNamespace
 
 import torch
 
+from sparse_attn import triton_backend
 from sparse_attn.config import AdaSpaConfig
-from sparse_attn.kernels.block_masses import block_masses
-from sparse_attn.kernels.dense_attention import dense_attention
-from sparse_attn.kernels.sparse_attention import sparse_attention
-from sparse_attn.kernels.unpack_mask import unpack_mask
 from sparse_attn.run_state import Call, RunState
 from sparse_attn.schedule import Schedule, StepKind
-from sparse_attn.selection import pack, select
 from sparse_attn.token_layout import TokenLayout
 
 DENSITY = 0.2
@@ -19,59 +16,98 @@ TEXT = 256
 CALLS = 200
 
 
-def sparse_run(q, k, v, scale, config):
-    """(a run that has searched, a call of its sparse step)."""
-    # not the last sparse step, in which a run measures its recall
-    kinds = (StepKind.SEARCH, StepKind.SPARSE, StepKind.SPARSE)
-    run = RunState(config, Schedule(kinds, 0, 3, (1.0, 0.7, 0.4)))
-    layout = TokenLayout(TEXT, 1, 1, q.shape[2] - TEXT)
-    options = {"key": "layer", "layer": 0, "role": "positive", "layout": layout, "scale": scale}
+class LayerRun:
+    """A run of one layer that has searched; goes on as often as wanted.
 
-    def dense(q, k, v):
-        return torch.nn.functional.scaled_dot_product_attention(q, k, v, scale=scale)
+    Args:
+        kernels: whether the attention and mass kernels run; without them their last results serve.
+    """
 
-    run.attend(Call(step=0, dense=dense, **options), q, k, v)
-    return run, Call(step=1, dense=dense, **options)
+    def __init__(self, q, k, v, scale, *, kernels=True, **config):
+        config = AdaSpaConfig(
+            sparsity=1 - DENSITY, min_tokens=0, cache="gpu", tail="none", **config
+        )
+        # the last search keeps the LSE for the one that may follow
+        kinds = [StepKind.SEARCH, StepKind.SPARSE, StepKind.SEARCH, StepKind.SEARCH]
+        self.run = RunState(config, Schedule(tuple(kinds), 0, 4, (1.0, 0.7, 0.4, 0.1)))
+        layout = TokenLayout(TEXT, 1, 1, q.shape[2] - TEXT)
+
+        def dense(q, k, v):
+            return torch.nn.functional.scaled_dot_product_attention(q, k, v, scale=scale)
+
+        self.calls = [
+            Call(
+                key=0, layer=0, role="positive", step=step, layout=layout, scale=scale, dense=dense
+            )
+            for step in range(3)
+        ]
+        self.inputs = q, k, v
+        self.run.attend(self.calls[0], *self.inputs)
+        (self.state,) = self.run.layers.values()
+        if not kernels:
+            self._take_away_kernels()
+
+    def _take_away_kernels(self):
+        last = {}
+
+        def recorded(name, kernel):
+            def call(*args, **options):
+                last[name] = kernel(*args, **options)
+                return last[name]
+
+            return call
+
+        names = "sparse_attention", "block_masses"
+        serving = SimpleNamespace(**vars(triton_backend))
+        self.state.backend = serving
+        for name in names:
+            setattr(serving, name, recorded(name, getattr(triton_backend, name)))
+        self.search()
+        for name in names:
+            setattr(serving, name, lambda *args, name=name, **options: last[name])
+
+    def sparse(self):
+        return self._attend(1)
+
+    def search(self):
+        """A search from the cached LSE, and the sparse attention of the same step."""
+        self.state.searched_at = 0
+        return self._attend(2)
+
+    def _attend(self, step):
+        out = self.run.attend(self.calls[step], *self.inputs)
+        self.run.findings.clear()
+        return out
 
 
 def enter_bookkeeping(contest):
-    q, k, v, scale = contest.q, contest.k, contest.v, contest.scale
-    config = AdaSpaConfig(sparsity=1 - DENSITY, min_tokens=0, cache="gpu")
-    layout = TokenLayout(TEXT, 1, 1, q.shape[2] - TEXT)
-    lse = dense_attention(q, k, v, scale=scale)[1]
-    masses = block_masses(q, k, lse, scale=scale, **config.blocks)
-    keep, _ = select(masses, layout, config)
-    mask = pack(keep, config)
-    lists = unpack_mask(mask.bits, mask.num_k)
+    tensors = contest.q, contest.k, contest.v, contest.scale
+    bare = LayerRun(*tensors, kernels=False)
+    paper = LayerRun(*tensors, kernels=False, head_adaptive=True)
+    whole = LayerRun(*tensors)
 
-    def wrong(counts):
-        return float((counts != keep.sum(-1)).sum().item())
+    def wrong(_):
+        """Blocks by which a row's list misses its budget, over all rows."""
+        lists = triton_backend.unpack_mask(whole.state.mask.bits, whole.state.mask.num_k)
+        kept = whole.state.mask.to_dense().sum(-1)
+        return float((lists[1] != kept).sum().item())
 
-    contest.enter("ours, select blocks", lambda: select(masses, layout, config))
-    contest.enter("ours, pack their mask", lambda: pack(keep, config))
-    contest.enter(
-        "ours, unpack a mask at 0.2", lambda: unpack_mask(mask.bits, mask.num_k), None,
-        lambda result: wrong(result[1]),
-    )  # fmt: skip
-    contest.enter(
-        "ours, sparse step, kernel alone",
-        lambda: sparse_attention(q, k, v, *lists, scale=scale, **config.blocks),
-        DENSITY,
-    )
-    run, call = sparse_run(q, k, v, scale, config)
-    contest.enter("ours, sparse step, whole call", lambda: run.attend(call, q, k, v), DENSITY)
+    contest.enter("ours, sparse step, whole call", whole.sparse, DENSITY, wrong)
+    contest.enter("ours, sparse step, all but the kernel", bare.sparse)
+    contest.enter("ours, search step, all but the kernels", bare.search)
+    contest.enter("ours, head-adaptive search, all but the kernels", paper.search)
 
 
 def python_ms(device) -> float:
     """Milliseconds of Python and launches per sparse call: a call too small to keep a GPU busy."""
     q, k, v = (torch.randn(1, 2, 1024, 64, device=device).bfloat16() for _ in range(3))
-    run, call = sparse_run(q, k, v, 0.125, AdaSpaConfig(min_tokens=0, cache="gpu"))
+    layer = LayerRun(q, k, v, 0.125)
     for _ in range(CALLS):
-        run.attend(call, q, k, v)
+        layer.sparse()
     torch.cuda.synchronize(device)
     start = time.perf_counter()
     for _ in range(CALLS):
-        run.attend(call, q, k, v)
+        layer.sparse()
     took = time.perf_counter() - start
-    run.free()
+    layer.run.free()
     return 1000 * took / CALLS
