@@ -44,12 +44,12 @@ class AdaSpaAttention(io.ComfyNode):
         cls, model, preset, sparsity, block_size, warmup, search_points, head_adaptive=False,
         dense_layers="", start_percent=0.0, end_percent=1.0, min_tokens=8192, cache="auto",
         dense_attention="auto", enabled=True, precision="auto",
-        recall=0.0, tail="pooled",
+        recall=0.0, tail="pooled", token_order="similarity",
     ) -> io.NodeOutput:  # fmt: skip
         config = config_of(
             preset, sparsity, block_size, warmup, search_points, head_adaptive, dense_layers,
             start_percent, end_percent, min_tokens, cache, dense_attention, enabled, precision, recall,
-            tail,
+            tail, token_order,
         )  # fmt: skip
         patched, handle = install(model, config, cls.hidden.unique_id)
         return io.NodeOutput(

@@ -11,6 +11,7 @@ from ..sparse_attn.config import (
     PRECISIONS,
     PRESETS,
     TAILS,
+    TOKEN_ORDERS,
     AdaSpaConfig,
     from_preset,
     parse_numbers,
@@ -25,7 +26,9 @@ def setting_inputs() -> list[io.Input]:
             options=[*PRESETS, "Custom"],
             default="Balanced",
             tooltip="Quality stays closest to the dense video, Fast skips the most, Paper "
-            "is the published method. Custom uses the values below.",
+            "is the published method. Custom uses the values below. On three small test models, 20 "
+            "steps: skipping 80 % as Balanced does came to 33.8 dB of the dense video, 90 % as Fast "
+            "does to 29.7, and 80 % by the published method to 25.4; higher is closer.",
         ),
         io.Float.Input(
             "sparsity",
@@ -55,10 +58,12 @@ def setting_inputs() -> list[io.Input]:
         ),
         io.String.Input(
             "search_points",
-            default="",
+            default="0.6",
             tooltip="When to look for the pattern again, as shares of the schedule such "
             "as 0.6 (preset Custom). Empty looks once, after the warm-up. A search costs "
-            "a part of a dense step and holds more memory until then.",
+            "a part of a dense step and holds more memory until then. Quality, Balanced and Fast "
+            "leave it out on 8 steps or fewer, and wherever the last search is less than 6 steps "
+            "ago: there it would cost more than it brings. Custom wants 3 steps between two searches.",
         ),
         io.Boolean.Input(
             "head_adaptive",
@@ -132,7 +137,7 @@ def setting_inputs() -> list[io.Input]:
             advanced=True,
             tooltip="Precision of the attention in sparse steps, and in dense ones where that is "
             "fastest: int8 and fp8 are faster and less exact. bf16, and auto for now, compute "
-            "as the model does. Searches always do, and so do sparse steps with a tail.",
+            "as the model does. Searches always do.",
         ),
         io.Float.Input(
             "recall",
@@ -154,6 +159,17 @@ def setting_inputs() -> list[io.Input]:
             "Custom): closer to the dense video, for about a tenth of a sparse call. Needs blocks "
             "of 64 keys. None leaves skipped blocks out, as the paper does.",
         ),
+        io.Combo.Input(
+            "token_order",
+            optional=True,
+            options=list(TOKEN_ORDERS),
+            default="similarity",
+            advanced=True,
+            tooltip="What is put together in a block (preset Custom, only with a tail). Similarity "
+            "puts together what looks alike to the model, wherever it is in the video, in every "
+            "part of the model for which that works better: closer to the dense video, slower "
+            "searches, more memory. Position takes compact pieces of the video.",
+        ),
     ]
 
 
@@ -161,6 +177,7 @@ def config_of(
     preset, sparsity, block_size, warmup, search_points, head_adaptive=False, dense_layers="",
     start_percent=0.0, end_percent=1.0, min_tokens=8192, cache="auto", dense_attention="auto",
     enabled=True, precision="auto", recall=0.0, tail="pooled",
+    token_order="similarity",
 ) -> AdaSpaConfig:  # fmt: skip
     """Read the widgets; those with a default may be missing in workflows of earlier versions.
 
@@ -184,6 +201,7 @@ def config_of(
         precision=precision,
         recall=recall,
         tail=tail,
+        token_order=token_order,
     )
 
 

@@ -78,14 +78,15 @@ def arranged(q, k, v, order: torch.Tensor, key_bias=None, *, arrange) -> Arrange
     """Arrange q, k, v [B, H, L, D] and a `key_bias` [B, L] or None.
 
     Args:
-        order: [L] int32, the token at every place.
+        order: [B, H, L] int32, the token at every place. Where tokens of the video have a bias,
+            the heads have one order.
         arrange: arrange(x, order, means) -> [B, H, L, D], or [B, H, Lp + Np, D] with means.
     """
-    B, tokens = len(q), len(order)
+    B, tokens = len(q), order.shape[-1]
     bias, log_sizes = plain_bias(B, tokens, q.device)
     token_bias = None
     if key_bias is not None:
-        token_bias = key_bias.index_select(1, order)
+        token_bias = key_bias.gather(1, order[:, 0].long())
         bias, log_sizes = with_bias(bias, log_sizes, token_bias)
     return Arranged(
         arrange(q, order, means=False),
@@ -97,10 +98,10 @@ def arranged(q, k, v, order: torch.Tensor, key_bias=None, *, arrange) -> Arrange
     )
 
 
-def prepare(layout: TokenLayout, batch: int, device: torch.device) -> torch.Tensor:
-    """Make what the calls of a sequence share, a megabyte; returns its order, [L] int32."""
+def prepare(layout: TokenLayout, batch: int, device: torch.device) -> None:
+    """Make what the calls of a sequence share, a megabyte."""
     plain_bias(batch, layout.tokens, device)
-    return rods(layout, device)
+    rods(layout, device)
 
 
 def pseudo_blocks(blocks: int) -> int:

@@ -7,41 +7,47 @@ import torch
 from .block_mask import BlockMask
 from .config import AdaSpaConfig
 from .layer_state import Call, LayerState
+from .order_choice import biased_video
 from .pattern import CarriedLayer, CarriedPattern
 from .recall import sample_rows, sampled_recall
 from .run_statistics import block_map
+from .token_order import is_shared, rods
 
 # a carried mask may hold this much less of a layer than when it was found
 RECALL_LOSS = 0.05
 # and this much less than the user asks for: what a sample may err by
 SAMPLE_ERROR = 0.02
 SAMPLED_ROWS = 64
+ONE_ORDER = "another node weighs parts of the video, and the pattern orders each head in its own way"
 
 
 class FittingMask(NamedTuple):
     """A carried mask that holds here.
 
     Args:
-        mask: on the device of the call.
+        mask: on the device of the call. order: [B, H, L] int32 of its sequence, there too, or None.
         recall: [H], of a sample of this call's rows.
         block_map: [H, rows, columns] uint8, for the report.
+        similar: [H], share of the batch that is ordered by similarity, or None without an order.
     """
 
     layer: CarriedLayer
     mask: BlockMask
     recall: torch.Tensor
     block_map: torch.Tensor
+    order: torch.Tensor | None = None
+    similar: torch.Tensor | None = None
 
 
 def fitting_mask(
-    pattern: CarriedPattern, family: str, config: AdaSpaConfig, call: Call, q, k, order=None
+    pattern: CarriedPattern, family: str, config: AdaSpaConfig, call: Call, q, k
 ) -> FittingMask | str:
     """Find the mask of a layer, if it holds here what it held when it was found.
 
     Reads one number from the device, once per layer and run: the choice is due in this call.
 
     Args:
-        q, k: [B, H, L, D]. order: [L] int32, the token at every place of the mask's sequence.
+        q, k: [B, H, L, D].
 
     Returns:
         The mask, or the reason why there is none.
@@ -57,9 +63,18 @@ def fitting_mask(
     )
     if layer is None:
         return reason
+    if layer.order is not None and biased_video(call):
+        return ONE_ORDER
     try:
         num_k = call.layout.num_blocks(config.block_k)
         mask = BlockMask(layer.bits.to(q.device), num_k, **config.blocks)
+        order = similar = None
+        if pattern.pooled:
+            in_place = rods(call.layout, q.device)
+            order = in_place.expand(*q.shape[:3])
+            if layer.order is not None:
+                order = layer.order.to(q.device)
+            similar = (order != in_place).any(-1).float().mean(0)
         rows = sample_rows(call.layout.tokens, SAMPLED_ROWS)
         held = sampled_recall(
             q, k, mask, rows, scale=call.scale, key_bias=call.key_bias, order=order
@@ -72,7 +87,7 @@ def fitting_mask(
         return f"recall more than {RECALL_LOSS} below what the pattern had"
     if config.recall and not held.mean() >= config.recall - SAMPLE_ERROR:
         return f"recall below the {config.recall} asked for"
-    return FittingMask(layer, mask, held.mean(0), cells)
+    return FittingMask(layer, mask, held.mean(0), cells, order, similar)
 
 
 def pattern_of(
@@ -87,10 +102,12 @@ def pattern_of(
         # one sequence a pattern: a part of the picture with a prompt of its own may be another
         first = first or like
         if like == first:
+            order = None if state.order is None or is_shared(state.order) else state.order
             layers[state.name] = CarriedLayer(
                 state.mask.bits.cpu(),
                 tuple(state.density.tolist()),
                 tuple(state.recall.tolist()),
+                order if order is None else order.cpu(),
             )
     if not layers:
         return None

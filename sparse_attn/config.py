@@ -11,6 +11,7 @@ CACHES = ("auto", "gpu", "cpu")
 DENSE_CHOICES = ("auto", "host")
 PRECISIONS = ("auto", "bf16", "int8", "fp8")
 TAILS = ("pooled", "none")
+TOKEN_ORDERS = ("similarity", "position")
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,10 @@ class AdaSpaConfig:
         recall: share of the attention that every head shall keep, in place of `sparsity`; 0 is off.
         tail: what stands for skipped blocks: "pooled" (their averages, with blocks that are compact
             pieces of the video) or "none" (nothing, with blocks in the model's order).
+        token_order: what makes a block, with a tail: "similarity" (tokens that are alike, in every
+            head for which that errs less than a compact piece of the video) or "position".
+        search_gap: steps that lie at least between two searches; a search point that falls nearer
+            to the search before it is left out.
         enabled: False leaves the model as it is.
 
     Raises:
@@ -56,6 +61,8 @@ class AdaSpaConfig:
     precision: str = "auto"
     recall: float = 0.0
     tail: str = "pooled"
+    token_order: str = "similarity"
+    search_gap: int = 0
 
     def __post_init__(self):
         if not 0.0 <= self.sparsity <= MAX_SPARSITY:
@@ -109,6 +116,11 @@ class AdaSpaConfig:
             )
         if self.tail not in TAILS:
             raise ValueError(f"`tail` must be one of {TAILS}, got {self.tail!r}. Try pooled.")
+        if self.token_order not in TOKEN_ORDERS:
+            raise ValueError(
+                f"`token_order` must be one of {TOKEN_ORDERS}, got {self.token_order!r}. "
+                "Try similarity."
+            )
         if not (self.recall == 0 or LEAST_RECALL <= self.recall <= MAX_RECALL):
             raise ValueError(
                 f"`recall` must be 0 or from {LEAST_RECALL} to {MAX_RECALL}, got {self.recall}. "
@@ -129,6 +141,11 @@ class AdaSpaConfig:
     def pooled(self) -> bool:
         """Whether averages stand for skipped blocks."""
         return self.tail == "pooled" and not self.why_no_tail
+
+    @property
+    def by_similarity(self) -> bool:
+        """Whether every search finds an order of its own for each head."""
+        return self.pooled and self.token_order == "similarity"
 
     @property
     def why_no_tail(self) -> str:
@@ -158,15 +175,22 @@ class AdaSpaConfig:
         return BLOCK_SIZES[self.block_size][1]
 
 
+# a search costs about half a dense step or more: on 8 steps or fewer, or soon after another one as in
+# the second of two samplers, it would cost more than it brings
+TWICE = {"search_points": (0.6,), "search_gap": 6}
+# what the user asks for is done, but never every other step
+CUSTOM_GAP = 3
 PRESETS = {
-    "Balanced": AdaSpaConfig(sparsity=0.8, warmup=0.12),
-    "Quality": AdaSpaConfig(sparsity=0.7, warmup=0.2),
-    "Fast": AdaSpaConfig(sparsity=0.9, warmup=0.06),
+    "Balanced": AdaSpaConfig(sparsity=0.8, warmup=0.12, **TWICE),
+    "Quality": AdaSpaConfig(sparsity=0.7, warmup=0.2, **TWICE),
+    "Fast": AdaSpaConfig(sparsity=0.9, warmup=0.06, **TWICE),
     "Paper": AdaSpaConfig(
         sparsity=0.8, warmup=0.2, search_points=(0.6,), head_adaptive=True, tail="none"
     ),
 }
-PRESET_FIELDS = ("sparsity", "block_size", "warmup", "search_points", "head_adaptive", "tail")
+PRESET_FIELDS = (
+    "sparsity", "block_size", "warmup", "search_points", "head_adaptive", "tail", "token_order",
+)  # fmt: skip
 
 
 def from_preset(preset: str, **fields) -> AdaSpaConfig:
@@ -176,7 +200,7 @@ def from_preset(preset: str, **fields) -> AdaSpaConfig:
         ValueError: an unknown preset, or a field out of range.
     """
     if preset == "Custom":
-        return AdaSpaConfig(**fields)
+        return AdaSpaConfig(**{"search_gap": CUSTOM_GAP, **fields})
     if preset not in PRESETS:
         raise ValueError(f"`preset` must be one of {[*PRESETS, 'Custom']}, got {preset!r}.")
     chosen = {name: value for name, value in fields.items() if name not in PRESET_FIELDS}

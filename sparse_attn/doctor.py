@@ -5,10 +5,10 @@ import time
 import torch
 
 from . import attention, reference
-from .arranged import prepare
 from .block_mask import BlockMask
 from .dense_choice import cudnn_serves, torch_cudnn
 from .token_layout import TokenLayout
+from .token_order import rods
 
 # a kernel may err this many times as much as torch does in the same dtype
 FACTOR = 4.0
@@ -72,7 +72,9 @@ def _check(backend, q, k, v):
     yield _compare("sparse attention", out, exact, same)
 
     # 500 tokens, as `_inputs` makes them here
-    order = prepare(TokenLayout(20, 5, 8, 12), 1, q.device)
+    turned = rods(TokenLayout(20, 5, 8, 12), q.device)
+    # heads in different orders, the second one's video the other way round
+    order = torch.stack([turned, torch.cat([turned[:480].flip(0), turned[480:]])])[None]
     arranged = backend.arrange(q, k, v, order)
     lists = backend.unpack_mask(mask.bits, mask.num_k, more=arranged.pseudo_blocks)
     out, _ = backend.sparse_attention(

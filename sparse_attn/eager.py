@@ -140,14 +140,14 @@ def arrange(q, k, v, order, key_bias=None) -> Arranged:
 
 def _arrange(x, order, means):
     B, H, L, D = x.shape
-    if not means:
-        return x.index_select(2, order)
     blocks = -(-L // BLOCK)
     whole = blocks * BLOCK
-    out = x.new_zeros(B, H, whole + blocks + -blocks % BLOCK, D)
+    out = x.new_zeros(B, H, whole + blocks + -blocks % BLOCK if means else L, D)
     for b in range(B):
         for h in range(H):
-            out[b, h, :L] = x[b, h].index_select(0, order)
+            out[b, h, :L] = x[b, h].index_select(0, order[b, h])
+            if not means:
+                continue
             sums = out[b, h, :whole].view(blocks, BLOCK, D).sum(1, dtype=torch.float32)
             out[b, h, whole : whole + blocks] = sums / block_sizes(L, x.device)[:, None]
     return out
@@ -178,7 +178,7 @@ def sparse_attention(
         tail: [B, H, Nq, ceil(N / 8)] uint8, the lists as bits, where k and v end with means of
             their N blocks (`Arranged`) and every list with all blocks of means. The mean of a
             block that a row lists weighs nothing there.
-        order: [Lq] int32, the token at every place of q; `out` is in the order of the tokens.
+        order: [B, H, Lq] int32, the token at every place of q; `out` is in the order of the tokens.
 
     Returns:
         out: [B, H, Lq, D], 0 where a row lists no block. lse: None, it would cost a fifth more time.
@@ -204,7 +204,7 @@ def sparse_attention(
                 if order is None:
                     out[b, h] = head
                 else:
-                    out[b, h].index_copy_(0, order.long(), head.to(out.dtype))
+                    out[b, h].index_copy_(0, order[b, h].long(), head.to(out.dtype))
     return out, None
 
 

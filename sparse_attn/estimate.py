@@ -84,7 +84,7 @@ def estimate(
     size = predict(
         schedule, layers=sparse_layers, batch=batch, heads=heads, tokens=layout.tokens,
         **config.blocks, one_pass=one_pass,
-        keeps_lse=not config.recall,
+        keeps_lse=not config.recall, own_orders=config.by_similarity,
     )  # fmt: skip
     spent, found = 0.0, carried
     for i, kind in enumerate(schedule.kinds):

@@ -30,7 +30,7 @@ class Findings:
         Args:
             recall: [H]. block_map: [H, rows, columns] uint8.
         """
-        found = state.density, recall, block_map, exact, state.carried
+        found = state.density, recall, block_map, exact, state.carried, state.similar
         self._add(call, state, found, self._read_mask)
 
     def add_sample(self, call: Call, state: LayerState, recall: torch.Tensor) -> None:
@@ -59,10 +59,11 @@ class Findings:
     def clear(self) -> None:
         self._pending.clear()
 
-    def _read_mask(self, call, density, recall, block_map, exact, carried):
+    def _read_mask(self, call, density, recall, block_map, exact, carried, similar):
         pattern = Pattern(
-            self._step(call), exact, density.tolist(), recall.tolist(), block_map.cpu(), carried
-        )
+            self._step(call), exact, density.tolist(), recall.tolist(), block_map.cpu(), carried,
+            None if similar is None else similar.tolist(),
+        )  # fmt: skip
         sound = _are_shares(pattern.recall)
         if sound:
             self.statistics.patterns[call.layer, call.role] = pattern

@@ -13,6 +13,7 @@ from .memory import Cache
 from .pattern import LayerName
 from .run_statistics import RunStatistics
 from .token_layout import TokenLayout
+from .token_order import is_shared
 
 
 @dataclass(frozen=True)
@@ -47,8 +48,9 @@ class Call:
 class LayerState:
     """What a run remembers of one layer: its mask, its LSE, and whether it gave up.
 
-    `density` and `recall`, one number per head, are those of the search that found the mask. `order`
-    is the token at every place of the mask's sequence and of the LSE, or None where that is q's.
+    `density` and `recall`, one number per head, are those of the search that found the mask, and so
+    is `similar`, the share of the batch that is ordered by similarity. `order`, [B, H, L], is the
+    token at every place of the mask's sequence, or None where that is q's; the LSE is in q's.
     """
 
     backend: ModuleType
@@ -62,16 +64,18 @@ class LayerState:
     layout: TokenLayout | None = None
     density: torch.Tensor | None = None
     recall: torch.Tensor | None = None
+    similar: torch.Tensor | None = None
     carried: bool = False
 
     def give_up(self, reason: str) -> None:
         """Run dense from now on."""
         self.stays_dense = reason
-        self.mask = self.lse = None
+        self.mask = self.lse = self.order = None
 
     def nbytes(self) -> int:
         """Bytes held between steps."""
-        tensors = (self.lse, None if self.mask is None else self.mask.bits)
+        own_order = None if self.order is None or is_shared(self.order) else self.order
+        tensors = (self.lse, own_order, None if self.mask is None else self.mask.bits)
         return sum(x.nbytes for x in tensors if x is not None)
 
 
@@ -114,6 +118,24 @@ class Layers(dict[Hashable, LayerState]):
         state = self.get(self.following.get(call.key))
         if state is not None and state.mask is not None:
             self.cache.prefetch(state.mask.bits, device)
+            if state.order is not None:
+                self.cache.prefetch(state.order, device)
+
+    def hold(self, state: LayerState, mask: BlockMask, order: torch.Tensor | None) -> None:
+        """Put a new mask and its order in the place of a layer's earlier ones."""
+        if order is not None and not is_shared(order):
+            order = self.cache.keep(order)
+        mask = mask.with_bits(self.cache.keep(mask.bits))
+        for earlier in (None if state.mask is None else state.mask.bits, state.order):
+            if earlier is not None:
+                self.cache.forget(earlier)
+        state.mask, state.order = mask, order
+
+    def held(self, state: LayerState, device: torch.device) -> tuple:
+        """A layer's mask and order on `device`."""
+        mask = state.mask.with_bits(self.cache.fetch(state.mask.bits, device))
+        order = None if state.order is None else self.cache.fetch(state.order, device)
+        return mask, order
 
     def count_held(self) -> None:
         """Note the most bytes ever held."""

@@ -7,7 +7,6 @@ import torch
 from .run_statistics import RunStatistics
 
 NOT_ALLOWED = "the model asks for full precision there (`low_precision_attention`)"
-NOT_WITH_TAIL = "it cannot yet let averages stand for skipped blocks (`tail`)"
 OUT_OF_MEMORY = "out of memory while quantising"
 
 
@@ -26,19 +25,17 @@ class LowPrecision:
         self._reasons: dict[tuple, str | None] = {}
 
     def serves(
-        self, backend: ModuleType, q, k, v, block_q=64, block_k=64, allowed=True, tail=False
+        self, backend: ModuleType, q, k, v, block_q=64, block_k=64, allowed=True
     ) -> bool:  # fmt: skip
         """Whether a call shall run in low precision; where the wish is not met, the reason counts.
 
         Args:
             q, k, v: [B, H, L, D]. allowed: False where the host forbids it for this call.
-            tail: whether something stands for the blocks that the call skips.
         """
         if self.precision is None:
             return False
         reason = None if allowed else NOT_ALLOWED
         reason = reason or self._reason(backend, q, k, v, block_q, block_k)
-        reason = reason or (NOT_WITH_TAIL if tail else None)
         if reason is not None:
             self.statistics.not_low_precision[reason] += 1
         return reason is None

@@ -1,4 +1,4 @@
-"""Memory that masks and LSE take between steps: predicted before a run, held where it fits."""
+"""Memory that masks, orders and LSE take between steps: predicted before a run, held where it fits."""
 
 from dataclasses import dataclass
 
@@ -16,10 +16,11 @@ class CacheSize:
 
     mask_bytes: int
     lse_bytes: int
+    order_bytes: int = 0
 
     @property
     def total(self) -> int:
-        return self.mask_bytes + self.lse_bytes
+        return self.mask_bytes + self.lse_bytes + self.order_bytes
 
 
 def predict(
@@ -33,17 +34,19 @@ def predict(
     block_k: int,
     one_pass: bool,
     keeps_lse: bool = True,
+    own_orders: bool = False,
 ) -> CacheSize:
     """Predict the cache of one conditioning.
 
-    A mask takes one bit per block pair, an LSE four bytes per token, head and layer. The LSE of
-    the last warm-up step gives way to the masks layer by layer, so both are whole at once only
-    when a later search needs the LSE again. What lives within a call alone, such as the arranged
+    A mask takes one bit per block pair, an LSE and the orders four bytes per token, head and layer.
+    The LSE of the last warm-up step gives way to the masks layer by layer, so both are whole at once
+    only when a later search needs the LSE again. What lives within a call alone, such as the arranged
     copies of q, k and v, is not counted.
 
     Args:
         one_pass: whether the backend searches in one pass and so keeps the LSE of a dense step.
         keeps_lse: False where every search measures its own LSE.
+        own_orders: whether every head has an order of its own beside its mask.
     """
     num_q, num_k = -(-tokens // block_q), -(-tokens // block_k)
     mask = layers * batch * heads * num_q * -(-num_k // 8)
@@ -51,12 +54,15 @@ def predict(
     searches = schedule.kinds.count(StepKind.SEARCH)
     if searches == 0:
         return CacheSize(0, 0)
+    order = lse if own_orders else 0
     if not keeps_lse:
-        return CacheSize(mask, 0)
+        return CacheSize(mask, 0, order)
     if searches > 1:
-        return CacheSize(mask, lse)
+        return CacheSize(mask, lse, order)
     before = one_pass and any(schedule.wants_lse(i) for i in range(len(schedule.kinds)))
-    return CacheSize(mask, 0) if mask >= lse or not before else CacheSize(0, lse)
+    if mask + order >= lse or not before:
+        return CacheSize(mask, 0, order)
+    return CacheSize(0, lse)
 
 
 class Cache:
@@ -84,9 +90,9 @@ class Cache:
         return "cpu" if self.free_bytes is None else self.place
 
     def keep(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Return the tensor to store; on the CPU it is pinned."""
+        """Return a copy to store, in memory of its own; on the CPU it is pinned."""
         if self.place == "gpu" or tensor.device.type != "cuda":
-            return tensor
+            return tensor.clone()
         stored = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
         return stored.copy_(tensor, non_blocking=True)
 

@@ -11,11 +11,12 @@ import torch
 
 from .config import BLOCK_SIZES
 from .token_layout import TokenLayout
+from .token_order import rods
 
-FORMAT, VERSION = "adaspa pattern", 1
+FORMAT, VERSION = "adaspa pattern", 2
 # what stands for skipped blocks -> the order of the video's tokens: (t, h, w), as every model of
-# today has them, or that of `token_order.rods`
-ORDERS = {"none": "raster", "pooled": "rods"}
+# today has them, that of `token_order.rods`, or one for each head, which the file holds
+ORDERS = {"none": ("raster",), "pooled": ("rods", "similarity")}
 NO_PATTERN = "is not an AdaSpa pattern file; choose one that AdaSpa Save Pattern wrote"
 
 
@@ -35,11 +36,13 @@ class CarriedLayer:
     Args:
         bits: [B, H, N, ceil(N / 8)] uint8, as in `BlockMask`.
         density, recall: one number per head, as they were when the mask was searched.
+        order: [B, H, L] int32, the token at every place; None where that is the pattern's.
     """
 
     bits: torch.Tensor
     density: tuple[float, ...]
     recall: tuple[float, ...]
+    order: torch.Tensor | None = None
 
     def mean_recall(self) -> float:
         return sum(self.recall) / len(self.recall)
@@ -55,8 +58,8 @@ class CarriedPattern:
         block_size: tokens per block, a key of `BLOCK_SIZES`.
         layers: by `LayerName`; all of one batch and one number of heads.
         source: where the pattern comes from, for people.
-        pooled: whether the masks are of tokens in rods, for steps in which averages stand for
-            skipped blocks.
+        pooled: whether the masks are for steps in which averages stand for skipped blocks; their
+            tokens are in rods where a layer has no order of its own.
     """
 
     family: str
@@ -70,8 +73,15 @@ class CarriedPattern:
     def tail(self) -> str:
         return "pooled" if self.pooled else "none"
 
+    @property
+    def order(self) -> str:
+        """How the tokens of the masks are ordered: "raster", "rods" or "similarity"."""
+        own = any(layer.order is not None for layer in self.layers.values())
+        return "similarity" if own else "rods" if self.pooled else "raster"
+
     def nbytes(self) -> int:
-        return sum(layer.bits.nbytes for layer in self.layers.values())
+        tensors = [x for layer in self.layers.values() for x in (layer.bits, layer.order)]
+        return sum(x.nbytes for x in tensors if x is not None)
 
     def density(self) -> float:
         return _mean(d for layer in self.layers.values() for d in layer.density)
@@ -135,6 +145,9 @@ def save(pattern: CarriedPattern, path: Path) -> None:
         bits = layer.bits.contiguous()
         tensors[_tensor_name(number)] = bits
         checksum = _checksum(bits, checksum)
+        if layer.order is not None:
+            tensors[_order_name(number)] = order = layer.order.contiguous()
+            checksum = _checksum(order, checksum)
         layers.append([*name, [round(d, 4) for d in layer.density],
                        [round(r, 4) for r in layer.recall]])  # fmt: skip
     layout = pattern.layout
@@ -146,7 +159,7 @@ def save(pattern: CarriedPattern, path: Path) -> None:
         "before": str(layout.before),
         "after": str(layout.after),
         "block_size": pattern.block_size,
-        "order": ORDERS[pattern.tail],
+        "order": pattern.order,
         "tail": pattern.tail,
         "density": f"{pattern.density():.4f}",
         "recall": f"{pattern.recall():.4f}",
@@ -206,8 +219,8 @@ def _build(metadata, tensors) -> CarriedPattern:
     tail = metadata.get("tail", "none")
     if tail not in ORDERS:
         raise ValueError(f"tail {tail!r} is not one of {', '.join(ORDERS)}")
-    if metadata["order"] != ORDERS[tail]:
-        raise ValueError(f"token order {metadata['order']!r} is not {ORDERS[tail]!r}")
+    if metadata["order"] not in ORDERS[tail]:
+        raise ValueError(f"token order {metadata['order']!r} is not {' or '.join(ORDERS[tail])}")
     frames, height, width = json.loads(metadata["grid"])
     layout = TokenLayout(int(metadata["before"]), frames, height, width, int(metadata["after"]))
     sizes = frames, height, width
@@ -217,8 +230,12 @@ def _build(metadata, tensors) -> CarriedPattern:
     if block_size not in BLOCK_SIZES:
         raise ValueError(f"blocks of {block_size} instead of {', '.join(BLOCK_SIZES)}")
     listed = json.loads(metadata["layers"])
-    if len(listed) != len(tensors) or not listed:
-        raise ValueError(f"{len(tensors)} masks for {len(listed)} layers")
+    masks = sum(name.startswith("mask.") for name in tensors)
+    if len(listed) != masks or not listed:
+        raise ValueError(f"{masks} masks for {len(listed)} layers")
+    orders = len(tensors) - masks
+    if bool(orders) != (metadata["order"] == "similarity") or orders > masks:
+        raise ValueError(f"{orders} token orders of {masks} masks by {metadata['order']}")
     rows, blocks = (layout.num_blocks(size) for size in BLOCK_SIZES[block_size])
     layers, checksum = {}, 0
     for number, (role, kind, index, occurrence, density, recall) in enumerate(listed):
@@ -234,18 +251,39 @@ def _build(metadata, tensors) -> CarriedPattern:
             raise ValueError("a density or recall outside 0 to 1")
         if (bits.amax(-1) == 0).any():
             raise ValueError("a mask that leaves a part of the video without attention")
+        order = tensors.get(_order_name(number))
+        if order is not None:
+            checksum = _checksum(order, checksum)
+            _check_order(order, bits, layout)
         if blocks % 8 and (bits[..., -1] >> (blocks % 8)).any():
             raise ValueError("a mask that lists blocks behind the last")
         layer_name = LayerName(str(role), str(kind), int(index), int(occurrence))
-        layers[layer_name] = CarriedLayer(bits, tuple(density), tuple(recall))
+        layers[layer_name] = CarriedLayer(bits, tuple(density), tuple(recall), order)
     if str(checksum) != metadata["crc32"]:
         raise ValueError("its masks are not those that were written")
     pooled = tail == "pooled"
     return CarriedPattern(metadata["family"], layout, block_size, layers, pooled=pooled)
 
 
+def _check_order(order, bits, layout) -> None:
+    """Refuse an order that is not one of all tokens, the extra ones behind the video."""
+    shape = *bits.shape[:2], layout.tokens
+    if order.dtype != torch.int32 or order.shape != shape:
+        raise ValueError(f"a token order of shape {list(order.shape)}, {order.dtype}")
+    if order.min() < 0 or order.max() >= layout.tokens:
+        raise ValueError("a token order with tokens that there are not")
+    met = torch.zeros(shape, dtype=torch.bool).scatter_(-1, order.long(), True)
+    extra = rods(layout, order.device)[layout.video :]
+    if not met.all() or not torch.equal(order[..., layout.video :], extra.expand(*shape[:2], -1)):
+        raise ValueError("a token order that is not one of all tokens")
+
+
 def _tensor_name(number: int) -> str:
     return f"mask.{number:05}"
+
+
+def _order_name(number: int) -> str:
+    return f"order.{number:05}"
 
 
 def _checksum(bits, before: int) -> int:

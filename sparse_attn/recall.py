@@ -35,7 +35,8 @@ def sampled_recall(
     Args:
         q, k: [B, H, L, D]. rows: numbers of query rows, places in `order` where there is one.
         key_bias: [B, L] float32 or None.
-        order: [L] int32, the token at every place of the mask's sequence; None is that of q and k.
+        order: [B, H, L] int32, the token at every place of the mask's sequence; None is that of q
+            and k.
 
     Returns:
         [B, H] float32.
@@ -44,15 +45,15 @@ def sampled_recall(
     rows = torch.tensor(rows, device=q.device)
     held = torch.zeros(B, H, device=q.device)
     listed = mask.with_bits(mask.bits[:, :, rows // mask.block_q]).to_dense()
-    rows = rows if order is None else order[rows]
     # one head at a time: the rows of all heads would be a gigabyte
     for b in range(B):
         for h in range(H):
-            logits = (q[b, h, rows].float() @ k[b, h].float().mT) * scale
+            chosen = rows if order is None else order[b, h, rows]
+            logits = (q[b, h, chosen].float() @ k[b, h].float().mT) * scale
             if key_bias is not None:
                 logits += key_bias[b]
             weights = logits.softmax(-1)
-            weights = weights if order is None else weights.index_select(-1, order)
+            weights = weights if order is None else weights.index_select(-1, order[b, h])
             kept = listed[b, h].repeat_interleave(mask.block_k, -1)[:, :L]
             held[b, h] = (weights * kept).sum(-1).mean()
     return held

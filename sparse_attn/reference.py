@@ -41,6 +41,11 @@ def sparse_attention(q, k, v, keep, *, block_q, block_k, scale, key_bias=None):
     return weights.to(v.dtype) @ v, lse
 
 
+def in_order(x, order) -> torch.Tensor:
+    """The tokens of x [B, H, L, D] in the `order` [B, H, L] of each head."""
+    return x.gather(2, order.long()[..., None].expand(-1, -1, -1, x.shape[-1]))
+
+
 def block_means(x, block: int) -> torch.Tensor:
     """Mean of every block of tokens of x [B, H, L, D], [B, H, N, D]."""
     return torch.stack([part.mean(-2) for part in x.split(block, -2)], -2)
@@ -52,19 +57,21 @@ def sparse_attention_with_tail(q, k, v, keep, order, *, block_q, block_k, scale,
     A block in which any key has a bias has no stand-in.
 
     Args:
-        q, k, v: [B, H, L, D]. keep: [B, H, Nq, N] bool, of the tokens in `order`. order: [L].
+        q, k, v: [B, H, L, D]. keep: [B, H, Nq, N] bool, of the tokens in `order`. order: [B, H, L].
+            A `key_bias` goes with the order of the first head.
 
     Returns:
         out: [B, H, L, D] as the tokens came. lse: [B, H, L] in `order`.
     """
-    q, k, v = (x[:, :, order] for x in (q, k, v))
+    order = order.long()
+    q, k, v = (in_order(x, order) for x in (q, k, v))
     length = k.shape[-2]
     if key_bias is not None:
-        key_bias = key_bias[:, order]
+        key_bias = key_bias.gather(1, order[:, 0])
     logits = scaled_logits(q, k, scale, key_bias)
     tokens = expand_blocks(keep, block_q, block_k, length, length)
     logits = logits.masked_fill(~tokens, float("-inf"))
-    sizes = torch.tensor([len(part) for part in order.split(block_k)], dtype=logits.dtype)
+    sizes = torch.tensor([part.shape[-1] for part in order.split(block_k, -1)], dtype=logits.dtype)
     pseudo = scaled_logits(q, block_means(k, block_k), scale) + sizes.log()
     pseudo = pseudo.masked_fill(expand_blocks(keep, block_q, 1, length, len(sizes)), float("-inf"))
     if key_bias is not None:
@@ -75,7 +82,7 @@ def sparse_attention_with_tail(q, k, v, keep, order, *, block_q, block_k, scale,
     values = torch.cat([v, block_means(v, block_k)], -2)
     arranged = weights_of(both, lse).to(v.dtype) @ values
     out = torch.empty_like(arranged)
-    out[:, :, order] = arranged
+    out.scatter_(2, order[..., None].expand_as(arranged), arranged)
     return out, lse
 
 

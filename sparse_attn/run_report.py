@@ -75,6 +75,8 @@ def lines(run) -> list[str]:
     text += carried_lines(run)
     if run.tail == "pooled":
         text.append("Tail: pooled, the average of every skipped block stands in for it")
+    if (share := run.similar()) is not None:
+        text.append(f"Token order: by similarity in {share:.0%} of the heads, else by position")
     if run.asked_recall:
         text.append(_recall(run))
     if run.low_precision:

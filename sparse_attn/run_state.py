@@ -94,9 +94,9 @@ class RunState:
         if state.stays_dense:
             self.statistics.kept_dense[state.stays_dense] += 1
             return self._dense(call, q, k, v)
-        if self.config.pooled and state.order is None:
+        if self.config.pooled and state.mask is None:
             with self.outlives_block():
-                state.order = prepare(call.layout, len(q), q.device)
+                prepare(call.layout, len(q), q.device)
         if kind is StepKind.DENSE:
             return self._dense_with_lse(call, state, q, k, v)
         if state.mask is None and self.carried is not None:
@@ -121,7 +121,6 @@ class RunState:
                 state.backend, q, k, v, scale=call.scale, key_bias=call.key_bias
             )
         with self.outlives_block():
-            lse = lse if state.order is None else lse.index_select(-1, state.order)
             state.lse = self.cache.keep(lse)
         self.layers.count_held()
         return out
@@ -141,7 +140,7 @@ class RunState:
             with self.timed("search", q):
                 found = serving.search_dense(
                     state.backend, dense_with_lse, q, k, v, call, self.config,
-                    order=state.order, previous_lse=previous,
+                    previous_lse=previous,
                 )  # fmt: skip
                 # one pass knows its rows' LSE only when it ends, and takes the earlier one's
                 one_pass = previous is not None and state.backend.ONE_PASS_SEARCH
@@ -164,20 +163,19 @@ class RunState:
         """Begin with the carried mask, if it holds here what it held when it was found."""
         statistics = self.statistics
         with self.timed("carry", q):
-            found = fitting_mask(
-                self.carried, statistics.model, self.config, call, q, k, state.order
-            )
+            found = fitting_mask(self.carried, statistics.model, self.config, call, q, k)
         if isinstance(found, str):
             with self._lock:
                 statistics.not_carried[found] += 1
             return
-        layer, mask = found.layer, found.mask
+        layer = found.layer
         with self.outlives_block():
-            state.mask = mask.with_bits(self.cache.keep(mask.bits))
+            self.layers.hold(state, found.mask, found.order)
         if not self.schedule.searches_after(call.step):
             state.lse = None
         state.carried, state.searched_at = True, call.step
         state.density, state.recall = torch.tensor(layer.density), torch.tensor(layer.recall)
+        state.similar = found.similar
         with self._lock:
             statistics.carried += 1
             statistics.carried_recall += layer.recall
@@ -188,9 +186,7 @@ class RunState:
         try:
             with self.timed("search_again", q):
                 lse = self.cache.fetch(state.lse, q.device)
-                found = serving.search_again(
-                    state.backend, q, k, v, lse, call, self.config, order=state.order
-                )
+                found = serving.search_again(state.backend, q, k, v, lse, call, self.config)
                 self._adopt(call, state, found, exact=False)
         except torch.OutOfMemoryError:
             self._keep_earlier(call, state)
@@ -202,23 +198,23 @@ class RunState:
         state.searched_at = call.step
 
     def _sparse(self, call, state, q, k, v):
-        out = lse = mask = None
+        out = lse = mask = order = None
         try:
             with self.timed("sparse", q):
-                mask = state.mask.with_bits(self.cache.fetch(state.mask.bits, q.device))
+                mask, order = self.layers.held(state, q.device)
                 self.layers.prefetch_next(call, q.device)
                 out, lse = serving.sparse(
-                    state.backend, mask, q, k, v, call, self.low_precision, order=state.order
+                    state.backend, mask, q, k, v, call, self.low_precision, order=order
                 )
         except torch.OutOfMemoryError:
             pass
         if out is None:
             return self._give_up(call, state, q, k, v, SPARSE_OUT_OF_MEMORY)
         if self.config.recall and self.schedule.is_last_sparse(call.step):
-            self._sample(call, state, mask, q, k)
+            self._sample(call, state, mask, order, q, k)
         return self._checked(call, state, out, lse, q, k, v)
 
-    def _sample(self, call, state, mask, q, k):
+    def _sample(self, call, state, mask, order, q, k):
         """Measure what the mask still holds, as late as it is used, in the step's first call."""
         if state.sampled_at == call.step:
             return
@@ -227,7 +223,7 @@ class RunState:
         try:
             with self.timed("sample", q):
                 held = sampled_recall(
-                    q, k, mask, rows, scale=call.scale, key_bias=call.key_bias, order=state.order
+                    q, k, mask, rows, scale=call.scale, key_bias=call.key_bias, order=order
                 )
         except torch.OutOfMemoryError:
             self.statistics.warn(f"out of memory while sampling the recall of layer {call.layer}")
@@ -238,15 +234,14 @@ class RunState:
 
     def _adopt(self, call, state, found, exact):
         """Turn what a search found into the layer's mask, and note what the mask holds."""
-        layout = call.layout if state.order is None else in_rods(call.layout)
+        layout = call.layout if found.order is None else in_rods(call.layout)
         keep, recall = selection.select(found.masses, layout, self.config, found.scores)
-        if state.mask is not None:
-            self.cache.forget(state.mask.bits)
         with self.outlives_block():
             mask = selection.pack(keep, self.config)
-            state.mask = mask.with_bits(self.cache.keep(mask.bits))
+            self.layers.hold(state, mask, found.order)
         state.searched_at = call.step
         state.density, state.recall = mask.density().mean(0), recall.mean(0)
+        state.similar = None if found.similar is None else found.similar.float().mean(0)
         state.carried = False
         self.findings.add_mask(call, state, state.recall, block_map(keep[0]), exact=exact)
 
@@ -299,6 +294,7 @@ class RunState:
             **self.config.blocks,
             one_pass=backend is not None and backend.ONE_PASS_SEARCH,
             keeps_lse=not self.config.recall,
+            own_orders=self.config.by_similarity,
         )
         statistics = self.statistics
         statistics.predicted_bytes = size.total

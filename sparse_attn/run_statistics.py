@@ -24,6 +24,8 @@ class Pattern:
         density, recall: per head, mean over the batch.
         block_map: [H, rows, columns] uint8, kept share of each cell times 255, first of the batch.
         carried: found by another run; `recall` is what a sample of this run's rows has.
+        similar: by head, the share of the batch whose blocks are of similar tokens; None where the
+            blocks are in the model's order.
     """
 
     step: int
@@ -32,6 +34,7 @@ class Pattern:
     recall: list[float]
     block_map: torch.Tensor
     carried: bool = False
+    similar: list[float] | None = None
 
 
 @dataclass
@@ -165,6 +168,11 @@ class RunStatistics:
         values = [r for p in self.patterns.values() for r in p.recall]
         return (sum(values) / len(values), min(values)) if values else None
 
+    def similar(self) -> float | None:
+        """Share of the heads whose blocks are of similar tokens, or None without a tail."""
+        values = [s for p in self.patterns.values() for s in p.similar or ()]
+        return sum(values) / len(values) if values else None
+
     def exact(self) -> bool:
         return all(p.exact for p in self.patterns.values())
 
@@ -218,6 +226,7 @@ class RunStatistics:
             "dense_choice": self.dense_choice,
             "stopped_at": self.stopped_at,
             "tail": self.tail,
+            "heads_by_similarity": self.similar(),
             "low_precision": self.low_precision,
             "low_precision_calls": self.low_precision_calls,
             "not_low_precision": dict(self.not_low_precision),

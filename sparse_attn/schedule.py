@@ -111,13 +111,15 @@ def plan(
     warm = nearest(config.warmup * total)
     again = {nearest(point * total) for point in config.search_points}
     kinds = []
+    latest = None
     for step in range(first, first + steps):
         share = step / total
         outside = share < config.start_percent or share >= config.end_percent
         if step < warm or outside:
             kinds.append(StepKind.DENSE)
-        elif StepKind.SEARCH not in kinds or step in again:
+        elif latest is None or (step in again and step - latest >= config.search_gap):
             kinds.append(StepKind.SEARCH)
+            latest = step
         else:
             kinds.append(StepKind.SPARSE)
     return Schedule(tuple(kinds), first, total, tuple(float(s) for s in sigmas[:-1]))

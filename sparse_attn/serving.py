@@ -1,7 +1,7 @@
 """What a backend does for a call that finds a mask or uses one, with a pooled tail or without.
 
-With an `order` all that belongs to a mask (masses, scores, LSE, bits) is of the arranged sequence,
-and outputs are of the tokens as they came.
+With a tail all that belongs to a mask (masses, scores, bits) is of the sequence in the mask's order,
+which every search finds anew; outputs and LSE are of the tokens as they came.
 """
 
 from typing import NamedTuple
@@ -15,6 +15,7 @@ from .fused_online_search import fused_online_search
 from .layer_state import Call
 from .low_precision import LowPrecision
 from .lse_cached_search import lse_cached_search
+from .order_choice import find_order
 from .tail_error import rows_of, tail_error
 from .token_order import in_raster
 
@@ -26,27 +27,32 @@ class Found(NamedTuple):
         masses: [B, H, Nq, Nk] float32.
         scores: the same, what to rank blocks by where that is not the masses.
         out: [B, H, L, D]. lse: [B, H, L] float32. Both are of a dense search only.
+        order: [B, H, L] int32, the token at every place of the mask's sequence, or None where that
+            is q's. similar: [B, H] bool, which heads are ordered by similarity.
     """
 
     masses: torch.Tensor
     scores: torch.Tensor | None = None
     out: torch.Tensor | None = None
     lse: torch.Tensor | None = None
+    order: torch.Tensor | None = None
+    similar: torch.Tensor | None = None
 
 
 def search_dense(
-    backend, dense_with_lse, q, k, v, call: Call, config: AdaSpaConfig, *, order=None,
-    previous_lse=None,
-) -> Found:  # fmt: skip
+    backend, dense_with_lse, q, k, v, call: Call, config: AdaSpaConfig, *, previous_lse=None
+) -> Found:
     """Answer with dense attention, and search on the way.
 
     Args:
         dense_with_lse: dense_with_lse(q, k, v, key_bias) -> (out, lse).
-        order: [L] int32, the token at every place of the arranged sequence, or None.
         previous_lse: [B, H, L] float32 of an earlier step, or None.
     """
     bias, arranged = call.key_bias, None
-    if order is not None:
+    if config.pooled:
+        order, similar = find_order(backend, q, k, v, call, config)
+        if previous_lse is not None:
+            previous_lse = previous_lse.gather(-1, order.long())
         arranged = backend.arrange(q, k, v, order, bias)
         q, k, v, bias = arranged.q, arranged.token_k, arranged.token_v, arranged.token_bias
     out, lse, masses = fused_online_search(
@@ -58,19 +64,19 @@ def search_dense(
     scores = None
     if not config.recall:
         pooled = _pooled(backend, arranged, lse, call, config)
-        scores = _scores(arranged, masses, pooled, config)
+        scores = _scores(arranged, masses, pooled)
     # the arranged copies go before the output is copied
     del arranged, q, k, v
-    return Found(masses, scores, in_raster(out, order), lse)
+    return Found(masses, scores, in_raster(out, order), in_raster(lse, order), order, similar)
 
 
-def search_again(
-    backend, q, k, v, lse, call: Call, config: AdaSpaConfig, *, order=None
-) -> Found:  # fmt: skip
+def search_again(backend, q, k, v, lse, call: Call, config: AdaSpaConfig) -> Found:
     """Search with the `lse` [B, H, L] of an earlier step, for the price of QK^T alone."""
     options = {"scale": call.scale, **config.blocks}
-    if order is None:
+    if not config.pooled:
         return Found(lse_cached_search(backend, q, k, lse, key_bias=call.key_bias, **options))
+    order, similar = find_order(backend, q, k, v, call, config)
+    lse = lse.gather(-1, order.long())
     arranged = backend.arrange(q, k, v, order, call.key_bias)
     masses = lse_cached_search(
         backend, arranged.q, arranged.token_k, lse, key_bias=arranged.token_bias,
@@ -82,7 +88,8 @@ def search_again(
     drift = drift.where(total > 0, 1.0)
     pooled = _pooled(backend, arranged, lse, call, config).mul_(drift)
     masses.mul_(drift)
-    return Found(masses, _scores(arranged, masses, pooled, config))
+    scores = _scores(arranged, masses, pooled)
+    return Found(masses, scores, order=order, similar=similar)
 
 
 def _pooled(backend, arranged: Arranged, lse, call, config):
@@ -92,7 +99,7 @@ def _pooled(backend, arranged: Arranged, lse, call, config):
     )  # fmt: skip
 
 
-def _scores(arranged: Arranged, masses, pooled, config):
+def _scores(arranged: Arranged, masses, pooled):
     return tail_error(masses, pooled, arranged.token_v, arranged.v_mean)
 
 
@@ -101,25 +108,22 @@ def sparse(
 ):  # fmt: skip
     """Attend what a mask keeps and, with an `order`, the means of what it skips.
 
+    Args:
+        order: [B, H, L] int32, the token at every place of the mask's sequence, or None.
+
     Returns:
         out: [B, H, L, D]. lse: [B, H, L] float32, or None where the backend does not tell it.
     """
     blocks = {"block_q": mask.block_q, "block_k": mask.block_k, "scale": call.scale}
     serves = low_precision.serves(
-        backend, q, k, v, mask.block_q, mask.block_k, call.low_precision, tail=order is not None
-    )
+        backend, q, k, v, mask.block_q, mask.block_k, call.low_precision
+    )  # fmt: skip
+    options, more = {"key_bias": call.key_bias, **blocks}, 0
     if order is not None:
         arranged = backend.arrange(q, k, v, order, call.key_bias)
-        lists = backend.unpack_mask(mask.bits, mask.num_k, more=arranged.pseudo_blocks)
-        return backend.sparse_attention(
-            arranged.q, arranged.k, arranged.v, *lists,
-            key_bias=arranged.key_bias, tail=mask.bits, order=order, **blocks,
-        )  # fmt: skip
-    lists = backend.unpack_mask(mask.bits, mask.num_k)
-    found = None
-    if serves:
-        found = low_precision.attend(
-            backend, q, k, v, kv_indices=lists[0], kv_num_blocks=lists[1],
-            key_bias=call.key_bias, **blocks,
-        )  # fmt: skip
-    return found or backend.sparse_attention(q, k, v, *lists, key_bias=call.key_bias, **blocks)
+        q, k, v, more = arranged.q, arranged.k, arranged.v, arranged.pseudo_blocks
+        options |= {"key_bias": arranged.key_bias, "tail": mask.bits, "order": order}
+    lists = backend.unpack_mask(mask.bits, mask.num_k, more=more)
+    options |= dict(zip(("kv_indices", "kv_num_blocks"), lists, strict=True))
+    found = low_precision.attend(backend, q, k, v, **options) if serves else None
+    return found or backend.sparse_attention(q, k, v, **options)

@@ -41,5 +41,14 @@ def rods(layout: TokenLayout, device: torch.device) -> torch.Tensor:
 
 
 def in_raster(arranged: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
-    """Put the tokens of [B, H, L, D] back to where `order` took them from."""
-    return torch.empty_like(arranged).index_copy_(2, order.long(), arranged)
+    """Put the tokens of [B, H, L, ...] back to where `order` [B, H, L] took them from."""
+    out = torch.empty_like(arranged)
+    for b, heads in enumerate(order.long()):
+        for h, places in enumerate(heads):
+            out[b, h].index_copy_(0, places, arranged[b, h])
+    return out
+
+
+def is_shared(order: torch.Tensor) -> bool:
+    """Whether the heads of `order` [B, H, L] share the memory of one, so that it costs nothing."""
+    return order.untyped_storage().nbytes() < order.nbytes

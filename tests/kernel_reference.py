@@ -45,6 +45,12 @@ def random_keep(B, H, Nq, Nk, density, device, seed=0):
     return keep.to(device)
 
 
+def random_orders(B, H, L, device):
+    """[B, H, L] int32, a permutation of the tokens for every head."""
+    g = torch.Generator().manual_seed(1)
+    return torch.rand(B, H, L, generator=g).argsort(-1).int().to(device)
+
+
 def lists(keep):
     """Block pairs as (kv_indices, kv_num_blocks); slots past the count hold nonsense."""
     order = torch.argsort((~keep).to(torch.uint8), dim=-1, stable=True).to(torch.int32)

@@ -4,12 +4,23 @@ from close import assert_within
 
 from sparse_attn import eager, reference
 from sparse_attn.arranged import block_sizes, plain_bias, prepare, pseudo_blocks
+from sparse_attn.reference import in_order
 from sparse_attn.token_layout import TokenLayout
+from sparse_attn.token_order import rods
 
 CPU = torch.device("cpu")
 # 7 blocks of which the last holds 20 tokens; and whole blocks only
 RAGGED, WHOLE = TokenLayout(20, 4, 6, 15, 24), TokenLayout(0, 4, 8, 16)
 LAYOUTS = [RAGGED, WHOLE, TokenLayout(0, 1, 2, 5)]
+
+
+def orders(layout, own=True):
+    """[2, 2, L]: that of rods, and its video turned round in the other head of each."""
+    order = rods(layout, CPU).expand(2, 2, -1)
+    if own:
+        order = order.clone()
+        order[:, 1, : layout.video] = order[:, 1, : layout.video].flip(-1)
+    return order
 
 
 def tensors(layout, dtype=torch.float32):
@@ -21,19 +32,19 @@ def tensors(layout, dtype=torch.float32):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_tokens_come_first_and_the_means_of_their_blocks_behind(layout, dtype):
     q, k, v = tensors(layout, dtype)
-    order = prepare(layout, 2, CPU)
+    order = orders(layout)
     found = eager.arrange(q, k, v, order)
     blocks = layout.num_blocks(64)
     rows = (blocks + pseudo_blocks(blocks)) * 64
     assert found.tokens == layout.tokens and found.blocks == blocks
-    assert torch.equal(found.q, q[:, :, order])
+    assert torch.equal(found.q, in_order(q, order))
     for x, padded, tokens, means in (
         (k, found.k, found.token_k, found.k_mean),
         (v, found.v, found.token_v, found.v_mean),
     ):
         assert padded.shape == (2, 2, rows, 16) and padded.dtype == dtype
-        assert torch.equal(tokens, x[:, :, order])
-        exact = reference.block_means(x[:, :, order].double(), 64)
+        assert torch.equal(tokens, in_order(x, order))
+        exact = reference.block_means(in_order(x, order).double(), 64)
         assert_within("means", means, exact, 1e-6 if dtype == torch.float32 else 4e-3)
         assert (padded[:, :, layout.tokens : blocks * 64] == 0).all()
         assert (padded[:, :, blocks * 64 + blocks :] == 0).all()
@@ -55,15 +66,15 @@ def test_the_bias_weighs_means_by_their_keys_and_hides_what_pads(layout):
 
 def test_a_block_with_a_biased_key_has_no_stand_in():
     layout = RAGGED
-    order = prepare(layout, 2, CPU)
+    order = orders(layout, own=False)
     key_bias = torch.zeros(2, layout.tokens)
     key_bias[1, 21] = -2.0
     plain = plain_bias(2, layout.tokens, CPU)
     before = [x.clone() for x in plain]
     found = eager.arrange(*tensors(layout), order, key_bias)
-    assert torch.equal(found.token_bias, key_bias[:, order])
-    assert torch.equal(found.key_bias[:, : layout.tokens], key_bias[:, order])
-    block = int((order == 21).nonzero()) // 64
+    assert torch.equal(found.token_bias, key_bias[:, order[0, 0]])
+    assert torch.equal(found.key_bias[:, : layout.tokens], key_bias[:, order[0, 0]])
+    block = int((order[0, 0] == 21).nonzero()) // 64
     hidden = (found.log_sizes == float("-inf")).nonzero().tolist()
     assert hidden == [[1, block]]
     assert torch.equal(found.key_bias[:, found.blocks * 64 :][:, : found.blocks], found.log_sizes)
@@ -74,9 +85,9 @@ def test_means_never_get_more_than_their_keys():
     """By Jensen's inequality, and exactly that much: against the float64 reference."""
     layout = RAGGED
     q, k, v = tensors(layout)
-    order = prepare(layout, 2, CPU)
+    order = orders(layout)
     found = eager.arrange(q, k, v, order)
-    inputs = [x[:, :, order].double() for x in (q, k)]
+    inputs = [in_order(x, order).double() for x in (q, k)]
     lse = reference.scaled_logits(*inputs, 0.25).logsumexp(-1)
     for block_q in (64, 128):
         options = {"block_q": block_q, "scale": 0.25}
@@ -91,6 +102,8 @@ def test_means_never_get_more_than_their_keys():
 
 
 def test_what_a_sequence_shares_is_made_once():
-    first = prepare(RAGGED, 2, CPU), plain_bias(2, RAGGED.tokens, CPU)
-    again = prepare(RAGGED, 2, CPU), plain_bias(2, RAGGED.tokens, CPU)
-    assert first[0] is again[0] and first[1] is again[1]
+    prepare(RAGGED, 2, CPU)
+    made = plain_bias.cache_info().misses, rods.cache_info().misses
+    assert plain_bias(2, RAGGED.tokens, CPU) is plain_bias(2, RAGGED.tokens, CPU)
+    assert rods(RAGGED, CPU) is rods(RAGGED, CPU)
+    assert made == (plain_bias.cache_info().misses, rods.cache_info().misses)

@@ -98,15 +98,18 @@ def test_a_block_size_names_queries_and_keys():
 def test_presets_hold_the_designed_values():
     values = {name: (p.sparsity, p.warmup, p.search_points) for name, p in PRESETS.items()}
     assert values == {
-        "Quality": (0.7, 0.2, ()),
-        "Balanced": (0.8, 0.12, ()),
-        "Fast": (0.9, 0.06, ()),
+        "Quality": (0.7, 0.2, (0.6,)),
+        "Balanced": (0.8, 0.12, (0.6,)),
+        "Fast": (0.9, 0.06, (0.6,)),
         "Paper": (0.8, 0.2, (0.6,)),
     }
     assert all(preset.block_size == "64" for preset in PRESETS.values())
     assert [name for name, preset in PRESETS.items() if preset.head_adaptive] == ["Paper"]
     assert [name for name, preset in PRESETS.items() if preset.tail == "none"] == ["Paper"]
     assert all(preset.pooled == (preset.tail == "pooled") for preset in PRESETS.values())
+    assert all(preset.by_similarity == preset.pooled for preset in PRESETS.values())
+    gaps = {name: preset.search_gap for name, preset in PRESETS.items()}
+    assert gaps == {"Quality": 6, "Balanced": 6, "Fast": 6, "Paper": 0}
 
 
 def test_a_tail_needs_blocks_of_64_keys():
@@ -120,6 +123,18 @@ def test_a_tail_needs_blocks_of_64_keys():
         AdaSpaConfig(tail="weighted")
 
 
+def test_only_a_tail_orders_heads_by_similarity():
+    for fields, similar in (
+        ({}, True),
+        ({"token_order": "position"}, False),
+        ({"tail": "none"}, False),
+        ({"block_size": "128"}, False),
+    ):
+        assert AdaSpaConfig(**fields).by_similarity == similar
+    with pytest.raises(ValueError, match=r"`token_order` must be one of .*, got 'raster'. Try sim"):
+        AdaSpaConfig(token_order="raster")
+
+
 @pytest.mark.parametrize("preset", PRESETS)
 def test_a_preset_decides_its_fields_and_leaves_the_others(preset):
     own = {
@@ -129,6 +144,7 @@ def test_a_preset_decides_its_fields_and_leaves_the_others(preset):
         "search_points": (0.7,),
         "head_adaptive": False,
         "tail": "none" if PRESETS[preset].tail == "pooled" else "pooled",
+        "token_order": "position",
     }
     assert set(own) == set(PRESET_FIELDS)
     others = {
@@ -146,6 +162,7 @@ def test_a_preset_decides_its_fields_and_leaves_the_others(preset):
 def test_custom_leaves_every_field_to_the_caller():
     config = from_preset("Custom", sparsity=0.5, block_size="128", warmup=0.4)
     assert (config.sparsity, config.block_size, config.warmup) == (0.5, "128", 0.4)
+    assert config.search_gap == 3
 
 
 def test_an_unknown_preset_is_refused():

@@ -25,7 +25,7 @@ def graph(model="wan_h64", override=None, seed=1, **widgets):
         "search_points": "", "head_adaptive": False, "dense_layers": "", "start_percent": 0.0,
         "end_percent": 1.0, "min_tokens": 64, "cache": "auto", "dense_attention": "host",
         "enabled": True, "precision": "auto", "recall": 0.0,
-        "tail": "pooled",
+        "tail": "pooled", "token_order": "similarity",
     }  # fmt: skip
     source = ["override", 0] if override == "before" else ["loader", 0]
     prompt = {

@@ -27,7 +27,8 @@ def make_run(monkeypatch):
             run_state.attention, "choose", lambda *args: (triton_backend, "Triton kernels")
         )
         schedule = Schedule(tuple(KINDS[k] for k in kinds), 0, len(kinds), tuple(kinds))
-        return RunState(AdaSpaConfig(sparsity=0.6, min_tokens=0, tail="none", **config), schedule)
+        fields = {"sparsity": 0.6, "min_tokens": 0, "tail": "none", **config}
+        return RunState(AdaSpaConfig(**fields), schedule)
 
     return make
 
@@ -64,6 +65,21 @@ def test_a_run_reads_its_mask_in_low_precision(make_run, qkv, precision, block_s
         same = usual.attend(call_at(step), *qkv)
     assert relative_error(same, exact) < 0.01 < relative_error(out, exact) < 0.15
     assert torch.equal(usual.layers["layer 0"].mask.bits, run.layers["layer 0"].mask.bits)
+
+
+def test_a_run_with_a_tail_errs_little_more_than_one_in_full_precision(make_run, qkv):
+    outs, masks = [], []
+    for more in ({"precision": "int8"}, {}):
+        run = make_run("Ss", tail="pooled", **more)
+        for step in range(2):
+            out = run.attend(call_at(step), *qkv)
+        run.end_step()
+        outs.append(out)
+        masks.append(run.layers["layer 0"].mask.bits)
+        assert run.statistics.low_precision_calls == len(more)
+        assert not run.statistics.not_low_precision
+    assert torch.equal(*masks)
+    assert 0.001 < relative_error(outs[0], outs[1].double()) < 0.15
 
 
 def test_a_dense_step_runs_in_low_precision_where_it_is_fastest(make_run, qkv, monkeypatch):

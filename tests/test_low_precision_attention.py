@@ -6,8 +6,12 @@ pytest.importorskip("triton")
 import kernel_reference as reference
 from close import assert_within
 
+from sparse_attn.arranged import plain_bias, with_bias
+from sparse_attn.block_mask import BlockMask
+from sparse_attn.kernels.arrange import arrange
 from sparse_attn.kernels.low_precision_attention import low_precision_attention
 from sparse_attn.kernels.quantise import TILE, quantise
+from sparse_attn.kernels.unpack_mask import unpack_mask
 from sparse_attn.reference import expand_blocks
 
 # B, H, Lq, Lk, D, block_q, block_k
@@ -54,16 +58,18 @@ def of_quantised(q, k, v, scale, precision, key_bias=None, keep=None):
     """(out, lse) in float64 of the numbers that the kernel multiplies."""
     B, H, Lq, D = q.shape
     Lk = k.shape[2]
-    x = quantise(q, k, v, scale=scale, dtype=PRECISIONS[precision], values=True, ordered=False)
-    q8 = x.q.view(B, H, -1, D).double() * x.q_scale.view(B, H, -1, 1).double()
-    k8 = x.k.view(B, H, -1, D).double()
-    k8 *= x.k_scale.view(B, H, -1).repeat_interleave(TILE, 2)[..., None].double()
+    x = quantise(
+        q, k, v, scale=scale, dtype=PRECISIONS[precision], values=True, ordered=False,
+        key_bias=key_bias,
+    )  # fmt: skip
+    q8 = x.q.double() * x.q_scale[..., None].double()
+    k8 = x.k.double() * x.k_scale.repeat_interleave(TILE, 2)[..., None].double()
     v8 = x.v.view(B, H, -1, D, TILE).double().transpose(-1, -2).flatten(2, 3)
-    v8 = v8 * x.v_scale.view(B, H, 1, D).double() + x.v_mean.view(B, H, 1, D).double()
+    v8 = v8 * x.v_scale[:, :, None].double() + x.v_mean[:, :, None].double()
     ln_2 = 0.6931471805599453
     q8, k8, v8 = q8[:, :, :Lq] * ln_2, k8[:, :, :Lk], v8[:, :, :Lk]
     out, lse = reference.attention(q8, k8, v8, 1.0, key_bias, keep)
-    return out, lse + x.q_shift.view(B, H, -1)[:, :, :Lq].double()
+    return out, lse + x.q_shift[:, :, :Lq].double()
 
 
 def check(q, k, v, keep, block_q, block_k, precision, key_bias=None):
@@ -140,6 +146,90 @@ def test_a_shared_offset_of_keys_or_values_costs_no_precision(device):
     assert_within("lse", lse, exact_lse, 0.05)
 
 
+def with_tail(L, keep, block_q, bias):
+    """(options of the call, what each query reads) for L tokens whose means follow them."""
+    N = blocks(L, 64)
+    bits = BlockMask.from_dense(keep, block_q=block_q, block_k=64).bits
+    indices, counts = unpack_mask(bits, N, more=blocks(N, 64))
+    tokens = expand_blocks(keep, block_q, 64, L, N * 64)
+    means = torch.nn.functional.pad(expand_blocks(~keep, block_q, 1, L, N), (0, -N % 64))
+    options = {"kv_indices": indices, "kv_num_blocks": counts, "key_bias": bias, "tail": bits}
+    return options, torch.cat([tokens, means], -1)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("block_q, D", [(64, 64), (128, 128)])
+def test_a_tail_stands_for_what_is_skipped(block_q, D, precision, device):
+    B, H, L = 2, 2, 330
+    q, k, v = reference.make(B, H, L, L, D, torch.bfloat16, device, "BLHD")
+    order = reference.random_orders(B, H, L, device)
+    mine = torch.zeros(B, L, device=device)
+    # a bias of the caller's own
+    mine[0, 70:80] = -2.0
+    bias, _ = with_bias(*plain_bias(B, L, torch.device(device)), mine)
+    keep = reference.random_keep(B, H, blocks(L, block_q), blocks(L, 64), 0.4, device)
+    options, read = with_tail(L, keep, block_q, bias)
+    # keys share an offset, so the zeros behind the tokens and the means lie far from them
+    q, k, v = arrange(q, order), arrange(k + 3, order, means=True), arrange(v, order, means=True)
+    scale = D**-0.5
+    out, lse = low_precision_attention(
+        q, k, v, scale=scale, precision=precision, block_q=block_q, order=order, **options
+    )
+    assert out.transpose(1, 2).is_contiguous()
+    out = out.gather(2, order.long()[..., None].expand_as(out))
+    exact, exact_lse = of_quantised(q, k, v, scale, precision, bias, read)
+    assert_within("lse", lse, exact_lse, 1e-4)
+    assert relative(out, exact) < WEIGHT_ERROR
+    exact, _ = reference.attention(q, k, v, scale, bias, read)
+    assert relative(out, exact) < ERROR[precision]
+
+
+def test_means_past_one_block_of_them_count(device):
+    L = 64 * 65 + 5
+    q, k, v = reference.make(1, 1, 64, L, 64, torch.bfloat16, device)
+    order = torch.arange(L, device=device, dtype=torch.int32).expand(1, 1, L)
+    k, v = arrange(k, order, means=True), arrange(v, order, means=True)
+    keep = torch.zeros(1, 1, 1, 66, dtype=torch.bool, device=device)
+    keep[..., [0, 40, 65]] = True
+    bias, _ = plain_bias(1, L, torch.device(device))
+    options, read = with_tail(L, keep, 64, bias)
+    read = read[:, :, :64]
+    out, lse = low_precision_attention(q, k, v, scale=0.3, precision="int8", **options)
+    exact, exact_lse = of_quantised(q, k, v, 0.3, "int8", bias, read)
+    assert_within("lse", lse, exact_lse, 1e-4)
+    assert relative(out, exact) < WEIGHT_ERROR
+
+
+@pytest.mark.parametrize("heads", ["their own", "expanded", "strided", "one for all"])
+def test_an_order_says_where_rows_go(heads, device):
+    B, H, L = 2, 3, 130
+    q, k, v = reference.make(B, H, L, L, 64, torch.bfloat16, device)
+    plain, lse = run(q, k, v, None, 64, 64, 0.125, "int8")
+    order = reference.random_orders(B, H, L, device)
+    if heads == "expanded":
+        order = order[:1, :1].expand(B, H, L)
+    elif heads == "strided":
+        order = torch.cat([order, order], -1)[..., L:]
+    given = order
+    if heads == "one for all":
+        given = order[0, 0]
+        order = given.expand(B, H, L)
+    out, same = low_precision_attention(q, k, v, scale=0.125, precision="int8", order=given)
+    to = order.long()[..., None].expand_as(out)
+    assert torch.equal(out.gather(2, to), plain) and torch.equal(same, lse)
+    assert out.transpose(1, 2).is_contiguous()
+
+
+def test_hidden_keys_and_values_spoil_nothing(device):
+    q, k, v = reference.make(1, 1, 128, 192, 64, torch.bfloat16, device)
+    bias = torch.zeros(1, 192, device=device)
+    bias[:, 70:90] = float("-inf")
+    clean, _ = run(q, k, v, None, 64, 64, 0.125, "int8", bias)
+    k[:, :, 70:90] = 1e4
+    v[:, :, 70:90] = 1e4
+    assert torch.equal(run(q, k, v, None, 64, 64, 0.125, "int8", bias)[0], clean)
+
+
 def emulated_peer(q, k, v, scale):
     """INT8 scores in blocks of 128 queries x 64 keys less their mean, and FP8 weights and values.
 
@@ -214,5 +304,8 @@ def test_refuses_what_it_cannot_serve(device):
     with pytest.raises(ValueError, match="`kv_num_blocks` must be"):
         keep = torch.ones(1, 1, 2, 1, dtype=torch.bool, device=device)
         run(q, k, v, keep, 64, 64, 0.1, "int8")
+    with pytest.raises(ValueError, match="A tail needs"):
+        bits = torch.zeros(1, 1, 1, 1, dtype=torch.uint8, device=device)
+        low_precision_attention(q, k, v, scale=0.1, precision="int8", tail=bits)
     with pytest.raises(ValueError, match="needs float16 or bfloat16, got float32"):
         run(q.float(), k.float(), v.float(), None, 64, 64, 0.1, "int8")

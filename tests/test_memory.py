@@ -60,6 +60,14 @@ def test_what_is_held_at_the_fullest_moment(kinds, one_pass, mask, lse):
     assert sizes(kinds, one_pass) == CacheSize(mask, lse)
 
 
+def test_orders_take_as_much_as_an_lse_and_stay_with_the_masks():
+    for kinds, one_pass, lse in (("DSss", True, 0), ("DSsS", True, LSE), ("Ssss", False, 0)):
+        assert sizes(kinds, one_pass, own_orders=True) == CacheSize(MASK, lse, LSE)
+    assert sizes("DDDD", own_orders=True).total == 0
+    found = sizes("DSsS", keeps_lse=False, own_orders=True)
+    assert found == CacheSize(MASK, 0, LSE) and found.total == MASK + LSE
+
+
 def test_a_search_that_measures_its_own_lse_keeps_none():
     for kinds in ("DSss", "DSsS"):
         assert sizes(kinds, True, keeps_lse=False) == CacheSize(MASK, 0)
@@ -71,11 +79,12 @@ def test_masks_outgrow_the_lse_of_a_very_long_video():
     assert size.mask_bytes > 2 * 3 * 200_000 * 4 and size.lse_bytes == 0
 
 
-def test_a_cpu_tensor_is_kept_as_it_is():
+def test_what_is_kept_has_memory_of_its_own():
     for place in ("gpu", "cpu"):
         cache, tensor = Cache(place), torch.arange(3)
         stored = cache.keep(tensor)
-        assert stored is tensor and cache.fetch(stored, tensor.device) is tensor
+        tensor.zero_()
+        assert stored.tolist() == [0, 1, 2] and cache.fetch(stored, tensor.device) is stored
 
 
 cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

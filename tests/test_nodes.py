@@ -14,7 +14,7 @@ WIDGETS = {
         "sparsity": 0.8,
         "block_size": "64",
         "warmup": 0.12,
-        "search_points": "",
+        "search_points": "0.6",
         "head_adaptive": False,
         "dense_layers": "",
         "start_percent": 0.0,
@@ -26,6 +26,7 @@ WIDGETS = {
         "precision": "auto",
         "recall": 0.0,
         "tail": "pooled",
+        "token_order": "similarity",
     },
     "AdaSpaReport": {"layer": 0, "head": 0},
 }
@@ -36,10 +37,11 @@ OPTIONS = {
     "dense_attention": ["auto", "host"],
     "precision": ["auto", "bf16", "int8", "fp8"],
     "tail": ["pooled", "none"],
+    "token_order": ["similarity", "position"],
 }
 ADVANCED = [
     "head_adaptive", "dense_layers", "start_percent", "end_percent", "min_tokens", "cache",
-    "dense_attention", "enabled", "precision",
+    "dense_attention", "enabled", "precision", "token_order",
 ]  # fmt: skip
 # those that workflows of the first version lack
 LATER = [*ADVANCED, "recall", "tail"]
@@ -82,7 +84,7 @@ def test_pack_offers_its_nodes(nodes):
     ]  # fmt: skip
 
 
-YOUNGEST = ("precision", "recall", "tail")
+YOUNGEST = ("precision", "recall", "tail", "token_order")
 
 
 @pytest.mark.parametrize("name", list(WIDGETS))
@@ -195,6 +197,7 @@ def test_attention_node_says_before_sampling_that_a_model_will_run_dense(load, a
         ({"start_percent": 0.5, "end_percent": 0.5}, "`start_percent` must be"),
         ({"precision": "int4"}, "`precision` must be one of"),
         ({"tail": "weighted"}, "`tail` must be one of"),
+        ({"token_order": "raster"}, "`token_order` must be one of"),
         ({"recall": 0.05}, "`recall` must be 0 or from 0.1 to 0.999, got 0.05"),
         ({"recall": 0.9, "head_adaptive": True}, "`recall` gives every head the blocks"),
     ],
@@ -233,7 +236,7 @@ def test_report_without_a_run_says_so(load, attention, report, node):
 
 def test_report_of_a_run_shows_text_and_patterns(load, attention, report):
     model, handle = attention(
-        load("hunyuan"), preset="Custom", sparsity=0.6, warmup=0.0, min_tokens=64
+        load("hunyuan"), preset="Custom", sparsity=0.6, warmup=0.0, min_tokens=64, search_points=""
     ).args
     latent = {"samples": sample(model)}
     image, text = assert_picture(report(latent, handle))

@@ -11,7 +11,7 @@ from tests.tools import comfy_inprocess
 
 SETTINGS = {
     **WIDGETS["AdaSpaAttention"], "preset": "Custom", "sparsity": 0.6, "warmup": 0.0,
-    "min_tokens": 64, "dense_attention": "host",
+    "min_tokens": 64, "dense_attention": "host", "search_points": "",
 }  # fmt: skip
 
 
@@ -93,7 +93,8 @@ def test_the_second_expert_begins_with_the_pattern_of_the_first(pair, load):
     assert f"Pattern of the high noise expert: {second.carried} masks used without a search" in text
     (line,) = first.kept_pattern
     assert line.startswith("Pattern kept for the next expert: 4 masks, ")
-    assert handle.pattern.nbytes() == 4 * 4 * 5 * 1
+    # masks and orders of 4 heads in 4 layers
+    assert handle.pattern.nbytes() == 4 * 4 * (5 * 1 + 288 * 4)
 
 
 def test_the_report_of_either_run_is_on_one_socket(pair, load, nodes):

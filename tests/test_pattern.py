@@ -61,7 +61,7 @@ def test_a_file_names_what_it_is_for_and_is_compact(file):
     with safe_open(file, framework="pt") as opened:
         metadata = opened.metadata()
     expected = {
-        "format": "adaspa pattern", "version": "1", "family": FAMILY, "grid": "[5, 4, 31]",
+        "format": "adaspa pattern", "version": "2", "family": FAMILY, "grid": "[5, 4, 31]",
         "before": "20", "after": "0", "block_size": "64", "order": "raster", "density": "0.4000",
         "recall": "0.8000",
     }  # fmt: skip
@@ -82,8 +82,81 @@ def test_a_file_tells_the_order_and_the_tail_of_its_masks(tmp_path, pooled, orde
 
 
 def test_a_file_of_an_earlier_version_has_no_tail(file):
-    rewritten(file, tail=None)
+    rewritten(file, tail=None, version="1")
     assert not load(file).pooled
+
+
+def test_a_file_of_the_first_version_is_in_rods(tmp_path):
+    path = tmp_path / "city.safetensors"
+    save(replace(a_pattern(), pooled=True), path)
+    rewritten(path, version="1")
+    loaded = load(path)
+    assert loaded.pooled and loaded.order == "rods"
+    assert all(layer.order is None for layer in loaded.layers.values())
+
+
+def ordered_pattern():
+    """Every head has an order of its own, the text of 20 tokens behind the video."""
+    generator = torch.Generator().manual_seed(1)
+    layers = {}
+    for name, layer in a_pattern().layers.items():
+        order = torch.rand(1, 3, LAYOUT.video, generator=generator).argsort(-1) + LAYOUT.before
+        order = torch.cat([order, torch.arange(LAYOUT.before).expand(1, 3, -1)], -1).int()
+        layers[name] = replace(layer, order=order)
+    return replace(a_pattern(), layers=layers, pooled=True)
+
+
+def test_a_file_holds_the_order_of_every_head(tmp_path):
+    path, saved = tmp_path / "city.safetensors", ordered_pattern()
+    save(saved, path)
+    loaded = load(path)
+    assert loaded.order == "similarity" and loaded.nbytes() == saved.nbytes()
+    assert saved.nbytes() == a_pattern().nbytes() + 2 * 3 * LAYOUT.tokens * 4
+    for name, layer in saved.layers.items():
+        assert torch.equal(loaded.layers[name].order, layer.order)
+
+
+def swapped(order):
+    order[0, 1, 5], order[0, 1, 6] = order[0, 1, 6].clone(), order[0, 1, 5].clone()
+    return order
+
+
+def doubled(order):
+    order[0, 1, 5] = order[0, 1, 6]
+    return order
+
+
+def beyond_the_last(order):
+    order[0, 1, 5] = LAYOUT.tokens
+    return order
+
+
+ORDER_DAMAGE = {
+    "swapped": (swapped, "not those that were written"),
+    "doubled": (doubled, "is not one of all tokens"),
+    "beyond": (beyond_the_last, "tokens that there are not"),
+    "text elsewhere": (lambda x: x.flip(-1).contiguous(), "is not one of all tokens"),
+    "dtype": (lambda x: x.long(), "torch.int64"),
+    "shape": (lambda x: x[..., 1:].contiguous(), "a token order of shape [1, 3, 639]"),
+}
+
+
+@pytest.mark.parametrize("name", ORDER_DAMAGE)
+def test_a_damaged_order_is_refused(tmp_path, name):
+    change, words = ORDER_DAMAGE[name]
+    path = tmp_path / "city.safetensors"
+    save(ordered_pattern(), path)
+    rewritten(path, lambda x: {**x, "order.00001": change(x["order.00001"])})
+    with pytest.raises(ValueError, match=re.escape(words)):
+        load(path)
+
+
+def test_a_lost_order_is_refused(tmp_path):
+    path = tmp_path / "city.safetensors"
+    save(ordered_pattern(), path)
+    rewritten(path, lambda x: {k: v for k, v in x.items() if k != "order.00001"})
+    with pytest.raises(ValueError, match="not those that were written"):
+        load(path)
 
 
 def test_saving_leaves_the_old_file_and_no_part_when_it_fails(file, monkeypatch):
@@ -125,7 +198,7 @@ def beyond(tensors):
 
 
 DAMAGE = {
-    "newer": (None, {"version": "2"}, "written by a newer AdaSpa (format 2"),
+    "newer": (None, {"version": "3"}, "written by a newer AdaSpa (format 3"),
     "not ours": (None, {"format": None}, "is not an AdaSpa pattern file"),
     "a flipped bit": (flip, {}, "not those that were written"),
     "an empty row": (rows_of_nothing, {}, "leaves a part of the video without attention"),
@@ -135,7 +208,8 @@ DAMAGE = {
     "heads": (lambda x: {k: v[:, :2] for k, v in x.items()}, {}, "numbers per head"),
     "a mask lost": (lambda x: {"mask.00000": x["mask.00000"]}, {}, "1 masks for 2 layers"),
     "order": (None, {"order": "hilbert"}, "token order 'hilbert'"),
-    "order of another tail": (None, {"tail": "pooled"}, "token order 'raster' is not 'rods'"),
+    "order of another tail": (None, {"tail": "pooled"}, "token order 'raster' is not rods or similarity"),
+    "no orders": (None, {"tail": "pooled", "order": "similarity"}, "0 token orders of 2 masks"),
     "tail": (None, {"tail": "weighted"}, "tail 'weighted' is not one of none, pooled"),
     "grid": (None, {"grid": "[5, 4]"}, "damaged"),
     "negative grid": (None, {"grid": "[-5, -4, 31]"}, "is not positive"),

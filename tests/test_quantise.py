@@ -12,18 +12,13 @@ def run(q, k, v, dtype=torch.int8, ordered=False, scale=0.1):
     return quantise(q, k, v, scale=scale, dtype=dtype, values=True, ordered=ordered)
 
 
-def rows(x, shape, length):
-    """Rows of every head, without the padding."""
-    return x.view(*shape, -1, x.shape[-1])[:, :, :length].double()
-
-
 def values(x, B, H, D):
     """[B, H, tokens, D] values as they are stored."""
     return x.v.view(B, H, -1, D, TILE).double().transpose(-1, -2).flatten(2, 3)
 
 
 def restored(x, B, H, D):
-    scale, mean = (y.view(B, H, 1, D).double() for y in (x.v_scale, x.v_mean))
+    scale, mean = (y[:, :, None].double() for y in (x.v_scale, x.v_mean))
     return values(x, B, H, D) * scale + mean
 
 
@@ -40,11 +35,11 @@ def test_scores_come_back_less_the_keys_mean(dtype, layout, device):
     q, k, v = reference.make(B, H, Lq, Lk, D, torch.bfloat16, device, layout)
     k = k + 3
     x = run(q, k, v, dtype)
-    scores = rows(x.q, (B, H), Lq) @ rows(x.k, (B, H), Lk).mT
-    scores *= x.q_scale.view(B, H, -1)[:, :, :Lq, None]
-    scores *= x.k_scale.view(B, H, -1).repeat_interleave(TILE, 2)[:, :, None, :Lk]
+    scores = x.q[:, :, :Lq].double() @ x.k[:, :, :Lk].double().mT
+    scores *= x.q_scale[:, :, :Lq, None]
+    scores *= x.k_scale.repeat_interleave(TILE, 2)[:, :, None, :Lk]
     exact = 0.1 * q.double() @ k.double().mT
-    got = scores * 0.6931471805599453 + x.q_shift.view(B, H, -1)[:, :, :Lq, None]
+    got = scores * 0.6931471805599453 + x.q_shift[:, :, :Lq, None]
     error = (got - exact).norm() / (exact - exact.mean(-1, keepdim=True)).norm()
     # a step of INT8 is 1/127 of the largest, one of FP8 1/16 of the number itself
     assert error < (0.015 if dtype == torch.int8 else 0.05), error
@@ -54,8 +49,8 @@ def test_an_outlying_channel_costs_no_precision(device):
     q, k, v = reference.make(1, 1, 128, 128, 128, torch.bfloat16, device)
     q[..., 5] *= 30
     x = run(q, k, v)
-    scores = rows(x.q, (1, 1), 128) @ rows(x.k, (1, 1), 128).mT
-    scores *= x.q_scale.view(1, 1, 128, 1) * x.k_scale.view(1, 1, 2).repeat_interleave(TILE, 2)
+    scores = x.q[:, :, :128].double() @ x.k[:, :, :128].double().mT
+    scores *= x.q_scale[..., None] * x.k_scale.repeat_interleave(TILE, 2)[:, :, None]
     centred = k.double() - k.double().mean(2, keepdim=True)
     exact = 0.1 * q.double() @ centred.mT / 0.6931471805599453
     assert (scores - exact).norm() / exact.norm() < 0.015
@@ -65,11 +60,10 @@ def test_padding_is_zero(device):
     B, H, Lq, Lk, D = 1, 2, 100, 70, 64
     q, k, v = reference.make(B, H, Lq, Lk, D, torch.float16, device)
     x = run(q, k + 5, v + 5)
-    assert x.q.shape[0] == B * H * PAD and x.k.shape[0] == B * H * 2 * TILE
-    assert (x.q.view(B, H, -1, D)[:, :, Lq:] == 0).all()
-    assert (x.k.view(B, H, -1, D)[:, :, Lk:] == 0).all()
+    assert x.q.shape == (B, H, PAD, D) and x.k.shape == (B, H, 2 * TILE, D)
+    assert (x.q[:, :, Lq:] == 0).all() and (x.k[:, :, Lk:] == 0).all()
     assert (values(x, B, H, D)[:, :, Lk:] == 0).all()
-    assert (x.q_scale.view(B, H, -1)[:, :, Lq:] == 0).all()
+    assert (x.q_scale[:, :, Lq:] == 0).all()
 
 
 @pytest.mark.parametrize("offset", [0.0, 8.0])
@@ -80,15 +74,15 @@ def test_values_come_back(offset, device):
     x = run(q, k, v)
     error = (restored(x, B, H, D)[:, :, :L] - v.double()).abs()
     # half a step of e4m3 is 1/16; the interpreter drops what lies below 2^-6
-    allowed = (v.double() - x.v_mean.view(B, H, 1, D)).abs() / 16
-    allowed += x.v_scale.view(B, H, 1, D) * 2**-6 + 1e-5
+    allowed = (v.double() - x.v_mean[:, :, None]).abs() / 16
+    allowed += x.v_scale[:, :, None] * 2**-6 + 1e-5
     assert (error <= allowed).all()
 
 
 def test_only_a_mean_that_matters_is_taken_from_the_values(device):
     q, k, v = reference.make(1, 1, 4096, 4096, 64, torch.bfloat16, device)
     v[..., 3] += 2
-    mean = run(q, k, v).v_mean[0]
+    mean = run(q, k, v).v_mean[0, 0]
     assert mean[3] != 0 and (mean != 0).sum() == 1
 
 
@@ -98,7 +92,7 @@ def test_key_order_is_how_ordered_values_lie(device):
     order = key_order().to(device)
     assert torch.equal(order.sort().values, torch.arange(TILE, device=device))
     plain, ordered = (x.v.view(torch.uint8) for x in (plain, ordered))
-    assert torch.equal(plain[:, order], ordered)
+    assert torch.equal(plain[..., order], ordered)
     # what a lane holds as scores is what it must hold as weights
     for t in range(4):
         assert order[4 * t : 4 * t + 4].tolist() == [2 * t, 2 * t + 1, 2 * t + 8, 2 * t + 9]
@@ -108,10 +102,10 @@ def test_a_long_sequence_is_sampled_and_still_exact(device):
     q, k, v = reference.make(1, 1, 64, 64 * 130, 64, torch.bfloat16, device)
     k[:, :, ::2] += 4
     x = run(q, k, v)
-    scores = rows(x.q, (1, 1), 64) @ rows(x.k, (1, 1), k.shape[2]).mT
-    scores *= x.q_scale.view(1, 1, -1)[:, :, :64, None]
-    scores *= x.k_scale.repeat_interleave(TILE)
-    got = scores * 0.6931471805599453 + x.q_shift.view(1, 1, -1)[:, :, :64, None]
+    scores = x.q[:, :, :64].double() @ x.k.double().mT
+    scores *= x.q_scale[:, :, :64, None]
+    scores *= x.k_scale.repeat_interleave(TILE, 2)[:, :, None]
+    got = scores * 0.6931471805599453 + x.q_shift[:, :, :64, None]
     exact = 0.1 * q.double() @ k.double().mT
     assert (got - exact).norm() / exact.norm() < 0.015
 
@@ -122,3 +116,18 @@ def test_equal_keys_and_values_give_no_nan(device):
     for y in (x.q_scale, x.q_shift, x.k_scale, x.v_scale, x.v_mean):
         assert torch.isfinite(y).all()
     assert torch.allclose(restored(x, 1, 1, 64), q.double())
+
+
+def test_what_a_bias_hides_is_zero_and_not_counted(device):
+    B, H, L, D = 2, 1, 200, 64
+    q, k, v = reference.make(B, H, L, L, D, torch.bfloat16, device)
+    bias = torch.zeros(B, L, device=device)
+    bias[1, 20:150] = float("-inf")
+    k[1, :, 20:150] = v[1, :, 20:150] = float("nan")
+    x = quantise(
+        q, k + 3, v + 9, scale=0.1, dtype=torch.int8, values=True, ordered=False, key_bias=bias
+    )
+    assert (x.k[1, :, 20:150] == 0).all() and (values(x, B, H, D)[1, :, 20:150] == 0).all()
+    seen = torch.cat([v[1:, :, :20], v[1:, :, 150:]], 2).double() + 9
+    assert torch.allclose(x.v_mean[1].double(), seen.mean((0, 2)), atol=0.02)
+    assert torch.isfinite(x.k_scale).all() and torch.isfinite(x.q_shift).all()

@@ -6,9 +6,9 @@ from close import assert_within
 from test_run_state import SCALE, Backend, Host, exact_masses, schedule
 
 from sparse_attn import eager, reference, run_state
-from sparse_attn.config import AdaSpaConfig
-from sparse_attn.low_precision import NOT_WITH_TAIL
-from sparse_attn.pattern import LayerName
+from sparse_attn.carrying import ONE_ORDER
+from sparse_attn.config import TOKEN_ORDERS, AdaSpaConfig
+from sparse_attn.pattern import LayerName, load, save
 from sparse_attn.run_state import NOT_A_NUMBER, SPARSE_OUT_OF_MEMORY, Call, RunState
 from sparse_attn.selection import select
 from sparse_attn.token_layout import TokenLayout
@@ -17,16 +17,16 @@ from sparse_attn.token_order import in_rods, rods
 # grids that rods of 4 x 4 do not divide, text on both sides, a last block that is not full
 LAYOUT = TokenLayout(30, 5, 6, 21, 40)
 H, D = 2, 16
-ORDER = rods(LAYOUT, torch.device("cpu"))
 ARRANGED = in_rods(LAYOUT)
 NAME = LayerName("positive", "double", 0, 0)
+BOTH_ORDERS = pytest.mark.parametrize("token_order", TOKEN_ORDERS)
 
 
 class Run:
     def __init__(self, kinds, monkeypatch, one_pass=False, layout=LAYOUT, carried=None, **config):
         self.backend, self.host, self.layout = Backend(one_pass), Host(), layout
         monkeypatch.setattr(run_state.attention, "choose", lambda *args: (self.backend, "torch"))
-        fields = {"sparsity": 0.6, "min_tokens": 0, **config}
+        fields = {"sparsity": 0.6, "min_tokens": 0, "token_order": "position", **config}
         self.state = RunState(AdaSpaConfig(**fields), schedule(kinds), carried=carried)
         self.state.statistics.model = "Wan"
 
@@ -43,6 +43,10 @@ class Run:
     @property
     def keep(self):
         return self.layer.mask.to_dense()
+
+    @property
+    def order(self):
+        return self.layer.order
 
 
 @pytest.fixture
@@ -69,11 +73,11 @@ def dense(q, k, v, key_bias=None):
     return reference.dense_attention(*inputs, scale=SCALE, key_bias=bias)[0]
 
 
-def with_tail(q, k, v, keep, block_q=64, key_bias=None):
+def with_tail(q, k, v, run, block_q=64, key_bias=None):
     bias = None if key_bias is None else key_bias.double()
     inputs = (x.double() for x in (q, k, v))
     return reference.sparse_attention_with_tail(
-        *inputs, keep, ORDER, block_q=block_q, block_k=64, scale=SCALE, key_bias=bias
+        *inputs, run.keep, run.order, block_q=block_q, block_k=64, scale=SCALE, key_bias=bias
     )[0]
 
 
@@ -85,8 +89,8 @@ def padded(batch=1):
     return bias
 
 
-def in_order(q, k, v):
-    return [x[:, :, ORDER] for x in (q, k, v)]
+def in_order(run, *tensors):
+    return [reference.in_order(x, run.order) for x in tensors]
 
 
 SEQUENCES = [
@@ -120,41 +124,46 @@ def test_dense_steps_and_searches_answer_with_the_dense_output(make_run, one_pas
 @pytest.mark.parametrize("biased", [False, True], ids=["", "biased"])
 @pytest.mark.parametrize("head_adaptive", [False, True], ids=["uniform", "head-adaptive"])
 @pytest.mark.parametrize("batch", [1, 2])
+@BOTH_ORDERS
 def test_a_sparse_step_adds_the_averages_of_what_it_skips(
-    make_run, block_size, biased, head_adaptive, batch
+    make_run, block_size, biased, head_adaptive, batch, token_order
 ):
-    run = make_run("Ss", block_size=block_size, head_adaptive=head_adaptive)
+    run = make_run(
+        "Ss", block_size=block_size, head_adaptive=head_adaptive, token_order=token_order
+    )
     bias = padded(batch) if biased else None
     run.attend(0, tensors(0, batch), key_bias=bias)
     later = tensors(1, batch)
     out, _ = run.attend(1, later, key_bias=bias)
     keep, block_q = run.keep, run.layer.mask.block_q
-    exact = with_tail(*later, keep, block_q, bias)
+    exact = with_tail(*later, run, block_q, bias)
     assert_within("out", out, exact, 1e-5)
     bare, _ = reference.sparse_attention(
-        *(x.double() for x in in_order(*later)), keep, block_q=block_q, block_k=64, scale=SCALE,
-        key_bias=None if bias is None else bias[:, ORDER].double(),
+        *(x.double() for x in in_order(run, *later)), keep, block_q=block_q, block_k=64,
+        scale=SCALE, key_bias=None if bias is None else bias[:, run.order[0, 0]].double(),
     )  # fmt: skip
-    assert (out[:, :, ORDER] - bare).abs().max() > 0.05, "the tail does something"
-    truth = dense(*later, bias)[:, :, ORDER]
-    assert (out[:, :, ORDER] - truth).square().mean() < (bare - truth).square().mean()
+    out, truth = in_order(run, out, dense(*later, bias))
+    assert (out - bare).abs().max() > 0.05, "the tail does something"
+    assert (out - truth).square().mean() < (bare - truth).square().mean()
 
 
-def test_a_search_keeps_the_blocks_whose_averages_err_most(make_run):
-    run, qkv = make_run("Ss"), tensors()
+@BOTH_ORDERS
+def test_a_search_keeps_the_blocks_whose_averages_err_most(make_run, token_order):
+    run, qkv = make_run("Ss", token_order=token_order), tensors()
     run.attend(0, qkv)
-    q, k, v = (x.double() for x in in_order(*qkv))
+    q, k, v = (x.double() for x in in_order(run, *qkv))
     lse = reference.scaled_logits(q, k, SCALE).logsumexp(-1)
     scores = reference.tail_error(q, k, v, lse, block_q=64, block_k=64, scale=SCALE).float()
     masses = exact_masses(q, k)
     keep, held = select(masses, ARRANGED, run.state.config, scores)
     assert torch.equal(run.keep, keep)
     by_mass, most = select(masses, ARRANGED, run.state.config)
-    assert not torch.equal(keep, by_mass)
+    # tokens ordered by similarity may leave both rules one choice
+    assert token_order == "similarity" or not torch.equal(keep, by_mass)
     # the recall shown is still one of masses
     run.state.end_step()
     (pattern,) = run.state.statistics.patterns.values()
-    assert pattern.recall == pytest.approx(held[0].tolist(), abs=1e-5) and (held < most).all()
+    assert pattern.recall == pytest.approx(held[0].tolist(), abs=1e-5) and (held <= most).all()
 
 
 def test_keeping_everything_equals_dense_at_every_step(make_run):
@@ -180,30 +189,103 @@ def test_text_reads_everything_and_is_read_whole(make_run):
 
 
 @pytest.mark.parametrize("one_pass", [False, True], ids=["two passes", "one pass"])
-def test_a_later_search_finds_the_new_pattern_with_the_old_lse(make_run, one_pass):
-    run, later = make_run("DSsSs", one_pass=one_pass), tensors(7)
+@BOTH_ORDERS
+def test_a_later_search_finds_the_new_pattern_with_the_old_lse(make_run, one_pass, token_order):
+    run, later = make_run("DSsSs", one_pass=one_pass, token_order=token_order), tensors(7)
     for step in range(3):
         if step or one_pass:
             run.attend(step, tensors(step))
-    old = run.keep
+    old, old_order = run.keep, run.order
     assert run.layer.lse is not None
     run.attend(3, later)
     new = run.keep
     assert not torch.equal(new, old) and run.layer.lse is None
-    q, k, v = (x.double() for x in in_order(*later))
+    q, k, v = (x.double() for x in in_order(run, *later))
     lse = reference.scaled_logits(q, k, SCALE).logsumexp(-1)
     scores = reference.tail_error(q, k, v, lse, block_q=64, block_k=64, scale=SCALE)
     best, _ = select(scores.float(), ARRANGED, run.state.config)
     spared = (scores * new).sum() / (scores * best).sum()
     assert spared > 0.95, "close to the choice with today's LSE"
-    assert (scores * old).sum() < (scores * new).sum()
+    if token_order == "position":
+        assert (scores * old).sum() < (scores * new).sum() and torch.equal(old_order, run.order)
+    else:
+        assert not torch.equal(old_order, run.order), "an order of today's tokens"
 
 
-def test_an_lse_kept_before_a_search_is_in_the_order_of_the_mask(make_run):
-    run, (q, k, v) = make_run("DSs", one_pass=True), tensors()
+@BOTH_ORDERS
+def test_a_kept_lse_is_in_the_order_of_the_tokens(make_run, token_order):
+    run = make_run("DSsSs", one_pass=True, token_order=token_order)
+    for step in range(2):
+        q, k, v = tensors(step)
+        run.attend(step, (q, k, v))
+        exact = reference.scaled_logits(q, k, SCALE).logsumexp(-1)
+        assert_within("lse", run.layer.lse, exact.double(), 1e-4)
+
+
+def test_a_search_takes_the_heads_that_similarity_serves_better(make_run):
+    """Head 0 looks all over the video for its like, head 1 around itself."""
+    generator = torch.Generator().manual_seed(3)
+    L = LAYOUT.tokens
+    kinds = torch.randn(10, D, generator=generator) * 2
+    strewn = torch.randint(10, (L,), generator=generator)
+    q, k, v = tensors(4)
+    q[0, 0] = kinds[strewn] + 0.1 * q[0, 0]
+    k[0, 0] = kinds[strewn] + 0.1 * k[0, 0]
+    run = make_run("Ss", token_order="similarity")
     run.attend(0, (q, k, v))
-    exact = reference.scaled_logits(q, k, SCALE).logsumexp(-1)[..., ORDER]
-    assert_within("lse", run.layer.lse, exact.double(), 1e-4)
+    in_place = rods(LAYOUT, torch.device("cpu"))
+    assert not torch.equal(run.order[0, 0], in_place)
+    assert torch.equal(run.order[0, 0, LAYOUT.video :], in_place[LAYOUT.video :])
+    alike = strewn[run.order[0, 0, : LAYOUT.video].long()].split(64)
+    assert sum((x == x.mode().values).float().mean() for x in alike) / len(alike) > 0.6
+    run.state.end_step()
+    statistics = run.state.statistics
+    (pattern,) = statistics.patterns.values()
+    assert pattern.similar == [float(not torch.equal(x, in_place)) for x in run.order[0]]
+    share = sum(pattern.similar) / 2
+    assert statistics.similar() == statistics.as_dict()["heads_by_similarity"] == share > 0
+    line = f"Token order: by similarity in {share:.0%} of the heads, else by position"
+    assert line in statistics.lines()
+    position = make_run("Ss")
+    position.attend(0, (q, k, v))
+    assert torch.equal(position.order, in_place.expand(1, H, -1))
+
+
+def test_a_bias_on_the_video_leaves_all_heads_one_order(make_run):
+    run, qkv, bias = make_run("Ss", token_order="similarity"), tensors(), padded()
+    bias[:, 100] = -1.0
+    run.attend(0, qkv, key_bias=bias)
+    later = tensors(1)
+    out, _ = run.attend(1, later, key_bias=bias)
+    assert torch.equal(run.order, rods(LAYOUT, torch.device("cpu")).expand(1, H, -1))
+    assert_within("out", out, with_tail(*later, run, key_bias=bias), 1e-5)
+
+
+def test_a_replaced_order_takes_its_prefetched_copy_along(make_run):
+    run, forgotten = make_run("SSs", token_order="similarity"), []
+    run.state.cache.forget = forgotten.append
+    run.attend(0, tensors(0))
+    old = run.layer.mask.bits, run.order
+    run.attend(1, tensors(1))
+    assert [x is y for x, y in zip(forgotten, old, strict=True)] == [True, True]
+
+
+def test_orders_are_kept_where_masks_are_and_fetched_ahead(make_run, monkeypatch):
+    run = make_run("Sss", token_order="similarity")
+    cache, kept, ahead = run.state.cache, [], []
+    cache.place = "cpu"
+    keep = cache.keep
+    monkeypatch.setattr(cache, "keep", lambda x: kept.append(x) or keep(x))
+    monkeypatch.setattr(cache, "prefetch", lambda x, device: ahead.append(x))
+    run.attend(0, tensors(0))
+    run.state.layers.following["layer 0"] = "layer 0"
+    call = Call("layer 0", 0, "positive", 1, LAYOUT, SCALE, run.host)
+    run.state.layers.prefetch_next(call, torch.device("cuda"))
+    wanted = [run.layer.mask.bits, run.order]
+    assert all(x is y for x, y in zip(ahead, wanted, strict=True))
+    assert any(torch.equal(x, run.order) for x in kept)
+    run.layer.give_up("a reason")
+    assert run.layer.order is None and run.layer.nbytes() == 0
 
 
 @pytest.mark.parametrize("layout", [TokenLayout(0, 4, 8, 20), TokenLayout(0, 3, 1, 30)])
@@ -213,7 +295,7 @@ def test_a_video_alone_and_one_smaller_than_the_rods(make_run, layout):
     later = tensors(1, layout=layout)
     out, _ = run.attend(1, later)
     exact, _ = reference.sparse_attention_with_tail(
-        *(x.double() for x in later), run.keep, rods(layout, torch.device("cpu")),
+        *(x.double() for x in later), run.keep, run.order,
         block_q=64, block_k=64, scale=SCALE,
     )  # fmt: skip
     assert_within("out", out, exact, 1e-5)
@@ -225,19 +307,19 @@ def test_bfloat16_errs_as_little_as_its_rounding(make_run):
     later = tensors(1, dtype=torch.bfloat16)
     out, _ = run.attend(1, later)
     assert out.dtype == torch.bfloat16
-    assert_within("out", out, with_tail(*later, run.keep), 2e-2)
+    assert_within("out", out, with_tail(*later, run), 2e-2)
 
 
 def test_a_recall_is_one_of_masses_and_sampled_in_the_masks_order(make_run):
     run = make_run("Sss", recall=0.7)
     did = [run.attend(step, tensors(step))[1] for step in range(3)]
     assert did[0] == ["arrange", "dense", "masses"], "no scores, the masses rank"
-    q, k, _ = in_order(*tensors(0))
+    q, k, _ = in_order(run, *tensors(0))
     keep, held = select(exact_masses(q, k), ARRANGED, run.state.config)
     assert torch.equal(run.keep, keep) and (held >= 0.7).all()
     run.state.end_step()
     ((step, sampled),) = run.state.statistics.samples.values()
-    q, k, _ = in_order(*tensors(2))
+    q, k, _ = in_order(run, *tensors(2))
     exact = reference.recall(
         q.double(), k.double(), keep, block_q=64, block_k=64, scale=SCALE
     )  # fmt: skip
@@ -268,11 +350,20 @@ def test_out_of_memory_while_arranging_keeps_sampling_dense(make_run):
     assert run.state.statistics.kept_dense == {SPARSE_OUT_OF_MEMORY: 1}
 
 
-def test_low_precision_declines_and_says_why(make_run):
-    run = make_run("Sss", precision="int8")
-    for step in range(3):
-        run.attend(step, tensors(step))
-    assert run.state.statistics.not_low_precision == {NOT_WITH_TAIL: 2}
+def test_low_precision_gets_what_the_sparse_kernel_gets(make_run, monkeypatch):
+    run, given = make_run("Ss", precision="int8"), {}
+
+    def attention(*qkv, precision, **options):
+        given.update(options)
+        return run.backend.sparse_attention(*qkv, **options)
+
+    monkeypatch.setattr(run.backend, "why_not_low_precision", lambda *args: None, raising=False)
+    monkeypatch.setattr(run.backend, "low_precision_attention", attention, raising=False)
+    for step in range(2):
+        out, _ = run.attend(step, tensors(step))
+    assert run.state.statistics.low_precision_calls == 1
+    assert torch.equal(given["tail"], run.layer.mask.bits) and given["order"] is not None
+    assert_within("out", out, with_tail(*tensors(1), run), 1e-5)
 
 
 def test_the_report_tells_of_the_tail(make_run):
@@ -288,10 +379,12 @@ def test_the_report_tells_of_the_tail(make_run):
         assert (note in statistics.lines()) == ("block_size" in config)
 
 
-def test_memory_is_predicted_to_the_byte(make_run):
-    run, qkv = make_run("DSsSs", one_pass=True), tensors(batch=2)
+@BOTH_ORDERS
+@pytest.mark.parametrize("kinds", ["DSsSs", "DSsss", "DSs"])
+def test_memory_is_predicted_to_the_byte(make_run, kinds, token_order):
+    run, qkv = make_run(kinds, one_pass=True, token_order=token_order), tensors(batch=2)
     run.state.foresee(*qkv, layers=1, batch=2, layout=LAYOUT)
-    for step in range(5):
+    for step in range(len(kinds)):
         run.attend(step, qkv)
     statistics = run.state.statistics
     assert statistics.held_bytes == statistics.predicted_bytes > 0
@@ -307,18 +400,26 @@ def carried_from(make_run, **config):
     return run.state.end(keep_pattern=True).named("another run")
 
 
-def test_a_carried_pattern_is_used_in_its_order(make_run):
-    pattern = carried_from(make_run)
+@BOTH_ORDERS
+def test_a_carried_pattern_is_used_in_its_order(make_run, token_order, tmp_path):
+    pattern = carried_from(make_run, token_order=token_order)
     assert pattern.pooled and pattern.layout == LAYOUT
+    own = token_order == "similarity"
+    assert pattern.order == ("similarity" if own else "rods")
+    assert (pattern.layers[NAME].order is not None) == own
+    save(pattern, tmp_path / "pattern.safetensors")
+    pattern = load(tmp_path / "pattern.safetensors")
     run = make_run("Sss", carried=pattern)
-    qkv = tensors(1)
+    qkv = tensors(0)
     out, did = run.attend(0, qkv, name=NAME)
     assert did == ["arrange", "sparse"]
     assert torch.equal(run.layer.mask.bits, pattern.layers[NAME].bits)
-    assert_within("out", out, with_tail(*qkv, run.keep), 1e-5)
+    if own:
+        assert torch.equal(run.order, pattern.layers[NAME].order)
+    assert_within("out", out, with_tail(*qkv, run), 1e-5)
     run.state.end_step()
     (shown,) = run.state.statistics.patterns.values()
-    q, k, _ = in_order(*qkv)
+    q, k, _ = in_order(run, *qkv)
     exact = reference.recall(q.double(), k.double(), run.keep, block_q=64, block_k=64, scale=SCALE)
     assert shown.recall == pytest.approx(exact[0].tolist(), abs=0.06)
 
@@ -326,10 +427,18 @@ def test_a_carried_pattern_is_used_in_its_order(make_run):
 def test_a_second_search_replaces_a_carried_pattern(make_run):
     run = make_run("DsSs", one_pass=True, carried=carried_from(make_run))
     did = [run.attend(step, tensors(step), name=NAME)[1] for step in range(4)]
-    # with the LSE of the dense step, which is in the order of the mask
+    # with the LSE of the dense step
     again = ["arrange", "masses", "pooled masses", "arrange", "sparse"]
     assert did[1:] == [["arrange", "sparse"], again, ["arrange", "sparse"]]
     assert not run.layer.carried
+
+
+def test_a_pattern_of_many_orders_is_refused_where_the_video_is_biased(make_run):
+    run = make_run("Ss", carried=carried_from(make_run, token_order="similarity"))
+    bias = torch.zeros(1, LAYOUT.tokens)
+    bias[:, 100] = -1.0
+    run.attend(0, tensors(1), name=NAME, key_bias=bias)
+    assert run.state.statistics.not_carried == {ONE_ORDER: 1} and not run.layer.carried
 
 
 @pytest.mark.parametrize("first, second", [("none", "pooled"), ("pooled", "none")])

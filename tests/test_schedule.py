@@ -1,6 +1,6 @@
 import pytest
 
-from sparse_attn.config import PRESETS, AdaSpaConfig
+from sparse_attn.config import PRESETS, AdaSpaConfig, from_preset
 from sparse_attn.schedule import Schedule, StepKind, plan
 
 LETTERS = {"D": StepKind.DENSE, "S": StepKind.SEARCH, "s": StepKind.SPARSE}
@@ -32,16 +32,18 @@ PLANS = [
     # preset, steps, kinds: D dense, S search, s sparse
     ("Balanced", 4, "Ssss"),  # a warm-up that rounds to no step: the search is the first step
     ("Balanced", 8, "DSssssss"),
-    ("Balanced", 20, "DD" + "S" + 17 * "s"),
-    ("Balanced", 50, 6 * "D" + "S" + 43 * "s"),
+    ("Balanced", 20, "DD" + "S" + 9 * "s" + "S" + 7 * "s"),
+    ("Balanced", 50, 6 * "D" + "S" + 23 * "s" + "S" + 19 * "s"),
     ("Quality", 4, "DSss"),
     ("Quality", 8, "DDSsssss"),
-    ("Quality", 20, 4 * "D" + "S" + 15 * "s"),
-    ("Quality", 50, 10 * "D" + "S" + 39 * "s"),
+    ("Quality", 20, 4 * "D" + "S" + 7 * "s" + "S" + 7 * "s"),
+    ("Quality", 50, 10 * "D" + "S" + 19 * "s" + "S" + 19 * "s"),
     ("Fast", 4, "Ssss"),
     ("Fast", 8, "Ssssssss"),
-    ("Fast", 20, "DS" + 18 * "s"),
-    ("Fast", 50, 3 * "D" + "S" + 46 * "s"),
+    ("Fast", 10, "DSssssssss"),  # 6 - 1 steps are too few between two searches
+    ("Fast", 12, "DSsssss" + "Sssss"),
+    ("Fast", 20, "DS" + 10 * "s" + "S" + 7 * "s"),
+    ("Fast", 50, 3 * "D" + "S" + 26 * "s" + "S" + 19 * "s"),
     ("Paper", 4, "DSSs"),  # 0.6 of 4 rounds to step 2
     ("Paper", 8, "DDSssSss"),
     ("Paper", 20, 4 * "D" + "S" + 7 * "s" + "S" + 7 * "s"),
@@ -65,6 +67,8 @@ CONFIGS = [
     ({"warmup": 0.0, "start_percent": 0.3, "end_percent": 0.8}, 10, "DDDSssssDD"),
     ({"warmup": 0.2, "end_percent": 0.1}, 10, 10 * "D"),  # the window ends before the search
     ({"warmup": 0.0, "search_points": (0.9,), "end_percent": 0.8}, 10, "Ssss" + "ssss" + "DD"),
+    ({"warmup": 0.2, "search_points": (0.4, 0.7), "search_gap": 3}, 10, "DDSssssSss"),
+    ({"warmup": 0.2, "search_points": (0.4, 0.7)}, 10, "DDSsSssSss"),
     ({"warmup": 0.99}, 10, 10 * "D"),  # rounds to all steps
     ({"warmup": 0.0}, 1, "S"),
 ]
@@ -87,6 +91,24 @@ def test_two_halves_make_the_whole():
     assert (second.first_step, second.total_steps) == (10, 20)
     assert first.describe() == "steps 0-3 dense, 4 search, 5-9 sparse"
     assert second.describe() == "steps 10 search, 11 sparse, 12 search, 13-19 sparse"
+
+
+@pytest.mark.parametrize("steps", range(1, 9))
+@pytest.mark.parametrize("preset", ["Quality", "Balanced", "Fast"])
+def test_a_short_schedule_is_searched_once(preset, steps):
+    assert letters(planned(linear(steps), PRESETS[preset])).count("S") == 1
+
+
+@pytest.mark.parametrize("steps, kinds", [(4, "Ssss"), (8, "DSsssSss")])
+def test_custom_values_do_not_search_every_other_step(steps, kinds):
+    config = from_preset("Custom", search_points=(0.6,))
+    assert letters(planned(linear(steps), config)) == kinds
+
+
+def test_a_second_sampler_does_not_search_twice_in_a_row():
+    # its first search is at step 10, and that of the whole schedule would be due at step 12
+    second = planned(linear(20)[10:], PRESETS["Balanced"])
+    assert letters(second) == "S" + 9 * "s"
 
 
 def test_a_slice_inside_the_warm_up_is_dense():

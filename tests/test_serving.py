@@ -8,13 +8,12 @@ import torch
 from close import assert_within
 
 from sparse_attn import eager, reference, serving
-from sparse_attn.arranged import prepare
-from sparse_attn.config import AdaSpaConfig
+from sparse_attn.config import TOKEN_ORDERS, AdaSpaConfig
 from sparse_attn.layer_state import Call
+from sparse_attn.reference import in_order
 from sparse_attn.token_layout import TokenLayout
 
 LAYOUT, SCALE = TokenLayout(12, 5, 6, 14, 20), 0.25
-ORDER = prepare(LAYOUT, 2, torch.device("cpu"))
 CALL = Call("layer 0", 0, "positive", 0, LAYOUT, SCALE, None)
 
 
@@ -27,28 +26,30 @@ def dense_with_lse(q, k, v, key_bias):
 
 
 @pytest.mark.parametrize("block_size", ["64", "128x64"])
-def test_both_searches_find_the_same_and_bear_a_drift_of_the_lse(block_size):
+@pytest.mark.parametrize("token_order", TOKEN_ORDERS)
+def test_both_searches_find_the_same_and_bear_a_drift_of_the_lse(block_size, token_order):
     q, k, v = tensors()
-    config = AdaSpaConfig(block_size=block_size)
-    first = serving.search_dense(eager, dense_with_lse, q, k, v, CALL, config, order=ORDER)
+    config = AdaSpaConfig(block_size=block_size, token_order=token_order)
+    first = serving.search_dense(eager, dense_with_lse, q, k, v, CALL, config)
     exact, lse = reference.dense_attention(q.double(), k.double(), v.double(), scale=SCALE)
     assert_within("out", first.out, exact, 1e-5)
-    assert_within("lse", first.lse, lse[..., ORDER], 1e-5)
+    assert_within("lse", first.lse, lse, 1e-5)
+    order = first.order.long()
     stale = first.lse + 0.4
-    again = serving.search_again(eager, q, k, v, stale, CALL, config, order=ORDER)
-    assert again.out is None and again.lse is None
+    again = serving.search_again(eager, q, k, v, stale, CALL, config)
+    assert again.out is None and again.lse is None and torch.equal(again.order, first.order)
     assert_within("masses", again.masses, first.masses.double(), 1e-3)
     assert_within("scores", again.scores, first.scores.double(), 5e-3 * first.scores.max().item())
-    inputs = [x[:, :, ORDER].double() for x in (q, k, v)]
+    inputs = [in_order(x, order).double() for x in (q, k, v)]
     masses = reference.block_masses(
-        *inputs[:2], lse[..., ORDER], block_q=config.block_q, block_k=64, scale=SCALE
+        *inputs[:2], lse.gather(-1, order), block_q=config.block_q, block_k=64, scale=SCALE
     )
     assert_within("masses", first.masses, masses, 1e-3)
 
 
 def test_a_recall_needs_no_scores():
     config = AdaSpaConfig(recall=0.9)
-    found = serving.search_dense(eager, dense_with_lse, *tensors(), CALL, config, order=ORDER)
+    found = serving.search_dense(eager, dense_with_lse, *tensors(), CALL, config)
     assert found.scores is None and found.masses is not None
 
 
@@ -78,6 +79,5 @@ def test_arranged_copies_are_gone_before_the_output_is_copied(monkeypatch):
 
     monkeypatch.setattr(eager, "arrange", noted)
     monkeypatch.setattr(serving, "in_raster", checked)
-    serving.search_dense(
-        eager, dense_with_lse, *tensors(), CALL, AdaSpaConfig(), order=ORDER
-    )  # fmt: skip
+    config = AdaSpaConfig(token_order="position")
+    serving.search_dense(eager, dense_with_lse, *tensors(), CALL, config)

@@ -244,37 +244,65 @@ def test_offsets_past_two_to_the_31(device):
     assert_as_accurate_as("out", out[:, -1:, ends[0]], same_dtype, exact)
 
 
-@pytest.mark.parametrize("D", [64, 128])
-@pytest.mark.parametrize("block_q", [64, 128])
-def test_pooled_tail_matches_reference(block_q, D, device):
-    B, H, L = 2, 2, 330
-    q, k, v = reference.make(B, H, L, L, D, torch.bfloat16, device, "BLHD")
-    order = torch.randperm(L, generator=torch.Generator().manual_seed(1)).to(device)
-    N = blocks(L, 64)
-    keep = reference.random_keep(B, H, blocks(L, block_q), N, 0.4, device)
+def test_every_head_puts_its_rows_where_its_order_says(device):
+    q, k, v = reference.make(2, 2, 200, 200, 64, torch.bfloat16, device)
+    keep = reference.random_keep(2, 2, 4, 4, 0.5, device)
+    indices, counts = reference.lists(keep)
+    options = {"block_q": 64, "block_k": 64, "scale": 0.1}
+    plain, plain_lse = sparse_attention(q, k, v, indices, counts, **options)
+    order = reference.random_orders(2, 2, 200, device)
+    for some in (order, order[:, :1], order[:1]):
+        shared = some.expand(2, 2, 200)
+        out, lse = sparse_attention(q, k, v, indices, counts, order=shared, **options)
+        assert torch.equal(out.gather(2, shared.long()[..., None].expand_as(out)), plain)
+        assert torch.equal(lse, plain_lse)
+    with pytest.raises(ValueError, match=r"`order` must be \[2, 2, 200\] int32, got \[200\]"):
+        sparse_attention(q, k, v, indices, counts, order=order[0, 0], **options)
+
+
+# B, H, Lq, Lk, block_q, D
+TAILS = [
+    (2, 2, 330, 330, 64, 64),  # a ragged block and one tile of means
+    (2, 2, 330, 330, 128, 128),
+    (1, 1, 200, 64 * 66, 64, 64),  # two tiles of means, the second one short
+    (1, 1, 200, 64 * 129 + 3, 128, 64),  # three, and a ragged block
+]
+
+
+@pytest.mark.parametrize("case", TAILS, ids=lambda c: "B{}-H{}-Lq{}-Lk{}-q{}-D{}".format(*c))
+def test_pooled_tail_matches_reference(case, device):
+    B, H, Lq, Lk, block_q, D = case
+    q, k, v = reference.make(B, H, Lq, Lk, D, torch.bfloat16, device, "BLHD")
+    order, key_order = (reference.random_orders(B, H, L, device) for L in (Lq, Lk))
+    N = blocks(Lk, 64)
+    more = blocks(N, 64)
+    keep = reference.random_keep(B, H, blocks(Lq, block_q), N, 0.4, device)
     bits = BlockMask.from_dense(keep, block_q=block_q, block_k=64).bits
-    sizes = (L - torch.arange(0, L, 64, device=device)).clamp(max=64).log()
-    bias = torch.full((B, N * 64 + 64), float("-inf"), device=device)
-    bias[:, :L] = 0.0
-    bias[:, N * 64 : N * 64 + N] = sizes
-    # a key bias of the caller's own
+    bias = torch.full((B, (N + more) * 64), float("-inf"), device=device)
+    bias[:, :Lk] = 0.0
+    sizes = (Lk - torch.arange(0, Lk, 64, device=device)).clamp(max=64)
+    bias[:, N * 64 : N * 64 + N] = sizes.log()
+    # a key bias of the caller's own, and a block without a stand-in
     bias[0, 70:80] = -2.0
-    q_, k_, v_ = arrange(q, order), arrange(k, order, means=True), arrange(v, order, means=True)
-    indices, counts = unpack_mask(bits, N, more=1)
+    bias[0, N * 64 + 1] = float("-inf")
+    q_ = arrange(q, order)
+    k_, v_ = arrange(k, key_order, means=True), arrange(v, key_order, means=True)
+    indices, counts = unpack_mask(bits, N, more=more)
     scale = D**-0.5
     out, lse = sparse_attention(
         q_, k_, v_, indices, counts, block_q=block_q, block_k=64, scale=scale, key_bias=bias,
         tail=bits, order=order,
     )  # fmt: skip
 
-    tokens = expand_blocks(keep, block_q, 64, L, N * 64)
-    stand_ins = expand_blocks(~keep, block_q, 1, L, N)
-    none = torch.zeros(B, H, L, 64 - N, dtype=torch.bool, device=device)
+    tokens = expand_blocks(keep, block_q, 64, Lq, N * 64)
+    stand_ins = expand_blocks(~keep, block_q, 1, Lq, N)
+    none = torch.zeros(B, H, Lq, more * 64 - N, dtype=torch.bool, device=device)
     read = torch.cat([tokens, stand_ins, none], -1)
     exact, exact_lse = reference.attention(q_, k_, v_, scale, bias, read)
     same_dtype = reference.torch_attention(q_, k_, v_, scale, bias, read)
     assert out.transpose(1, 2).is_contiguous()
-    assert_as_accurate_as("out", out[:, :, order], same_dtype, exact)
+    out = out.gather(2, order.long()[..., None].expand_as(out))
+    assert_as_accurate_as("out", out, same_dtype, exact)
     assert_within("lse", lse, exact_lse, LSE_TOLERANCE)
 
 

@@ -4,9 +4,9 @@ from close import assert_within
 
 from sparse_attn import eager, reference
 from sparse_attn import tail_error as module
-from sparse_attn.arranged import prepare
 from sparse_attn.tail_error import deviation, rows_of, tail_error
 from sparse_attn.token_layout import TokenLayout
+from sparse_attn.token_order import rods
 
 CPU, SCALE = torch.device("cpu"), 0.25
 LAYOUTS = [TokenLayout(20, 4, 5, 15, 24), TokenLayout(0, 4, 8, 10), TokenLayout(0, 1, 2, 5)]
@@ -17,7 +17,7 @@ def found_by(layout, block_q, dtype=torch.float32):
     q, k, v = torch.randn(3, 2, 3, layout.tokens, 16).to(dtype)
     # a few keys stand out, so that means miss much
     k[:, :, ::29] *= 4
-    arranged = eager.arrange(q, k, v, prepare(layout, 2, CPU))
+    arranged = eager.arrange(q, k, v, rods(layout, CPU).expand(2, 3, -1))
     inputs = [x.double() for x in (arranged.q, arranged.token_k, arranged.token_v)]
     lse = reference.scaled_logits(*inputs[:2], SCALE).logsumexp(-1)
     options = {"block_q": block_q, "scale": SCALE}
@@ -55,10 +55,10 @@ def test_equal_keys_leave_no_error():
     layout = TokenLayout(0, 4, 8, 8)
     q, v = torch.randn(2, 1, 1, layout.tokens, 16)
     # each block of 64 keys is one key 64 times
-    order = prepare(layout, 1, CPU)
+    order = rods(layout, CPU)
     k = torch.empty_like(q)
     k[:, :, order] = torch.randn(1, 1, layout.num_blocks(64), 16).repeat_interleave(64, 2)
-    arranged = eager.arrange(q, k, v, order)
+    arranged = eager.arrange(q, k, v, order.expand(1, 1, -1))
     lse = eager.dense_attention(arranged.q, arranged.token_k, arranged.token_v, scale=SCALE)[1]
     masses = eager.block_masses(
         arranged.q, arranged.token_k, lse, block_q=64, block_k=64, scale=SCALE

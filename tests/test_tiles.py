@@ -256,7 +256,7 @@ def call(kernel, B, H, L, D, block, bias=False, strided=False, **kwargs):
         unpack_mask(torch.zeros(B, H, Nq, -(-L // 8), dtype=torch.uint8), L)
 
 
-def call_low_precision(arch, D, block, precision, listed=True):
+def call_low_precision(arch, D, block, precision, listed=True, tail=False):
     """Call the plain kernel, and on Hopper the other one too."""
     import torch
 
@@ -264,19 +264,24 @@ def call_low_precision(arch, D, block, precision, listed=True):
     from sparse_attn.kernels.quantise import quantise
 
     q = torch.zeros(1, 2, 300, D, dtype=torch.bfloat16)
+    k = torch.zeros(1, 2, 64 * 6 if tail else 300, D, dtype=torch.bfloat16)
     lists = {}
     if listed:
         shape = (1, 2, -(-300 // block))
         lists["kv_indices"] = torch.zeros(*shape, 5, dtype=torch.int32)
         lists["kv_num_blocks"] = torch.zeros(shape, dtype=torch.int32)
-    low_precision_attention(q, q, q, scale=0.1, precision=precision, block_q=block, **lists)
+    if tail:
+        lists["key_bias"] = torch.zeros(1, 64 * 6)
+        lists["tail"] = torch.zeros(*shape, 1, dtype=torch.uint8)
+        lists["order"] = torch.arange(300, dtype=torch.int32).expand(1, 2, 300)
+    low_precision_attention(q, k, k, scale=0.1, precision=precision, block_q=block, **lists)
     if arch == 90:
         from sparse_attn.kernels import hopper_low_precision
 
         dtype = PRECISIONS[precision]
-        x = quantise(q, q, q, scale=0.1, dtype=dtype, values=True, ordered=True)
+        x = quantise(q, k, k, scale=0.1, dtype=dtype, values=True, ordered=True)
         hopper_low_precision.launch(
-            x, q, torch.zeros(1, 2, 300), (1, 2, 300, 300, D), block_q=block, **lists
+            x, q, torch.zeros(1, 2, 300), k.shape[2], block_q=block, num_listed=5 * tail, **lists
         )
 
 
@@ -305,6 +310,7 @@ def compile_all(arch):
     if arch in (90, 120):
         call_low_precision(arch, 128, 128, "fp8")
         call_low_precision(arch, 128, 128, "int8", listed=False)
+        call_low_precision(arch, 128, 128, "int8", tail=True)
     found = []
     for name, stand in stands.items():
         for binary in stand.binaries.values():

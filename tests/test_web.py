@@ -27,6 +27,7 @@ ATTENTION_SETTINGS = (
     "precision",
     "recall",
     "tail",
+    "token_order",
 )
 
 
@@ -39,6 +40,7 @@ def shown(config):
         "search_points": ", ".join(map(str, config.search_points)),
         "head_adaptive": config.head_adaptive,
         "tail": config.tail,
+        "token_order": config.token_order,
     }
 
 

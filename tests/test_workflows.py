@@ -295,7 +295,7 @@ def test_widgets_hold_what_the_preset_stands_for(workflow):
         assert values["head_adaptive"] == preset.head_adaptive
         assert values["dense_layers"] == ""
         for name in ("start_percent", "end_percent", "min_tokens", "cache", "dense_attention",
-                     "precision", "recall", "tail"):  # fmt: skip
+                     "precision", "recall", "tail", "token_order"):  # fmt: skip
             assert values[name] == getattr(defaults, name)
         assert values["enabled"] is True
 

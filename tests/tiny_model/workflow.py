@@ -51,8 +51,8 @@ def graph() -> Graph:
     adaspa = graph.add(
         "AdaSpaAttention",
         Column(1020, 400).next(760),
-        ["Quality", 0.7, "64", 0.2, "", False, "", 0, 1, 4096, "auto", "auto", True, "auto", 0,
-         "pooled"],
+        ["Quality", 0.7, "64", 0.2, "0.6", False, "", 0, 1, 4096, "auto", "auto", True, "auto", 0,
+         "pooled", "similarity"],
         model=(loader, "MODEL"),
     )  # fmt: skip
     sampler = graph.add(

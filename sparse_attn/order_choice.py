@@ -1,0 +1,67 @@
+"""Order choice: which order of the tokens each head of a layer runs in.
+
+Heads that look around themselves do best in rods, where a block is a piece of video; heads that look
+everywhere for something do best in the similar order. Which one a head is, a few of its query
+blocks tell: the order wins that leaves the smaller tail error.
+"""
+
+import torch
+
+from .similar_order import similar_order
+from .tail_error import tail_error
+from .token_order import in_rods, rods
+
+SAMPLED_BLOCKS = 24
+# similar tokens part ways from step to step and neighbours do not: a narrow win will not last
+MARGIN = 0.9
+
+
+def find_order(backend, q, k, v, call, config) -> tuple[torch.Tensor, torch.Tensor]:
+    """Find the order of every head.
+
+    Args:
+        q, k, v: [B, H, L, D].
+
+    Returns:
+        order: [B, H, L] int32, the token at every place. similar: [B, H] bool, which are similar.
+    """
+    B, H, L, _ = q.shape
+    in_place = rods(call.layout, q.device).expand(B, H, L)
+    if config.token_order == "position" or biased_video(call):
+        return in_place, torch.zeros(B, H, dtype=torch.bool, device=q.device)
+    alike = similar_order(q, k, call.layout)
+    similar = _error(backend, q, k, v, alike, call, config) < MARGIN * _error(
+        backend, q, k, v, in_place, call, config
+    )
+    return torch.where(similar[..., None], alike, in_place), similar
+
+
+def biased_video(call) -> bool:
+    """Whether some video token is biased: the heads share one bias, so they need one order."""
+    layout, bias = call.layout, call.key_bias
+    return bias is not None and bool(bias[:, layout.before :][:, : layout.video].any())
+
+
+def _error(backend, q, k, v, order, call, config) -> torch.Tensor:
+    """[B, H] tail error that an order leaves in the sampled query blocks."""
+    tokens = backend.arrange(q, k, v, order, call.key_bias)
+    rows = tokens.q[:, :, _sampled_rows(call.layout, config.block_q, q.device)]
+    options = {"scale": call.scale, "key_bias": tokens.token_bias}
+    _, lse, _ = backend.dense_attention(rows, tokens.token_k, tokens.token_v, **options)
+    masses = backend.block_masses(rows, tokens.token_k, lse, **config.blocks, **options)
+    pooled = backend.pooled_masses(
+        rows, tokens.k_mean, tokens.log_sizes, lse, block_q=config.block_q, scale=call.scale
+    )
+    errors = tail_error(masses, pooled, tokens.token_v, tokens.v_mean)
+    kept = max(1, round(config.density * errors.shape[-1]))
+    return errors.sum((-1, -2)) - errors.topk(kept).values.sum((-1, -2))
+
+
+def _sampled_rows(layout, block_q: int, device) -> torch.Tensor:
+    """Rows of up to `SAMPLED_BLOCKS` whole query blocks of the arranged video."""
+    blocks = in_rods(layout).video // block_q
+    if not blocks:
+        return torch.arange(layout.tokens, device=device)
+    number = min(SAMPLED_BLOCKS, blocks)
+    first = torch.arange(number, device=device) * blocks // number * block_q
+    return (first[:, None] + torch.arange(block_q, device=device)).flatten()

@@ -1,0 +1,223 @@
+"""Time and check attention in eight bits, quantisation included, on HunyuanVideo's 720p shape.
+
+    python tests/bench/bench_low_precision.py --out results.json
+
+Random bfloat16 tensors; medians of `triton.testing.do_bench`. Errors are relative L2 against float64
+on a few query blocks, beside those of an emulated SageAttention 2: INT8 with a scale per block (q in
+groups of 32 rows, keys less their mean in blocks of 64), weights and values e4m3, a scale per channel.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+import torch  # noqa: E402
+from torch.nn.attention import SDPBackend, sdpa_kernel  # noqa: E402
+
+from sparse_attn import triton_backend  # noqa: E402
+from sparse_attn.kernels import quantise  # noqa: E402
+from sparse_attn.token_layout import TokenLayout  # noqa: E402
+from sparse_attn.token_order import rods  # noqa: E402
+from tests.bench.bench_tail import DIM, HEADS, LAYOUT, median_ms, random_mask  # noqa: E402
+from tests.bench.contest import random_lists  # noqa: E402
+from tests.bench.record import facts  # noqa: E402
+
+SCALE = DIM**-0.5
+DEVICE = torch.device("cuda")
+# heads, tokens of the checks
+CHECKED = (4, 32768)
+
+
+def tensors(heads, tokens, seed=0):
+    generator = torch.Generator(DEVICE).manual_seed(seed)
+    return torch.randn(3, 1, heads, tokens, DIM, device=DEVICE, generator=generator).unbind(0)
+
+
+def times():
+    q, k, v = (x.bfloat16() for x in tensors(HEADS, LAYOUT.tokens))
+    order = rods(LAYOUT, DEVICE).expand(1, HEADS, LAYOUT.tokens)
+    moved = triton_backend.arrange(q, k, v, order)
+    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+        cudnn = median_ms(lambda: torch.nn.functional.scaled_dot_product_attention(q, k, v))
+    options = {"scale": SCALE, "dtype": torch.int8, "values": True, "ordered": True}
+
+    def attend(precision, *qkv, **options):
+        attention = triton_backend.low_precision_attention
+        return attention(*qkv, precision=precision, scale=SCALE, **options)
+
+    found = {
+        "cudnn_ms": cudnn,
+        "quantise_ms": median_ms(lambda: quantise.quantise(q, k, v, **options)),
+        "int8_dense_ms": median_ms(lambda: attend("int8", q, k, v)),
+        "rows": [],
+    }
+    for density in (0.2, 0.1, 0.05):
+        for block_q in (128, 64):
+            mask = random_mask(density, block_q, DEVICE)
+            plain = triton_backend.unpack_mask(mask.bits, mask.num_k)
+            more = triton_backend.unpack_mask(mask.bits, mask.num_k, more=moved.pseudo_blocks)
+            blocks = {"block_q": block_q, "block_k": 64}
+            tail = {"key_bias": moved.key_bias, "tail": mask.bits, "order": order, **blocks}
+
+            def lists(pair):
+                return dict(zip(("kv_indices", "kv_num_blocks"), pair, strict=True))
+
+            row = {
+                "density": density,
+                "blocks": f"{block_q}x64",
+                "int8_ms": median_ms(lambda: attend("int8", q, k, v, **lists(plain), **blocks)),
+                "int8_tail_ms": median_ms(
+                    lambda: attend("int8", moved.q, moved.k, moved.v, **lists(more), **tail)
+                ),
+            }
+            if density == 0.2:
+                row["fp8_ms"] = median_ms(lambda: attend("fp8", q, k, v, **lists(plain), **blocks))
+            found["rows"].append(row)
+            print(row, flush=True)
+    return found
+
+
+DATA = ("plain", "offset, 3 channels x4", "offset, x10 in different channels",
+        "offset, x10 in the same channels", "offset, 3 channels x4, v with an offset")  # fmt: skip
+
+
+def data(kind, heads, tokens):
+    """q, k, v with what real models have: outlying channels, and an offset that keys share."""
+    q, k, v = tensors(heads, tokens, seed=3)
+    if kind != "plain":
+        offset, spread = tensors(heads, 1, seed=4)[:2]
+        k += 4 * offset
+        v *= spread.exp()
+        channels = {"x10 in d": ([5, 40, 77], [17, 60, 99], 10), "x10 in t": ([5, 40],) * 2 + (10,)}
+        for_q, for_k, factor = channels.get(kind[8:16], ([5, 40, 77], [5, 40, 99], 4))
+        q[..., for_q] *= factor
+        k[..., for_k] *= factor
+        if kind.endswith("v with an offset"):
+            v += tensors(heads, 1, seed=5)[0]
+    return [x.bfloat16() for x in (q, k, v)]
+
+
+def e4m3(x):
+    return x.to(torch.float8_e4m3fn).double()
+
+
+def emulated(q, k, v, rows, keys):
+    """What SageAttention 2 rounds, of one head, in float64 otherwise."""
+
+    def blockwise(x, size):
+        x = x.unflatten(0, (-1, size))
+        step = x.abs().amax((1, 2), keepdim=True) / 127
+        return ((x / step).round() * step).flatten(0, 1).double()
+
+    q8 = blockwise(q[rows].float(), 32)
+    k8 = blockwise(k.float() - k.float().mean(0), 64)[keys]
+    step = v.float().abs().amax(0) / 448
+    s = q8 @ k8.T * SCALE
+    p = (s - s.amax(-1, keepdim=True)).exp()
+    weighted = e4m3(p.float() * 448) @ (e4m3(v.float() / step) * step.double())[keys]
+    return weighted / (p.sum(-1, keepdim=True) * 448)
+
+
+def relative(out, exact):
+    return ((out.double() - exact).norm() / exact.norm()).item()
+
+
+def errors(kind, heads, tokens, density):
+    """{who: relative error}, the mean over three query blocks of 128."""
+    q, k, v = data(kind, heads, tokens)
+    options, indices = {}, None
+    if density is not None:
+        indices, counts = random_lists(heads, tokens // 128, tokens // 64, density, DEVICE)
+        options = {"kv_indices": indices, "kv_num_blocks": counts, "block_q": 128}
+    outs = {
+        precision: triton_backend.low_precision_attention(
+            q, k, v, scale=SCALE, precision=precision, **options
+        )[0]
+        for precision in ("int8", "fp8")
+    }
+    sums = dict.fromkeys(("emulated", "int8", "fp8"), 0.0)
+    for head, block in ((0, 3), (1, 77), (heads - 1, tokens // 128 - 1)):
+        rows = slice(128 * block, 128 * block + 128)
+        keys = torch.arange(tokens, device=DEVICE)
+        if indices is not None:
+            listed = indices[0, head, block].long()[:, None]
+            keys = (64 * listed + keys[:64]).flatten()
+        s = q[0, head, rows].double() @ k[0, head, keys].double().T * SCALE
+        exact = s.softmax(-1) @ v[0, head, keys].double()
+        of_head = (x[0, head] for x in (q, k, v))
+        sums["emulated"] += relative(emulated(*of_head, rows, keys), exact) / 3
+        for name, out in outs.items():
+            sums[name] += relative(out[0, head, rows], exact) / 3
+    return {name: round(value, 4) for name, value in sums.items()}
+
+
+def tail_errors(kind):
+    """Relative errors of a call with a pooled tail, of a video whose neighbours are alike."""
+    layout = TokenLayout(0, 8, 64, 64)
+    q, k, v = data(kind, CHECKED[0], layout.tokens)
+    # a part that neighbours share, so that means are not lost among the tokens
+    smooth = tensors(CHECKED[0], layout.tokens // 512, seed=6)
+    for x, y in zip((q, k, v), smooth, strict=True):
+        x += y.repeat_interleave(512, 2).bfloat16()
+    order = torch.arange(layout.tokens, device=DEVICE, dtype=torch.int32).expand(q.shape[:3])
+    moved = triton_backend.arrange(q, k, v, order)
+    N = moved.blocks
+    indices, counts = random_lists(CHECKED[0], layout.tokens // 128, N, 0.2, DEVICE)
+    keep = torch.zeros(*counts.shape, N, dtype=torch.bool, device=DEVICE)
+    keep.scatter_(3, indices.long(), True)
+    powers = 2 ** torch.arange(8, device=DEVICE)
+    bits = (keep.unflatten(-1, (-1, 8)) * powers).sum(-1).to(torch.uint8)
+    lists = triton_backend.unpack_mask(bits, N, more=moved.pseudo_blocks)
+    options = {
+        "kv_indices": lists[0], "kv_num_blocks": lists[1], "key_bias": moved.key_bias,
+        "tail": bits, "order": order, "block_q": 128, "block_k": 64, "scale": SCALE,
+    }  # fmt: skip
+    outs = {"bf16": triton_backend.sparse_attention(moved.q, moved.k, moved.v, **options)[0]}
+    for precision in ("int8", "fp8"):
+        outs[precision] = triton_backend.low_precision_attention(
+            moved.q, moved.k, moved.v, precision=precision, **options
+        )[0]
+    sums = dict.fromkeys(outs, 0.0)
+    for head, block in ((0, 3), (1, 77), (CHECKED[0] - 1, len(keep[0, 0]) - 1)):
+        rows = slice(128 * block, 128 * block + 128)
+        read = torch.cat([keep[0, head, block].repeat_interleave(64), ~keep[0, head, block]])
+        read = torch.nn.functional.pad(read, (0, moved.k.shape[2] - len(read)))
+        s = q[0, head, rows].double() @ moved.k[0, head, read].double().T * SCALE
+        s += moved.key_bias[0, read].double()
+        exact = s.softmax(-1) @ moved.v[0, head, read].double()
+        for name, out in outs.items():
+            sums[name] += relative(out[0, head, rows], exact) / 3
+    return {name: round(value, 4) for name, value in sums.items()}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True)
+    options = parser.parse_args()
+    heads, tokens = CHECKED
+    checks = [
+        {"data": kind, "tokens": tokens, "density": density, **errors(kind, heads, tokens, density)}
+        for kind in DATA
+        for density in (0.2, None)
+    ]
+    checks.append({"data": "plain", "tokens": 118784, **errors("plain", 4, 118784, None)})
+    with_tail = [{"data": kind, **tail_errors(kind)} for kind in DATA]
+    for check in (*checks, *with_tail):
+        print(check, flush=True)
+    result = {
+        "what": f"low-precision attention, {HEADS} heads x {LAYOUT.tokens:,} tokens x {DIM}; "
+        "times with quantisation; `tail`: pooled, of tokens that are arranged already",
+        **times(),
+        "errors": checks,
+        "errors_with_tail": with_tail,
+        **facts(),
+    }
+    options.out.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
