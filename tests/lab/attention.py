@@ -6,7 +6,8 @@ and including that step every rule's generation is the dense one.
 
 import torch
 import torch.nn.functional as F
-from orders import order_of, places, text_blocks
+from clusters import cluster_orders, is_clusters
+from orders import arranged, order_of, places, put_back, text_blocks
 from rule import Rule
 from scores import QUICK, SCORES, analyse, grouped, means
 from selecting import select, static_scores
@@ -27,15 +28,27 @@ class Captured:
         self.qkv: dict[int, tuple] = {}
         self.known: dict[tuple, dict] = {}
         self.orders: dict[tuple, torch.Tensor | None] = {}
+        self.clusters: dict[tuple, tuple] = {}
 
     def keep(self, layer, q, k, v):
         self.qkv[layer] = tuple(x.contiguous() for x in (q, k, v))
 
     def order(self, name: str, device):
+        """A fixed order; of clusters what they have in common, that text comes last."""
+        name = "rods" if is_clusters(name) else name
         if (name, device) not in self.orders:
             order = order_of(name, self.layout)
             self.orders[name, device] = None if order is None else order.to(device)
         return self.orders[name, device]
+
+    def pair(self, layer: int, name: str) -> tuple:
+        """Orders of the queries and of the keys at the search."""
+        q, k, _ = self.qkv[layer]
+        if not is_clusters(name):
+            return (self.order(name, q.device),) * 2
+        if (layer, name) not in self.clusters:
+            self.clusters[layer, name] = cluster_orders(name, q, k, self.layout)
+        return self.clusters[layer, name]
 
     def found(self, layer: int, rule: Rule) -> dict:
         """Scores at the search in the rule's order, measured once for all rules."""
@@ -44,11 +57,14 @@ class Captured:
         key = layer, rule.order, group, rule.block_k, wanted
         if key not in self.known:
             q, k, v = self.qkv[layer]
-            order = self.order(rule.order, q.device)
-            if order is not None:
-                q, k, v = (x[:, :, order] for x in (q, k, v))
+            q, k, v = both(q, k, v, self.pair(layer, rule.order))
             self.known[key] = analyse(q, k, v, wanted, block_q=group, block_k=rule.block_k)
         return grouped(self.known[key], rule.block_q // group)
+
+
+def both(q, k, v, pair):
+    """Queries in one order, keys and values in the other."""
+    return arranged(q, pair[0]), arranged(k, pair[1]), arranged(v, pair[1])
 
 
 class Run:
@@ -66,6 +82,7 @@ class Run:
         self.record, self.recalls = record, {}
         self.sparse: dict[int, SparseAttention] = {}
         self.tails: dict[int, Tail | None] = {}
+        self.pairs: dict[int, tuple] = {}
         self.founds: dict[int, dict] = {}
         self.grade: dict[int, float] = {}
         self.keys: dict[int, torch.Tensor] = {}
@@ -75,6 +92,7 @@ class Run:
         self.total, self.calls = 0.0, 0
         self.searches = 0
         self.sinks = None
+        self.first_order: list[torch.Tensor] = []  # share of the heads that took it
         self.step = first
 
     def begin(self, step: int) -> None:
@@ -88,10 +106,11 @@ class Run:
             q, k, v = fake_int8(q), fake_int8(k), fake_fp8(v)
         if rule.dense:
             return F.scaled_dot_product_attention(q, k, v)
-        order = self.captured.order(rule.order, q.device)
-        if order is not None:
-            q, k, v = (x[:, :, order] for x in (q, k, v))
-        self.prepare(layer, q, k, v, scale)
+        if self.sinks is None:
+            self.lay_out(q.device)
+        fresh = self.look(layer, q, k, v, scale)
+        q, k, v = both(q, k, v, self.pairs[layer])
+        self.prepare(layer, q, k, scale, fresh)
         self.total, self.calls = self.total + self.densities[layer], self.calls + 1
         out, lse = self.sparse[layer](q, k, v, scale)
         if rule.lse == "sparse":
@@ -100,56 +119,86 @@ class Run:
             out = self.tails[layer].apply(q, k, v, out, lse, scale)
         if self.record:
             self.recalls.setdefault(self.step, {})[layer] = self.sampled(layer, q, k, scale)
-        if order is not None:
-            out = torch.empty_like(out).index_copy_(2, order, out)
-        return out
+        return put_back(out, self.pairs[layer][0])
 
     def density(self) -> float:
         """Mean share of block pairs kept over the sparse steps and layers."""
         return float(self.total) / self.calls if self.calls else 1.0
 
-    def prepare(self, layer, q, k, v, scale) -> None:
+    def lay_out(self, device) -> None:
+        order = self.captured.order(self.rule.order, torch.device("cpu"))
+        layout, blocks = self.captured.layout, (self.rule.block_q, self.rule.block_k)
+        self.sinks = [text_blocks(layout, order, b).to(device) for b in blocks]
+        self.spots = [places(layout, order, b).to(device) for b in blocks]
+
+    def look(self, layer, q, k, v, scale) -> bool:
+        """Make sure that the layer has its order and its scores; whether they are new."""
+        rule, captured = self.rule, self.captured
+        first = layer not in self.pairs
+        if not (first or self.step in self.again or self.drifted(layer, k)):
+            return False
+        if first and rule.every_step:
+            self.pairs[layer] = captured.pair(layer, rule.order)
+            return True
+        candidates = []
+        for name in (rule.order, "rods") if rule.choose else (rule.order,):
+            if first or not is_clusters(name):
+                pair = captured.pair(layer, name)
+            else:
+                pair = cluster_orders(name, q, k, captured.layout)
+            if first:
+                found = captured.found(layer, rule.but(rule.name, order=name))
+            else:
+                found = self.search(layer, *both(q, k, v, pair), scale)
+            candidates.append((pair, found))
+        if rule.choose:
+            candidates = [self.better(*candidates)]
+        pair, found = candidates[0]
+        if rule.carried:
+            found = {name: x.roll(1, 0) for name, x in found.items()}
+        self.pairs[layer], self.founds[layer] = pair, found
+        if rule.drift:
+            then = captured.qkv[layer][1] if first else k
+            self.keys[layer] = means(arranged(then, pair[1]), rule.block_k)
+        self.searches += not first
+        return True
+
+    def better(self, one, other) -> tuple:
+        """Of two orders with their scores, in every head the one that leaves less."""
+        left = []
+        for _, found in (one, other):
+            keep = select(self.rule, found[self.rule.score], found["mass"], *self.sinks,
+                          self.rule.density)  # fmt: skip
+            left.append((found[self.rule.score] * ~keep).sum((-1, -2)))
+        first = left[0] < left[1]
+        self.first_order.append(first.float().mean())
+
+        def mixed(a, b):
+            b = b.expand_as(a)
+            return torch.where(first.view(*first.shape, *[1] * (a.ndim - 2)), a, b)
+
+        pair = tuple(mixed(a, b) for a, b in zip(one[0], other[0], strict=True))
+        return pair, {name: mixed(x, other[1][name]) for name, x in one[1].items()}
+
+    def prepare(self, layer, q, k, scale, fresh: bool) -> None:
         """Make sure that the layer has the mask of this step."""
         rule, progress = self.rule, self.step - self.first - 1
         part = progress * len(rule.grades) // max(1, self.steps - self.first - 1)
         grade = rule.grades[min(part, len(rule.grades) - 1)]
-        if self.sinks is None:
-            order = self.captured.order(rule.order, torch.device("cpu"))
-            layout = self.captured.layout
-            blocks = (rule.block_q, rule.block_k)
-            self.sinks = [text_blocks(layout, order, b).to(q.device) for b in blocks]
-            self.spots = [places(layout, order, b).to(q.device) for b in blocks]
         if rule.every_step:
             number_q, number_k = means(q, rule.block_q), means(k, rule.block_k)
             found = {"pooled": number_q @ number_k.mT * scale}
             found["threshold"] = found["pooled"]
             return self.choose(layer, found, grade, q)
-        fresh = layer not in self.founds
-        if fresh:
-            found = self.captured.found(layer, rule)
-            if rule.carried:
-                found = {name: x.roll(1, 0) for name, x in found.items()}
-            self.founds[layer] = found
-            if rule.drift:
-                self.keys[layer] = means(self.ordered_keys(layer), rule.block_k)
-        elif self.step in self.again or self.drifted(layer, k):
-            self.founds[layer] = self.search(layer, q, k, v, scale)
-            self.keys[layer] = means(k, rule.block_k)
-            self.searches += 1
-            fresh = True
         if fresh or self.grade.get(layer) != grade:
             self.choose(layer, self.founds[layer], grade, q)
             self.grade[layer] = grade
 
-    def ordered_keys(self, layer):
-        k = self.captured.qkv[layer][1]
-        order = self.captured.order(self.rule.order, k.device)
-        return k if order is None else k[:, :, order]
-
     def drifted(self, layer, k) -> bool:
         if not self.rule.drift:
             return False
-        then, now = self.keys[layer], means(k, self.rule.block_k)
+        now = means(arranged(k, self.pairs[layer][1]), self.rule.block_k)
+        then = self.keys[layer]
         spread = (then - then.mean(2, keepdim=True)).norm()
         return bool((now - then).norm() > self.rule.drift * spread)
 

@@ -149,6 +149,8 @@ MIXED = [
     TWO.but("two searches, density falls", grades=(1.5, 1.0, 0.5)),
     TWO.but("two searches, 128x64, tail of half blocks", tail="halves", block_q=128),
 ]
+WEIGHTED = TWO.but("two searches, query-weighted tail", tail="query weighted")
+ONE = TWO.but("one cluster order, rods where better", order="clusters one", choose=True)
 PRODUCT = [
     TWO,
     TWO.but("ours, by block tail, two searches, 128x64", block_q=128),
@@ -156,8 +158,64 @@ PRODUCT = [
     TWO.but("ours, by block tail", again=()),
 ]
 WEIGHTS = [
-    TWO.but("two searches, query-weighted tail", tail="query weighted"),
-    TWO.but("two searches, query-weighted tail, 128x64", tail="query weighted", block_q=128),
+    WEIGHTED,
+    WEIGHTED.but("two searches, query-weighted tail, 128x64", block_q=128),
+]
+DECIDE = [
+    PAPER,
+    SOL,
+    TWO,
+    WEIGHTED,
+    ONE,
+    ONE.but("one cluster order (queries half), rods where better", order="clusters one half"),
+    TWO.but("cluster orders of q and of k, rods where better", order="clusters", choose=True),
+    TWO.but("one cluster order in all heads", order="clusters one"),
+    ONE.but("one cluster order, rods where better, query-weighted tail", tail="query weighted"),
+    ONE.but("one cluster order, rods where better, 128x64", block_q=128),
+    TWO.but("ours, by block tail, two searches, 128x64", block_q=128),
+]
+CLUSTERS = [
+    TWO.but("cluster orders of q and of k", order="clusters"),
+    TWO.but("clusters of keys only", order="clusters keys"),
+    TWO.but("clusters within coarse rods", order="clusters within"),
+    TWO.but("clusters, places do not count", order="clusters free"),
+    TWO.but("clusters, places count more", order="clusters near"),
+    ONE.but("one cluster order, rods where better, one search", again=()),
+    ONE.but("one cluster order, rods where better, three searches", again=(0.3, 0.6)),
+    ONE.but("one cluster order, rods where better, in INT8 and FP8", quantised="int8"),
+]
+STEPS = [PAPER, SOL, TWO, WEIGHTED, ONE, DECIDE[6]]
+HALF = DECIDE[5]
+OFTEN = [
+    HALF,
+    HALF.but("one cluster order (queries half), three searches", again=(0.3, 0.6)),
+    HALF.but("one cluster order (queries half), four searches", again=(0.25, 0.45, 0.7)),
+]
+LONG = [PAPER, SOL, TWO, HALF, OFTEN[1]]
+ABLATIONS = [
+    TWO.but("ours, by block tail", again=()),
+    TWO.but("three searches", again=(0.4, 0.7)),
+    TWO.but("drift gate 0.5", again=(), drift=0.5),
+    PAPER.but("paper, later search with the cached LSE", lse="cached"),
+    PAPER.but("paper, later search with the sparse pass's LSE", lse="sparse"),
+    TWO.but("one search, pattern of another seed", again=(), carried=True),
+    TWO.but("two searches, density rises", grades=(0.5, 1.0, 1.5)),
+    TWO.but("two searches, density falls", grades=(1.5, 1.0, 0.5)),
+    TWO.but("two searches, first layer double", layers=(2.0, 0.8, 0.8, 0.8, 0.8, 0.8)),
+    TWO.but("two searches, last layer double", layers=(0.8, 0.8, 0.8, 0.8, 0.8, 2.0)),
+    TWO.but("two searches, 5 % dense", warmup=0.05),
+    TWO.but("two searches, 20 % dense", warmup=0.2),
+    PAPER.but("paper, 20 % dense", warmup=0.2),
+    TWO.but("two searches at 64x128", block_k=128),
+    TWO.but("two searches at 128x128", block_q=128, block_k=128),
+    Rule("dense in INT8 and FP8", density=1.0, dense=True, quantised="int8"),
+    PAPER.but("paper in INT8 and FP8", quantised="int8"),
+    TWO.but("two searches in INT8 and FP8", quantised="int8"),
+    TWO.but("two searches, Hilbert", order="hilbert"),
+    TWO.but("two searches, frozen tail", tail="frozen"),
+    TWO.but("two searches, mass target", budget="mass", score="mass"),
+    TWO.but("two searches, head-adaptive", head_adaptive=True),
+    TWO.but("two searches, share-of-error target", budget="mass"),
 ]
 PRODUCT_PAIR = [*PRODUCT[:2], PAPER]
 NEW = [
@@ -185,5 +243,7 @@ GROUPS = {
     "rivals": RIVALS, "order": ORDER, "route": ROUTE, "tail": TAIL,
     "budget": BUDGET, "blocks": BLOCKS, "search": SEARCH, "place": PLACE, "precision": PRECISION,
     "together": TOGETHER, "global": GLOBAL, "mixed": MIXED,
+    "decide": DECIDE, "clusters": CLUSTERS, "ablations": ABLATIONS, "steps": STEPS, "often": OFTEN,
+    "long": LONG,
     "product": PRODUCT, "product pair": PRODUCT_PAIR, "weights": WEIGHTS,
 }  # fmt: skip

@@ -42,6 +42,7 @@ class LabModel:
         layers: self-attention layers over the video, of all types.
         rich: whether its scenes have textures, see `procedural_video.random_scene`.
         recipe: arguments of `tests/tiny_model/train.py` that train it; minutes come on top.
+        then: what a training that goes on from those weights changes.
     """
 
     name: str
@@ -54,6 +55,7 @@ class LabModel:
     double: int = 0
     rich: bool = False
     recipe: str = ""
+    then: str = ""
 
     @property
     def layout(self) -> TokenLayout:
@@ -66,6 +68,8 @@ class LabModel:
 
 
 RECIPE = "--rich --bits 8 --qk-gain 1.3 --gate 0.3 --lr 2.5e-3 --ema 0.99 --scored 32 "
+# short clips and more noise: shapes are decided early, on few frames
+THEN = "--shift 12 --ema 0.995 --seed 1 "
 
 MODELS = {
     "tiny": LabModel("tiny", "wan", heads=4, head_dim=64, layers=6, latent=(16, 40, 52)),
@@ -73,12 +77,14 @@ MODELS = {
         "wan128", "wan", heads=4, head_dim=128, layers=6, latent=(16, 40, 56), rich=True,
         recipe=RECIPE + "--family wan --heads 4 --head-dim 128 --layers 6 --ffn 1024 "
         "--stages 8x20x28x64:0.35,12x28x40x24:0.2,16x40x56x8:0.45 --check 16x40x56x30",
+        then=THEN + "--stages 5x20x28x44:0.42,5x40x56x10:0.24,16x40x56x4:0.34",
     ),
     "joint": LabModel(
         "joint", "hunyuan", heads=3, head_dim=128, layers=6, latent=(16, 40, 52), rich=True,
         text=video.TEXT_TOKENS, double=2,
         recipe=RECIPE + "--family hunyuan --heads 3 --head-dim 128 --layers 6 --double 2 "
         "--stages 8x20x26x64:0.35,12x28x36x24:0.2,16x40x52x8:0.45 --check 16x40x52x30",
+        then=THEN + "--stages 5x20x26x48:0.42,5x40x52x11:0.24,16x40x52x4:0.34",
     ),
 }  # fmt: skip
 

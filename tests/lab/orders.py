@@ -7,13 +7,13 @@ the raster number of the token at place i.
 import torch
 
 
-def _axes(grid):
+def coordinates(grid):
     return torch.meshgrid(*(torch.arange(n) for n in grid), indexing="ij")
 
 
 def cubes(grid, cube) -> torch.Tensor:
     """Cube after cube; at the border of the grid cubes are smaller and blocks straddle them."""
-    axes = _axes(grid)
+    axes = coordinates(grid)
     key = torch.zeros(grid, dtype=torch.long)
     for axis, size, n in zip(axes, cube, grid, strict=True):
         key = key * (-(-n // size)) + axis // size
@@ -28,7 +28,7 @@ def rods(grid, section=(4, 4)) -> torch.Tensor:
     Any 64 consecutive tokens of a 4 x 4 rod are four columns: a 4x4x4 cube, also where the width
     is no multiple of four, and at the end of a rod the block bends into the next one.
     """
-    t, h, w = _axes(grid)
+    t, h, w = coordinates(grid)
     T, H, W = grid
     rows, columns = -(-T // section[0]), -(-H // section[1])
     band, lane = t // section[0], h // section[1]
@@ -47,7 +47,7 @@ def hilbert(grid) -> torch.Tensor:
     Skilling, "Programming the Hilbert curve", AIP 2004: coordinates to the transposed index.
     """
     bits = max(1, (max(grid) - 1).bit_length())
-    x = [a.flatten().clone() for a in _axes(grid)]
+    x = [a.flatten().clone() for a in coordinates(grid)]
     q = 1 << (bits - 1)
     while q > 1:
         p = q - 1
@@ -84,7 +84,7 @@ def fitting_cube(grid, tokens: int = 64) -> tuple[int, int, int] | None:
 
 
 def order_of(name: str, layout) -> torch.Tensor | None:
-    """Order of a whole sequence; None is raster order, text where the model has it.
+    """Order of a whole sequence, the same in every head; None is raster order, text where the model has it.
 
     Any other order moves text behind the video, so that blocks start where cubes start.
 
@@ -109,6 +109,24 @@ def order_of(name: str, layout) -> torch.Tensor | None:
     return torch.cat([video + layout.before, before, after])
 
 
+def arranged(x: torch.Tensor, order: torch.Tensor | None) -> torch.Tensor:
+    """[B, H, L, D] in an order of all heads, [L], or of every head, [B, H, L]."""
+    if order is None:
+        return x
+    if order.ndim == 1:
+        return x[:, :, order]
+    return x.gather(2, order[..., None].expand(*order.shape, x.shape[-1]))
+
+
+def put_back(out: torch.Tensor, order: torch.Tensor | None) -> torch.Tensor:
+    """The inverse of `arranged`."""
+    if order is None:
+        return out
+    if order.ndim == 1:
+        return torch.empty_like(out).index_copy_(2, order, out)
+    return torch.empty_like(out).scatter_(2, order[..., None].expand_as(out), out)
+
+
 def text_blocks(layout, order, block: int) -> torch.Tensor:
     """[N] bool: blocks that hold a token outside the video."""
     text = torch.ones(layout.tokens, dtype=torch.bool)
@@ -121,7 +139,7 @@ def text_blocks(layout, order, block: int) -> torch.Tensor:
 def places(layout, order, block: int) -> torch.Tensor:
     """Mean (t, h, w) of the video tokens of every block, [N, 3]; NaN for a block without any."""
     grid = (layout.frames, layout.height, layout.width)
-    video = torch.stack([a.flatten().float() for a in _axes(grid)], -1)
+    video = torch.stack([a.flatten().float() for a in coordinates(grid)], -1)
     nowhere = torch.full((1, 3), float("nan"))
     spots = torch.cat([nowhere.expand(layout.before, 3), video, nowhere.expand(layout.after, 3)])
     spots = spots if order is None else spots[order]

@@ -25,15 +25,15 @@ COLUMNS = ("psnr", "ssim", "features", "flicker", "task")
 
 def load(paths) -> dict:
     """{(schedule, density, rule name): {model: row}} and everything else of the last file."""
-    found, rest = {}, {}
+    found, rest, dense = {}, {}, []
     for path in paths:
         data = json.loads(Path(path).read_text())
         for row in data["rows"]:
             key = row["schedule"], row["density"], row["rule"]
             found.setdefault(key, {})[row["model"]] = row
         rest = {**data, "extra_ms": data.get("extra_ms") or rest.get("extra_ms") or {}}
-        rest["dense_rows"] = rest.get("dense_rows", []) + data["dense"]
-    return {**rest, "rows": found}
+        dense += data["dense"]
+    return {**rest, "rows": found, "dense_rows": dense}
 
 
 def mean(values) -> float:

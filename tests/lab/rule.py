@@ -12,7 +12,8 @@ class Rule:
             "pooled" and "threshold" (mean query times mean key, anew at every step; "threshold"
             keeps what stands out by a number of standard deviations), "random", "radial",
             "spatial or temporal".
-        order: see `orders.order_of`.
+        order: see `orders.order_of`, or an order per head, see `clusters.cluster_orders`.
+        choose: in every head the order or rods, whichever leaves less of the score.
         block_q, block_k: tokens per block.
         tail: "none", or what stands for the blocks that are left out; see `tails.py`.
         budget: "top-k" (the same count in every row), "mass" (in every row the shortest prefix
@@ -35,6 +36,7 @@ class Rule:
     density: float = 0.2
     score: str = "mass"
     order: str = "raster"
+    choose: bool = False
     block_q: int = 64
     block_k: int = 64
     tail: str = "none"

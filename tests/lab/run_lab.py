@@ -131,6 +131,8 @@ class Lab:
             "task": self.read(path.subject, videos),
             **likeness(path.video, videos),
         }
+        if run.first_order:
+            row["share_in_clusters"] = round(float(sum(run.first_order) / len(run.first_order)), 3)
         if run.recalls:
             row["recall_by_step_and_layer"] = {
                 step: [round(float(x), 4) for x in layers.values()]

@@ -47,7 +47,8 @@ def means(x: torch.Tensor, block: int) -> torch.Tensor:
 def analyse(q, k, v, wanted=SCORES, *, block_q=64, block_k=64, scale=None) -> dict:
     """{score: [B, H, Nq, Nk] float32} for [B, H, L, D] tensors; "mass" is always there.
 
-    "lse" [B, H, L] and "key mass" [B, H, L] (how much weight every key receives) come along.
+    "lse" [B, H, L], "key mass" [B, H, L] (how much weight every key receives) and "query mass"
+    (the same from mean queries and their mean denominators) come along.
     """
     B, H, L, D = q.shape
     scale = D**-0.5 if scale is None else scale
@@ -87,6 +88,9 @@ def analyse(q, k, v, wanted=SCORES, *, block_q=64, block_k=64, scale=None) -> di
                 short = -value.shape[1] % block_q
                 value = F.pad(value, (0, 0, 0, short)).unflatten(1, (-1, block_q)).sum(2)
                 result[name][one, r // block_q : r // block_q + value.shape[1]] = value
+    q_mean, lse_mean = means(flat[0], block_q), means(result["lse"][..., None], block_q)
+    gap = sizes(L, block_q, q.device).log() - lse_mean[..., 0]
+    result["query mass"] = (flat[1] @ q_mean.mT * scale + gap[:, None]).logsumexp(-1).exp()
     result = {name: x.unflatten(0, (B, H)) for name, x in result.items()}
     if by_block:
         centre = means(v, block_k)
@@ -149,7 +153,7 @@ def grouped(found: dict, rows: int) -> dict:
     """The scores of query blocks that are `rows` times as large."""
     if rows == 1:
         return found
-    whole = ("lse", "key mass", "value mean", "value spread")
+    whole = ("lse", "key mass", "query mass", "value mean", "value spread")
     found = {name: x if name in whole else coarser(x, rows) for name, x in found.items()}
     return found | (of_blocks(found) if "value mean" in found else {})
 

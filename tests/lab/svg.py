@@ -4,9 +4,9 @@ from html import escape
 from math import floor, log10
 
 COLOURS = ("#1f6feb", "#d1242f", "#1a7f37", "#8250df", "#bf8700", "#0a7ea4", "#6e7781", "#e16f24",
-           "#b3005e", "#444c56")  # fmt: skip
+           "#b3005e", "#444c56", "#ff8fab", "#9ee493")  # fmt: skip
 WIDTH, HEIGHT, LEFT, BOTTOM, TOP = 760, 460, 60, 50, 40
-LEGEND = 300
+LEGEND = 390
 
 
 def ticks(low: float, high: float, count: int = 6) -> list[float]:

@@ -7,7 +7,7 @@ second order  the pseudo key's score gains half the variance of the block's scor
 corrected     pooled, each key block scaled by one factor per head that makes its mass right on
               average at the search; calibrated: a factor per block pair
 weighted      pooled, with means weighted by the mass every key received at the search
-query weighted  the same with the mass that mean queries give, at the first step after the search
+query weighted  the same with the mass that mean queries give at the search
 frozen        no pseudo keys: (1 - tau) * sparse + sum of the masses of the search over the
               rows of the block times today's mean values
 """
@@ -61,7 +61,8 @@ class Tail:
         self.bias = F.pad(bias, (0, -bias.shape[-1] % 8), value=float("-inf"))
         if self.kind == "weighted":
             self.set_weights(found["key mass"])
-        self.fresh = self.kind == "query weighted"
+        if self.kind == "query weighted":
+            self.set_weights(found["query mass"])
         if self.kind == "frozen":
             share = found["mass"] / sizes(length, self.block_q, keep.device)[:, None]
             self.share = share * ~keep
@@ -87,10 +88,6 @@ class Tail:
     def attend(self, q, k, v, scale: float):
         """Attention over the pseudo keys: [B, H, L, D] float32 and LSE [B, H, L]."""
         L = q.shape[2]
-        if self.fresh:
-            logits = means(q, self.block_q) @ k.float().mT * scale
-            self.set_weights(logits.softmax(-1).sum(2))
-            self.fresh = False
         if self.kind in ("weighted", "query weighted"):
             k_mean = (blocks_of(k.float(), self.block_k) * self.weight).sum(-2)
             v_mean = (blocks_of(v.float(), self.block_k) * self.weight).sum(-2)

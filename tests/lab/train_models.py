@@ -1,11 +1,11 @@
 """Trains the lab's models side by side on one GPU, each by the recipe in `models.py`.
 
-    python tests/lab/train_models.py --comfyui PATH --out OUT --minutes 4.5
-    python tests/lab/train_models.py --comfyui PATH --out OUT --minutes 4.5 --resume FOLDER
+    python tests/lab/train_models.py --comfyui PATH --out FIRST --minutes 5
+    python tests/lab/train_models.py --comfyui PATH --out OUT --minutes 3 --resume FOLDER
 
-OUT then holds one folder per model: weights, `training.json` with the loss and the checks, and
-contact sheets. Two models share the GPU better than they take turns: one compiles, draws scenes or
-checks while the other computes.
+FOLDER holds the weights of the first training. OUT then holds one folder per model: weights,
+`training.json` with the loss and the checks, and contact sheets. Two models share the GPU better
+than they take turns: one compiles, draws scenes or checks while the other computes.
 """
 
 import argparse
@@ -24,6 +24,7 @@ def command(name: str, options) -> list[str]:
     words += ["--comfyui", options.comfyui, "--minutes", str(options.minutes)]
     words += ["--out", str(options.out / name)]
     if options.resume:
+        words += MODELS[name].then.split()
         words += ["--resume", str(options.resume / f"{name}.safetensors")]
     return words + options.more.split()
 

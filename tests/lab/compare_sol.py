@@ -1,0 +1,122 @@
+"""How far the lab's rule for Sol-Attn is from comfy-kitchen's own definition of it.
+
+    python tests/lab/compare_sol.py --comfyui PATH --out sol_attn.json [--model tiny]
+
+One prompt is sampled dense up to a step. On the q, k and v of that step comfy-kitchen's reference
+(its eager backend; its GPU kernel computes the same in INT8) and our rule keep equally many blocks,
+and both outputs are compared with dense attention. Needs a comfy-kitchen that has `sol_attn`.
+"""
+
+import argparse
+import contextlib
+import importlib
+import json
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "tiny_model"), str(HERE)]
+
+import models  # noqa: E402
+import torch  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
+from contestants import SOL  # noqa: E402
+from generation import Subject  # noqa: E402
+from scores import means  # noqa: E402
+from selecting import select  # noqa: E402
+from sparse import masked_attention  # noqa: E402
+from tails import Tail  # noqa: E402
+
+from tests.bench.record import facts  # noqa: E402
+
+
+class Reached(Exception):
+    """The step whose q, k and v are wanted is over."""
+
+
+def seen_at(subject, step: int, steps: int) -> dict:
+    """{layer: (q, k, v)} of a dense generation, float32."""
+    found, now = {}, [0]
+
+    def look(layer, q, k, v):
+        if now[0] == step:
+            found[layer] = tuple(x.float() for x in (q, k, v))
+
+    def begin(number):
+        if number > step:
+            raise Reached
+        now[0] = number
+
+    sigmas = subject.sigmas(steps)
+    with contextlib.suppress(Reached):
+        subject.euler(subject.noise() * sigmas[0], sigmas, 0, look, begin)
+    return found
+
+
+def threshold_for(q, k, density: float):
+    """comfy-kitchen's `tau` at which the share `density` of the blocks is exact, and the blocks."""
+    q_mean, k_mean = means(q, 64), means(k, 64)
+    k_mean = k_mean - k_mean.mean(2, keepdim=True)
+    spread = (q_mean.square() @ k_mean.square().mean(2)[..., None]).sqrt()
+    stands_out = (q_mean @ k_mean.mT) / spread
+    number = torch.arange(q_mean.shape[2], device=q.device)
+    near = (number[:, None] - number).abs() <= 1
+    low, high = -9.0, 9.0
+    for _ in range(40):
+        tau = (low + high) / 2
+        few = ((stands_out > tau) | near).float().mean() < density
+        low, high = (low, tau) if few else (tau, high)
+    return tau, (stands_out > tau) | near
+
+
+@torch.no_grad()
+def compare(q, k, v, density: float, reference) -> dict:
+    scale, length = q.shape[-1] ** -0.5, q.shape[2]
+    dense = F.scaled_dot_product_attention(q, k, v)
+    tau, exact = threshold_for(q, k, density)
+    heads = [[x[:, h : h + 1].transpose(1, 2) for x in (q, k, v)] for h in range(q.shape[1])]
+    theirs = torch.cat([reference(*one, tau=tau, scale=scale) for one in heads], 2).transpose(1, 2)
+    rule = SOL.but(SOL.name, density=density)
+    text = torch.zeros(exact.shape[-1], dtype=torch.bool)
+    keep = select(rule, means(q, 64) @ means(k, 64).mT * scale, None, text, text, density)
+    out, lse = masked_attention(q, k, v, keep, 64, 64, scale)
+    ours = Tail(rule, keep, length, {}).apply(q, k, v, out, lse, scale)
+
+    def error(x):
+        return round(float((x - dense).square().mean().sqrt() / dense.std()), 4)
+
+    return {
+        "density_theirs": round(float(exact.float().mean()), 4),
+        "density_ours": round(float(keep.float().mean()), 4),
+        "error_theirs": error(theirs),
+        "error_ours": error(ours),
+        "blocks_in_both": round(float((exact & keep).sum() / keep.sum()), 4),
+    }
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--comfyui", required=True)
+    parser.add_argument("--weights", type=Path)
+    parser.add_argument("--model", choices=("tiny", "wan128"), default="tiny")
+    parser.add_argument("--density", type=float, default=0.2)
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--step", type=int, default=5)
+    parser.add_argument("--out", type=Path, required=True)
+    options = parser.parse_args()
+    subject = Subject(models.MODELS[options.model], options.comfyui, options.weights, 1)
+    seen = seen_at(subject, options.step, options.steps)
+    kitchen = importlib.import_module("comfy_kitchen.backends.eager.sol_attn")
+    kitchen._MAX_SCORE_BYTES = 1 << 40
+    rows = []
+    for layer, qkv in sorted(seen.items()):
+        row = {"layer": layer, **compare(*qkv, options.density, kitchen.sol_attn)}
+        rows.append(row)
+        print(row, flush=True)
+    report = {"model": options.model, "step": options.step, "steps": options.steps, "rows": rows}
+    options.out.write_text(json.dumps({**report, **facts()}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
