@@ -192,8 +192,8 @@ def test_what_outlives_a_block_is_allocated_outside_its_recording(load, monkeypa
     monkeypatch.setattr(Cache, "keep", noted)
     model, _ = sparse(load("wan_h64"), search_points=(0.5,))
     sample(model)
-    # per layer and prompt: two masks, and the LSE that the second search needs
-    assert len(kept) == 12
+    # per layer and prompt: two masks with their orders, and the LSE that the second search needs
+    assert len(kept) == 20
     assert set(kept) == {1} and depth == [0]
 
 
