@@ -6,6 +6,7 @@ import { PRESETS, presetValues } from "../../web/presets.js";
 
 const OWN = {
   sparsity: 0.55, block_size: "128", warmup: 0.3, search_points: "0.4", head_adaptive: true, tail: "none",
+  token_order: "position",
 };
 
 function node(preset, values = OWN) {
