@@ -27,8 +27,8 @@ def setting_inputs() -> list[io.Input]:
             default="Balanced",
             tooltip="Quality stays closest to the dense video, Fast skips the most, Paper "
             "is the published method. Custom uses the values below. On three small test models, 20 "
-            "steps: skipping 80 % as Balanced does came to 33.8 dB of the dense video, 90 % as Fast "
-            "does to 29.7, and 80 % by the published method to 25.4; higher is closer.",
+            "steps: skipping 80 % came to 33.8 dB of the dense video and 90 % to 29.7, where the published "
+            "method came to 25.4 and 21.7; higher is closer.",
         ),
         io.Float.Input(
             "sparsity",
@@ -63,7 +63,7 @@ def setting_inputs() -> list[io.Input]:
             "as 0.6 (preset Custom). Empty looks once, after the warm-up. A search costs "
             "a part of a dense step and holds more memory until then. Quality, Balanced and Fast "
             "leave it out on 8 steps or fewer, and wherever the last search is less than 6 steps "
-            "ago: there it would cost more than it brings. Custom wants 3 steps between two searches.",
+            "ago: there it would take back too much of the time. Custom wants 3 steps between two searches.",
         ),
         io.Boolean.Input(
             "head_adaptive",
@@ -156,8 +156,8 @@ def setting_inputs() -> list[io.Input]:
             options=list(TAILS),
             default="pooled",
             tooltip="Pooled lets the average of every skipped block stand in for it (preset "
-            "Custom): closer to the dense video, for about a tenth of a sparse call. Needs blocks "
-            "of 64 keys. None leaves skipped blocks out, as the paper does.",
+            "Custom): closer to the dense video, for about a seventh of a sparse call's time "
+            "at 80 %. Needs blocks of 64 keys. None leaves skipped blocks out, as the paper does.",
         ),
         io.Combo.Input(
             "token_order",

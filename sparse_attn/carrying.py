@@ -63,7 +63,7 @@ def fitting_mask(
     )
     if layer is None:
         return reason
-    if layer.order is not None and biased_video(call):
+    if layer.order is not None and call.key_bias is not None and biased_video(call):
         return ONE_ORDER
     try:
         num_k = call.layout.num_blocks(config.block_k)

@@ -176,7 +176,7 @@ class AdaSpaConfig:
 
 
 # a search costs about half a dense step or more: on 8 steps or fewer, or soon after another one as in
-# the second of two samplers, it would cost more than it brings
+# the second of two samplers, it would take back too much of the time
 TWICE = {"search_points": (0.6,), "search_gap": 6}
 # what the user asks for is done, but never every other step
 CUSTOM_GAP = 3

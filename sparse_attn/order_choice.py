@@ -12,12 +12,10 @@ from .tail_error import tail_error
 from .token_order import in_rods, rods
 
 SAMPLED_BLOCKS = 24
-# similar tokens part ways from step to step and neighbours do not: a narrow win will not last
-MARGIN = 0.9
 
 
 def find_order(backend, q, k, v, call, config) -> tuple[torch.Tensor, torch.Tensor]:
-    """Find the order of every head.
+    """Find the order of every head. Nothing is read back from the device.
 
     Args:
         q, k, v: [B, H, L, D].
@@ -27,19 +25,21 @@ def find_order(backend, q, k, v, call, config) -> tuple[torch.Tensor, torch.Tens
     """
     B, H, L, _ = q.shape
     in_place = rods(call.layout, q.device).expand(B, H, L)
-    if config.token_order == "position" or biased_video(call):
+    if config.token_order == "position":
         return in_place, torch.zeros(B, H, dtype=torch.bool, device=q.device)
     alike = similar_order(q, k, call.layout)
-    similar = _error(backend, q, k, v, alike, call, config) < MARGIN * _error(
+    similar = _error(backend, q, k, v, alike, call, config) < _error(
         backend, q, k, v, in_place, call, config
     )
+    if call.key_bias is not None:
+        similar &= ~biased_video(call)
     return torch.where(similar[..., None], alike, in_place), similar
 
 
-def biased_video(call) -> bool:
-    """Whether some video token is biased: the heads share one bias, so they need one order."""
-    layout, bias = call.layout, call.key_bias
-    return bias is not None and bool(bias[:, layout.before :][:, : layout.video].any())
+def biased_video(call) -> torch.Tensor:
+    """Whether `call.key_bias` weighs the video, [] bool: heads share it, so they need one order."""
+    layout = call.layout
+    return (call.key_bias[:, layout.before :][:, : layout.video] != 0).any()
 
 
 def _error(backend, q, k, v, order, call, config) -> torch.Tensor:

@@ -200,7 +200,7 @@ def test_means_past_one_block_of_them_count(device):
     assert relative(out, exact) < WEIGHT_ERROR
 
 
-@pytest.mark.parametrize("heads", ["their own", "expanded", "strided", "one for all"])
+@pytest.mark.parametrize("heads", ["their own", "expanded", "strided"])
 def test_an_order_says_where_rows_go(heads, device):
     B, H, L = 2, 3, 130
     q, k, v = reference.make(B, H, L, L, 64, torch.bfloat16, device)
@@ -210,11 +210,7 @@ def test_an_order_says_where_rows_go(heads, device):
         order = order[:1, :1].expand(B, H, L)
     elif heads == "strided":
         order = torch.cat([order, order], -1)[..., L:]
-    given = order
-    if heads == "one for all":
-        given = order[0, 0]
-        order = given.expand(B, H, L)
-    out, same = low_precision_attention(q, k, v, scale=0.125, precision="int8", order=given)
+    out, same = low_precision_attention(q, k, v, scale=0.125, precision="int8", order=order)
     to = order.long()[..., None].expand_as(out)
     assert torch.equal(out.gather(2, to), plain) and torch.equal(same, lse)
     assert out.transpose(1, 2).is_contiguous()
@@ -304,6 +300,9 @@ def test_refuses_what_it_cannot_serve(device):
     with pytest.raises(ValueError, match="`kv_num_blocks` must be"):
         keep = torch.ones(1, 1, 2, 1, dtype=torch.bool, device=device)
         run(q, k, v, keep, 64, 64, 0.1, "int8")
+    with pytest.raises(ValueError, match="`order` must be"):
+        order = torch.arange(64, device=device, dtype=torch.int32)
+        low_precision_attention(q, k, v, scale=0.1, precision="int8", order=order)
     with pytest.raises(ValueError, match="A tail needs"):
         bits = torch.zeros(1, 1, 1, 1, dtype=torch.uint8, device=device)
         low_precision_attention(q, k, v, scale=0.1, precision="int8", tail=bits)

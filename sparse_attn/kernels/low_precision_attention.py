@@ -186,8 +186,7 @@ def low_precision_attention(
         kv_indices, kv_num_blocks: as `sparse_attention` takes them, or None.
         key_bias: [B, Lk] float32 added to the scaled scores, or None.
         tail: as `sparse_attention` takes it, or None.
-        order: [Lq] or [B, H, Lq] int32, the token at every place of q; `out` is in the order of
-            the tokens. Or None.
+        order: as `sparse_attention` takes it, or None.
 
     Returns:
         out [B, H, Lq, D] viewed on [B, Lq, H, D], and lse [B, H, Lq] float32 in the order of q.
@@ -215,7 +214,7 @@ def low_precision_attention(
     num_listed, tail = checked_tail(tail, Lk, (B, H, Nq), block_k if listed else 0, key_bias)
     order_strides = (0, 0)
     if order is not None:
-        order = inputs.checked_order(order.expand(B, H, Lq), q)
+        order = inputs.checked_order(order, q)
         order_strides = order.stride()[:2]
     out = inputs.empty_output(q)
     lse = torch.empty((B, H, Lq), device=q.device, dtype=torch.float32)
