@@ -21,7 +21,8 @@ class AdaSpaConfig:
     Args:
         sparsity: share of block pairs that a sparse step skips, in [0, 0.98].
         block_size: tokens per block, a key of `BLOCK_SIZES`.
-        warmup: share of the whole schedule that runs dense before the first search, in [0, 1).
+        warmup: share of the whole schedule that runs dense before the first search, in [0, 1). Of
+            5 steps and more at least one does, unless it is 0.
         search_points: shares of the schedule at which the pattern is searched again, ascending,
             each in [warmup, 1). One equal to `warmup` is the first search itself.
         head_adaptive: let heads of high recall keep fewer blocks and heads of low recall more.
@@ -175,14 +176,14 @@ class AdaSpaConfig:
         return BLOCK_SIZES[self.block_size][1]
 
 
-# a search costs about half a dense step or more: on 8 steps or fewer, or soon after another one as in
+# a search costs about half a dense step or more: on a few steps, or soon after another one as in
 # the second of two samplers, it would take back too much of the time
-TWICE = {"search_points": (0.6,), "search_gap": 6}
-# what the user asks for is done, but never every other step
-CUSTOM_GAP = 3
+TWICE = {"search_points": (0.6,), "search_gap": 4}
+# where quality comes first, and where the user says when; but never every other step
+SHORT_GAP = 3
 PRESETS = {
     "Balanced": AdaSpaConfig(sparsity=0.8, warmup=0.12, **TWICE),
-    "Quality": AdaSpaConfig(sparsity=0.7, warmup=0.2, **TWICE),
+    "Quality": AdaSpaConfig(sparsity=0.7, warmup=0.2, search_points=(0.6,), search_gap=SHORT_GAP),
     "Fast": AdaSpaConfig(sparsity=0.9, warmup=0.06, **TWICE),
     "Paper": AdaSpaConfig(
         sparsity=0.8, warmup=0.2, search_points=(0.6,), head_adaptive=True, tail="none"
@@ -200,7 +201,7 @@ def from_preset(preset: str, **fields) -> AdaSpaConfig:
         ValueError: an unknown preset, or a field out of range.
     """
     if preset == "Custom":
-        return AdaSpaConfig(**{"search_gap": CUSTOM_GAP, **fields})
+        return AdaSpaConfig(**{"search_gap": SHORT_GAP, **fields})
     if preset not in PRESETS:
         raise ValueError(f"`preset` must be one of {[*PRESETS, 'Custom']}, got {preset!r}.")
     chosen = {name: value for name, value in fields.items() if name not in PRESET_FIELDS}

@@ -13,6 +13,9 @@ from math import floor
 
 from .config import AdaSpaConfig
 
+# fewer steps have little to save beside a dense one and a search
+STEPS_FOR_A_DENSE_ONE = 5
+
 
 class StepKind(Enum):
     DENSE = "dense"  # runs all blocks
@@ -109,6 +112,9 @@ def plan(
     first = min(nearest(begin * total), total - steps)
 
     warm = nearest(config.warmup * total)
+    # a pattern found at the very first step misses most of what the video becomes
+    if config.warmup and total >= STEPS_FOR_A_DENSE_ONE:
+        warm = max(warm, 1)
     again = {nearest(point * total) for point in config.search_points}
     kinds = []
     latest = None

@@ -109,7 +109,7 @@ def test_presets_hold_the_designed_values():
     assert all(preset.pooled == (preset.tail == "pooled") for preset in PRESETS.values())
     assert all(preset.by_similarity == preset.pooled for preset in PRESETS.values())
     gaps = {name: preset.search_gap for name, preset in PRESETS.items()}
-    assert gaps == {"Quality": 6, "Balanced": 6, "Fast": 6, "Paper": 0}
+    assert gaps == {"Quality": 3, "Balanced": 4, "Fast": 4, "Paper": 0}
 
 
 def test_a_tail_needs_blocks_of_64_keys():

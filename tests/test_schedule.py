@@ -31,17 +31,19 @@ def planned(sigmas, config, progress_of=lambda sigma: 1 - sigma):
 PLANS = [
     # preset, steps, kinds: D dense, S search, s sparse
     ("Balanced", 4, "Ssss"),  # a warm-up that rounds to no step: the search is the first step
-    ("Balanced", 8, "DSssssss"),
+    ("Balanced", 5, "DSsss"),
+    ("Balanced", 6, "DSssss"),  # 3 steps are too few between two searches
+    ("Balanced", 8, "DSsssSss"),
     ("Balanced", 20, "DD" + "S" + 9 * "s" + "S" + 7 * "s"),
     ("Balanced", 50, 6 * "D" + "S" + 23 * "s" + "S" + 19 * "s"),
     ("Quality", 4, "DSss"),
-    ("Quality", 8, "DDSsssss"),
+    ("Quality", 6, "DSssSs"),
+    ("Quality", 8, "DDSssSss"),
     ("Quality", 20, 4 * "D" + "S" + 7 * "s" + "S" + 7 * "s"),
     ("Quality", 50, 10 * "D" + "S" + 19 * "s" + "S" + 19 * "s"),
     ("Fast", 4, "Ssss"),
-    ("Fast", 8, "Ssssssss"),
-    ("Fast", 10, "DSssssssss"),  # 6 - 1 steps are too few between two searches
-    ("Fast", 12, "DSsssss" + "Sssss"),
+    ("Fast", 5, "DSsss"),  # rounds to no dense step, and gets one
+    ("Fast", 8, "DSsssSss"),
     ("Fast", 20, "DS" + 10 * "s" + "S" + 7 * "s"),
     ("Fast", 50, 3 * "D" + "S" + 26 * "s" + "S" + 19 * "s"),
     ("Paper", 4, "DSSs"),  # 0.6 of 4 rounds to step 2
@@ -93,10 +95,19 @@ def test_two_halves_make_the_whole():
     assert second.describe() == "steps 10 search, 11 sparse, 12 search, 13-19 sparse"
 
 
-@pytest.mark.parametrize("steps", range(1, 9))
 @pytest.mark.parametrize("preset", ["Quality", "Balanced", "Fast"])
-def test_a_short_schedule_is_searched_once(preset, steps):
-    assert letters(planned(linear(steps), PRESETS[preset])).count("S") == 1
+def test_a_second_search_is_some_steps_away_and_more_than_the_last(preset):
+    searched = set()
+    for steps in range(1, 60):
+        kinds = letters(planned(linear(steps), PRESETS[preset]))
+        first, *again = (i for i, kind in enumerate(kinds) if kind == "S")
+        searched.add(len(again))
+        assert first >= (steps >= 5) and all(i - first >= 3 and i < steps - 1 for i in again)
+    assert searched == {0, 1}
+
+
+def test_no_warm_up_is_taken_at_its_word():
+    assert letters(planned(linear(8), AdaSpaConfig(warmup=0.0))) == "S" + 7 * "s"
 
 
 @pytest.mark.parametrize("steps, kinds", [(4, "Ssss"), (8, "DSsssSss")])
@@ -131,7 +142,7 @@ def test_a_short_slice_claims_no_absurd_schedule():
 def test_progress_that_stands_still_counts_the_steps_themselves():
     schedule = plan(linear(8), lambda sigma: 0.0, PRESETS["Balanced"])
     assert (schedule.first_step, schedule.total_steps) == (0, 8)
-    assert letters(schedule) == "DSssssss"
+    assert letters(schedule) == "DSsssSss"
 
 
 @pytest.mark.parametrize("sigmas", [[], [1.0]], ids=["none", "one"])
