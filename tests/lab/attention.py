@@ -4,12 +4,13 @@ What a dense search step saw is captured once (`Captured`) and shared by all rul
 and including that step every rule's generation is the dense one.
 """
 
+import clusters
+import sol_op
 import torch
 import torch.nn.functional as F
-from clusters import cluster_orders, is_clusters
 from orders import arranged, order_of, places, put_back, text_blocks
 from rule import Rule
-from scores import QUICK, SCORES, analyse, grouped, means
+from scores import analyse, grouped, means
 from selecting import select, static_scores
 from sparse import SparseAttention, masses_with
 from tails import Tail, fake_fp8, fake_int8, smooth
@@ -28,43 +29,36 @@ class Captured:
         self.qkv: dict[int, tuple] = {}
         self.known: dict[tuple, dict] = {}
         self.orders: dict[tuple, torch.Tensor | None] = {}
-        self.clusters: dict[tuple, tuple] = {}
 
     def keep(self, layer, q, k, v):
         self.qkv[layer] = tuple(x.contiguous() for x in (q, k, v))
 
-    def order(self, name: str, device):
-        """A fixed order; of clusters what they have in common, that text comes last."""
-        name = "rods" if is_clusters(name) else name
+    def fixed(self, name: str, device):
+        """An order of all heads; of clusters what they have in common, that text comes last."""
+        name = "rods" if name in clusters.NAMES else name
         if (name, device) not in self.orders:
             order = order_of(name, self.layout)
             self.orders[name, device] = None if order is None else order.to(device)
         return self.orders[name, device]
 
-    def pair(self, layer: int, name: str) -> tuple:
-        """Orders of the queries and of the keys at the search."""
+    def order(self, layer: int, name: str):
+        """The order at the search."""
         q, k, _ = self.qkv[layer]
-        if not is_clusters(name):
-            return (self.order(name, q.device),) * 2
-        if (layer, name) not in self.clusters:
-            self.clusters[layer, name] = cluster_orders(name, q, k, self.layout)
-        return self.clusters[layer, name]
+        if name not in clusters.NAMES:
+            return self.fixed(name, q.device)
+        if (name, layer) not in self.orders:
+            self.orders[name, layer] = clusters.cluster_order(name, q, k, self.layout)
+        return self.orders[name, layer]
 
     def found(self, layer: int, rule: Rule) -> dict:
         """Scores at the search in the rule's order, measured once for all rules."""
         group = min(GROUP, rule.block_q)
-        wanted = QUICK if rule.score in (*QUICK, *STATIC) else SCORES
-        key = layer, rule.order, group, rule.block_k, wanted
+        key = layer, rule.order, group, rule.block_k
         if key not in self.known:
-            q, k, v = self.qkv[layer]
-            q, k, v = both(q, k, v, self.pair(layer, rule.order))
-            self.known[key] = analyse(q, k, v, wanted, block_q=group, block_k=rule.block_k)
+            order = self.order(layer, rule.order)
+            qkv = (arranged(x, order) for x in self.qkv[layer])
+            self.known[key] = analyse(*qkv, block_q=group, block_k=rule.block_k)
         return grouped(self.known[key], rule.block_q // group)
-
-
-def both(q, k, v, pair):
-    """Queries in one order, keys and values in the other."""
-    return arranged(q, pair[0]), arranged(k, pair[1]), arranged(v, pair[1])
 
 
 class Run:
@@ -82,7 +76,7 @@ class Run:
         self.record, self.recalls = record, {}
         self.sparse: dict[int, SparseAttention] = {}
         self.tails: dict[int, Tail | None] = {}
-        self.pairs: dict[int, tuple] = {}
+        self.orders: dict[int, torch.Tensor | None] = {}
         self.founds: dict[int, dict] = {}
         self.grade: dict[int, float] = {}
         self.keys: dict[int, torch.Tensor] = {}
@@ -106,10 +100,15 @@ class Run:
             q, k, v = fake_int8(q), fake_int8(k), fake_fp8(v)
         if rule.dense:
             return F.scaled_dot_product_attention(q, k, v)
+        if rule.score in sol_op.SCORES:
+            out, share = sol_op.attend(rule, q, k, v)
+            self.total, self.calls = self.total + share, self.calls + 1
+            return out
         if self.sinks is None:
             self.lay_out(q.device)
         fresh = self.look(layer, q, k, v, scale)
-        q, k, v = both(q, k, v, self.pairs[layer])
+        order = self.orders[layer]
+        q, k, v = (arranged(x, order) for x in (q, k, v))
         self.prepare(layer, q, k, scale, fresh)
         self.total, self.calls = self.total + self.densities[layer], self.calls + 1
         out, lse = self.sparse[layer](q, k, v, scale)
@@ -119,14 +118,14 @@ class Run:
             out = self.tails[layer].apply(q, k, v, out, lse, scale)
         if self.record:
             self.recalls.setdefault(self.step, {})[layer] = self.sampled(layer, q, k, scale)
-        return put_back(out, self.pairs[layer][0])
+        return put_back(out, order)
 
     def density(self) -> float:
         """Mean share of block pairs kept over the sparse steps and layers."""
         return float(self.total) / self.calls if self.calls else 1.0
 
     def lay_out(self, device) -> None:
-        order = self.captured.order(self.rule.order, torch.device("cpu"))
+        order = self.captured.fixed(self.rule.order, torch.device("cpu"))
         layout, blocks = self.captured.layout, (self.rule.block_q, self.rule.block_k)
         self.sinks = [text_blocks(layout, order, b).to(device) for b in blocks]
         self.spots = [places(layout, order, b).to(device) for b in blocks]
@@ -134,32 +133,34 @@ class Run:
     def look(self, layer, q, k, v, scale) -> bool:
         """Make sure that the layer has its order and its scores; whether they are new."""
         rule, captured = self.rule, self.captured
-        first = layer not in self.pairs
-        if not (first or self.step in self.again or self.drifted(layer, k)):
+        known, again = layer in self.orders, self.step in self.again
+        if known and not again and not self.drifted(layer, k):
             return False
+        first = not (known or again)
         if first and rule.every_step:
-            self.pairs[layer] = captured.pair(layer, rule.order)
+            self.orders[layer] = captured.order(layer, rule.order)
             return True
         candidates = []
         for name in (rule.order, "rods") if rule.choose else (rule.order,):
-            if first or not is_clusters(name):
-                pair = captured.pair(layer, name)
+            if first or name not in clusters.NAMES:
+                order = captured.order(layer, name)
             else:
-                pair = cluster_orders(name, q, k, captured.layout)
+                order = clusters.cluster_order(name, q, k, captured.layout)
             if first:
                 found = captured.found(layer, rule.but(rule.name, order=name))
             else:
-                found = self.search(layer, *both(q, k, v, pair), scale)
-            candidates.append((pair, found))
+                found = self.search(layer, *(arranged(x, order) for x in (q, k, v)), scale)
+            candidates.append((order, found))
         if rule.choose:
             candidates = [self.better(*candidates)]
-        pair, found = candidates[0]
+        order, found = candidates[0]
         if rule.carried:
             found = {name: x.roll(1, 0) for name, x in found.items()}
-        self.pairs[layer], self.founds[layer] = pair, found
+            order = order.roll(1, 0) if order is not None and order.ndim == 3 else order
+        self.orders[layer], self.founds[layer] = order, found
         if rule.drift:
             then = captured.qkv[layer][1] if first else k
-            self.keys[layer] = means(arranged(then, pair[1]), rule.block_k)
+            self.keys[layer] = means(arranged(then, order), rule.block_k)
         self.searches += not first
         return True
 
@@ -177,8 +178,9 @@ class Run:
             b = b.expand_as(a)
             return torch.where(first.view(*first.shape, *[1] * (a.ndim - 2)), a, b)
 
-        pair = tuple(mixed(a, b) for a, b in zip(one[0], other[0], strict=True))
-        return pair, {name: mixed(x, other[1][name]) for name, x in one[1].items()}
+        return mixed(one[0], other[0]), {
+            name: mixed(x, other[1][name]) for name, x in one[1].items()
+        }
 
     def prepare(self, layer, q, k, scale, fresh: bool) -> None:
         """Make sure that the layer has the mask of this step."""
@@ -197,7 +199,7 @@ class Run:
     def drifted(self, layer, k) -> bool:
         if not self.rule.drift:
             return False
-        now = means(arranged(k, self.pairs[layer][1]), self.rule.block_k)
+        now = means(arranged(k, self.orders[layer]), self.rule.block_k)
         then = self.keys[layer]
         spread = (then - then.mean(2, keepdim=True)).norm()
         return bool((now - then).norm() > self.rule.drift * spread)
@@ -205,9 +207,10 @@ class Run:
     def search(self, layer, q, k, v, scale) -> dict:
         rule = self.rule
         if rule.lse == "exact":
-            wanted = {rule.score} - set(STATIC) | ({"deficit"} if rule.tail != "none" else set())
-            group = min(GROUP, rule.block_q)
-            found = analyse(q, k, v, wanted, block_q=group, block_k=rule.block_k, scale=scale)
+            group, tails = min(GROUP, rule.block_q), rule.score in ("deficit", "block tail")
+            found = analyse(
+                q, k, v, block_q=group, block_k=rule.block_k, scale=scale, tails=tails
+            )  # fmt: skip
             return grouped(found, rule.block_q // group)
         if rule.lse == "cached":
             lse = self.founds[layer]["lse"]

@@ -1,66 +1,45 @@
-"""Orders per head in which 64 consecutive tokens hold similar queries, or similar keys.
+"""An order per head in which 64 consecutive tokens hold similar queries and keys.
 
 Two keys are alike where the queries there are give them nearly the same scores: keys are compared
 after a map whose squared lengths are the queries' mean squared scores, queries likewise with the
-keys. Of that the `DIMENSIONS` leading directions count, and a little where and when tokens lie,
-which keeps an order good for later steps. Sets of tokens are then halved across their principal
-direction until blocks are left.
+keys. Of that the `DIMENSIONS` leading directions count, of queries with half the weight of keys, and
+a little where and when tokens lie, which keeps an order good for later steps. Sets of tokens are
+then halved across their principal direction until blocks are left.
 """
 
 from itertools import pairwise
 
 import torch
-from orders import coordinates, rods
+from orders import coordinates
+
+from sparse_attn.similar_order import similar_order
 
 DIMENSIONS = 16
-NEAR = 0.3  # what places count beside features, both of deviation 1
+QUERIES = 0.5  # what queries count beside keys
+NEAR = 0.3  # what places count beside keys
 LEAF = 64
-PLACES = {"free": 0.0, "near": 1.0}
-QUERIES = {"one": 1.0, "one half": 0.5}
-COARSE = 16  # blocks of rods that "within" reorders together
-
-
-def is_clusters(name: str) -> bool:
-    return name.startswith("clusters")
+NAMES = ("clusters", "clusters of the pack")
 
 
 @torch.no_grad()
-def cluster_orders(name: str, q, k, layout) -> tuple[torch.Tensor, torch.Tensor]:
-    """Orders of the queries and of the keys, [B, H, L] each, text behind the video.
+def cluster_order(name: str, q, k, layout) -> torch.Tensor:
+    """[B, H, L] for q and k [B, H, L, D] in raster order; text goes behind the video.
 
     Args:
-        name: "clusters", alone or with "keys" (queries stay in rods), "one" (one order for
-            both, of tokens with similar keys and queries), "one half" (queries count half),
-            "within" (clusters inside of 16 blocks of rods), "free" (places do not count) or
-            "near" (they count more).
-        q, k: [B, H, L, D] in raster order.
+        name: "clusters", or "clusters of the pack": what the pack itself makes.
     """
-    word = name.removeprefix("clusters").strip()
+    if name == "clusters of the pack":
+        return similar_order(q, k, layout).long()
     video = slice(layout.before, layout.before + layout.video)
     q, k = (x[:, :, video].float() for x in (q, k))
     grid = (layout.frames, layout.height, layout.width)
     place = torch.stack([a.flatten().float() for a in coordinates(grid)], -1).to(q.device)
-    snake = rods(grid).to(q.device)
-
-    def order(*features):
-        near = PLACES.get(word, NEAR) * unit(place).expand(*q.shape[:2], -1, -1)
-        features = torch.cat([*features, near], -1)
-        if word != "within":
-            return halved(features)
-        count = -(-layout.video // LEAF)
-        bounds = [*range(0, count, COARSE), count]
-        return snake[halved(features[:, :, snake], bounds)]
-
-    if word in QUERIES:
-        features = unit(leading(k, q)), QUERIES[word] * unit(leading(q, k))
-        of_queries = of_keys = order(*features)
-    else:
-        of_keys = order(unit(leading(k, q)))
-        rest = word == "keys"
-        of_queries = snake.expand_as(of_keys) if rest else order(unit(leading(q, k)))
+    place = unit(place).expand(*q.shape[:2], -1, -1)
+    features = unit(leading(k, q)), QUERIES * unit(leading(q, k)), NEAR * place
+    order = halved(torch.cat(features, -1)) + layout.before
     text = [torch.arange(layout.before), torch.arange(video.stop, layout.tokens)]
-    text = torch.cat(text).to(q.device).expand(*of_keys.shape[:2], -1)
-    return tuple(torch.cat([x + layout.before, text], -1) for x in (of_queries, of_keys))
+    text = torch.cat(text).to(q.device).expand(*order.shape[:2], -1)
+    return torch.cat([order, text], -1)
 
 
 def unit(x: torch.Tensor) -> torch.Tensor:
@@ -76,20 +55,17 @@ def leading(x: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
     root = torch.linalg.cholesky(moment + 1e-4 * trace * torch.eye(x.shape[-1], device=x.device))
     x = x - x.mean(-2, keepdim=True)
     spread = root.mT @ (x.mT @ x / x.shape[-2]) @ root
-    _, directions = torch.linalg.eigh(spread)
-    return x @ (root @ directions[..., -DIMENSIONS:])
+    # many small problems: a GPU would take them one after the other
+    directions = torch.linalg.eigh(spread.cpu())[1][..., -DIMENSIONS:].to(x.device)
+    return x @ (root @ directions)
 
 
-def halved(x: torch.Tensor, bounds: list[int] | None = None) -> torch.Tensor:
-    """[B, H, L]: the order that halving [B, H, L, F] down to blocks of `LEAF` rows ends in.
-
-    Args:
-        bounds: numbers of blocks between which to halve; all of them without.
-    """
+def halved(x: torch.Tensor) -> torch.Tensor:
+    """[B, H, L]: the order that halving [B, H, L, F] down to blocks of `LEAF` rows ends in."""
     B, H, L, _ = x.shape
     y = x.flatten(0, 1)
     order = torch.arange(L, device=x.device).expand(B * H, L)
-    bounds = bounds or [0, -(-L // LEAF)]
+    bounds = [0, -(-L // LEAF)]
     while max(b - a for a, b in pairwise(bounds)) > 1:
         edges = torch.tensor(bounds, device=x.device).mul(LEAF).clamp(max=L)
         first, last = edges[:-1, None], edges[1:, None]

@@ -25,6 +25,7 @@ from contestants import SOL  # noqa: E402
 from generation import Subject  # noqa: E402
 from scores import means  # noqa: E402
 from selecting import select  # noqa: E402
+from sol_op import threshold_for  # noqa: E402
 from sparse import masked_attention  # noqa: E402
 from tails import Tail  # noqa: E402
 
@@ -52,22 +53,6 @@ def seen_at(subject, step: int, steps: int) -> dict:
     with contextlib.suppress(Reached):
         subject.euler(subject.noise() * sigmas[0], sigmas, 0, look, begin)
     return found
-
-
-def threshold_for(q, k, density: float):
-    """comfy-kitchen's `tau` at which the share `density` of the blocks is exact, and the blocks."""
-    q_mean, k_mean = means(q, 64), means(k, 64)
-    k_mean = k_mean - k_mean.mean(2, keepdim=True)
-    spread = (q_mean.square() @ k_mean.square().mean(2)[..., None]).sqrt()
-    stands_out = (q_mean @ k_mean.mT) / spread
-    number = torch.arange(q_mean.shape[2], device=q.device)
-    near = (number[:, None] - number).abs() <= 1
-    low, high = -9.0, 9.0
-    for _ in range(40):
-        tau = (low + high) / 2
-        few = ((stands_out > tau) | near).float().mean() < density
-        low, high = (low, tau) if few else (tau, high)
-    return tau, (stands_out > tau) | near
 
 
 @torch.no_grad()

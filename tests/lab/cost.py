@@ -1,13 +1,17 @@
-"""Milliseconds of one sparse call of 24 heads x 119,040 tokens x 128, from measured kernels."""
+"""What a sparse call of 24 heads x 119,040 tokens x 128 takes, and a run, from what was measured."""
 
 import json
 from pathlib import Path
 
+import sol_op
 import torch
+from rule import PAPER, Rule, first_search
 
 RESULTS = Path(__file__).parents[1] / "bench" / "results"
 BENCH = RESULTS / "attention_h200.json"
 TAIL_BENCH = RESULTS / "tail_h200.json"
+STEPS_BENCH = RESULTS / "hunyuan_video_steps_h200.json"
+LAYERS = 60  # of that model
 SHAPE = "hunyuan-720p-129f"
 EVERY_STEP = "pooled scores and lists"
 
@@ -21,6 +25,12 @@ def kernel_times(path: Path = BENCH) -> dict[int, dict[float, float]]:
             if row["name"] == f"ours, sparse {block_q}x64 at {row['density']}":
                 times.setdefault(block_q, {})[row["density"]] = row["ms"]
     return times
+
+
+def op_times(path: Path = BENCH) -> dict[float, float]:
+    """{density: ms} of comfy-kitchen's `sol_attn`."""
+    rows = json.loads(path.read_text())["shapes"][SHAPE]["rows"]
+    return {r["density"]: r["ms"] for r in rows if r["name"].startswith("comfy-kitchen sol_attn")}
 
 
 def arranged_tail_ms(block_q: int, path: Path = TAIL_BENCH) -> float:
@@ -46,22 +56,49 @@ def call_ms(rule, extras: dict[str, float]) -> float | None:
     Args:
         extras: measured ms of what comes on top, from `measure`.
     """
+    if rule.score in sol_op.SCORES:
+        return op_times().get(rule.density)
     points = kernel_times().get(rule.block_q)
     if points is None or rule.block_k != 64 or rule.quantised or rule.dense:
         return None
     start, slope = line(points)
     ms = start + slope * rule.density
-    pooled = rule.tail in ("pooled", "corrected", "calibrated", "weighted", "query weighted")
+    pooled = rule.tail in ("pooled", "query weighted")
     if pooled and rule.order != "raster":
         return ms + arranged_tail_ms(rule.block_q)
     if pooled:
         ms += extras["block means"] + extras["tail"]
-    elif rule.tail == "halves":
-        ms += extras["block means"] + 2 * extras["tail"]
     elif rule.tail != "none":
         return None
     ms += extras["order"] if rule.order != "raster" else 0.0
     return ms + (extras[EVERY_STEP] if rule.every_step else 0.0)
+
+
+def run_seconds(rule: Rule, schedule: str, extras) -> float | None:
+    """A run of HunyuanVideo's 720p steps, composed of measured ones; only sparse calls differ.
+
+    Rules that choose blocks at every step need no search: a dense step takes its place.
+    """
+    now = call_ms(rule, extras)
+    if now is None or rule.drift or rule.carried:
+        return None
+    tail = rule.tail != "none" and not rule.every_step
+    measured = json.loads(STEPS_BENCH.read_text())["variants"]
+    seconds = measured["bf16, 128x64" + (", pooled tail" if tail else "")]["step_seconds"]
+    known = Rule("measured", block_q=128)
+    known = known.but("measured", order="rods", tail="pooled") if tail else known
+    sparse = seconds["sparse"] + LAYERS * (now - call_ms(known, extras)) / 1000
+    steps, first = first_search(rule, schedule)
+    again = sum(first < step < steps for step in {round(share * steps) for share in rule.again})
+    search = seconds["dense" if rule.every_step else "search"]
+    rest = steps - first - 1 - again
+    return first * seconds["dense"] + search + again * seconds["search_again"] + rest * sparse
+
+
+def dense_seconds(schedule: str) -> float:
+    """The same run with cuDNN's dense attention throughout."""
+    seconds = json.loads(STEPS_BENCH.read_text())["dense_step_seconds"]["dense, cuDNN"]
+    return first_search(PAPER, schedule)[0] * seconds
 
 
 def density_at(ms: float, rule, extras) -> float | None:

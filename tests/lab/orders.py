@@ -11,33 +11,19 @@ def coordinates(grid):
     return torch.meshgrid(*(torch.arange(n) for n in grid), indexing="ij")
 
 
-def cubes(grid, cube) -> torch.Tensor:
-    """Cube after cube; at the border of the grid cubes are smaller and blocks straddle them."""
-    axes = coordinates(grid)
-    key = torch.zeros(grid, dtype=torch.long)
-    for axis, size, n in zip(axes, cube, grid, strict=True):
-        key = key * (-(-n // size)) + axis // size
-    for axis, size in zip(axes, cube, strict=True):
-        key = key * size + axis % size
-    return key.flatten().argsort()
+def rods(grid) -> torch.Tensor:
+    """Rods of four frames and four rows along the width, there and back again.
 
-
-def rods(grid, section=(4, 4)) -> torch.Tensor:
-    """Rods of `section` (frames, rows) along the width, there and back again.
-
-    Any 64 consecutive tokens of a 4 x 4 rod are four columns: a 4x4x4 cube, also where the width
-    is no multiple of four, and at the end of a rod the block bends into the next one.
+    Any 64 consecutive tokens of a rod are four columns: a 4x4x4 cube, also where the width is no
+    multiple of four, and at the end of a rod the block bends into the next one.
     """
     t, h, w = coordinates(grid)
-    T, H, W = grid
-    rows, columns = -(-T // section[0]), -(-H // section[1])
-    band, lane = t // section[0], h // section[1]
+    columns = -(-grid[1] // 4)
+    band, lane = t // 4, h // 4
     lane = torch.where(band % 2 == 1, columns - 1 - lane, lane)
     rod = band * columns + lane
-    across = torch.where(rod % 2 == 1, W - 1 - w, w)
-    key = (rod * W + across) * section[0] + t % section[0]
-    key = key * section[1] + h % section[1]
-    assert int(rod.max()) < rows * columns
+    across = torch.where(rod % 2 == 1, grid[2] - 1 - w, w)
+    key = ((rod * grid[2] + across) * 4 + t % 4) * 4 + h % 4
     return key.flatten().argsort()
 
 
@@ -71,39 +57,19 @@ def hilbert(grid) -> torch.Tensor:
     return key.argsort()
 
 
-def fitting_cube(grid, tokens: int = 64) -> tuple[int, int, int] | None:
-    """The cube of `tokens` tokens that divides the grid and has the least surface, if any does."""
-    found = []
-    for a in range(1, tokens + 1):
-        for b in range(1, tokens // a + 1):
-            c = tokens // (a * b)
-            fits = all(n % s == 0 for n, s in zip(grid, (a, b, c), strict=True))
-            if a * b * c == tokens and fits:
-                found.append((a * b + b * c + a * c, (a, b, c)))
-    return min(found)[1] if found else None
-
-
 def order_of(name: str, layout) -> torch.Tensor | None:
-    """Order of a whole sequence, the same in every head; None is raster order, text where the model has it.
+    """Order of a whole sequence, the same in every head; None is raster order, text where it is.
 
-    Any other order moves text behind the video, so that blocks start where cubes start.
+    Any other order moves text behind the video, so that blocks start where rods start.
 
     Args:
-        name: "raster", "hilbert", "fitted", "rods", "rods 2x8", or a cube such as "4x4x4".
+        name: "raster", "hilbert" or "rods".
         layout: a `TokenLayout`.
     """
-    grid = (layout.frames, layout.height, layout.width)
     if name == "raster":
         return None
-    if name == "hilbert":
-        video = hilbert(grid)
-    elif name == "fitted":
-        video = cubes(grid, fitting_cube(grid) or (4, 4, 4))
-    elif name.startswith("rods"):
-        section = name[4:].strip() or "4x4"
-        video = rods(grid, tuple(int(n) for n in section.split("x")))
-    else:
-        video = cubes(grid, tuple(int(n) for n in name.split("x")))
+    grid = (layout.frames, layout.height, layout.width)
+    video = {"hilbert": hilbert, "rods": rods}[name](grid)
     before = torch.arange(layout.before)
     after = torch.arange(layout.before + layout.video, layout.tokens)
     return torch.cat([video + layout.before, before, after])

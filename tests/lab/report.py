@@ -4,7 +4,7 @@
 
 Rows of several files are joined. Prints one table per schedule and density (mean over models and
 seeds, standard error, paired difference to the paper's rule), and writes tables.md,
-quality_density.svg and quality_time.svg.
+quality_density.svg, quality_time.svg and quality_eight_steps.svg.
 """
 
 import argparse
@@ -18,8 +18,10 @@ sys.path[:0] = [str(HERE.parents[1]), str(HERE)]
 
 import cost  # noqa: E402
 import svg  # noqa: E402
+from contestants import GROUPS, OP, SOL  # noqa: E402
 from rule import PAPER, Rule  # noqa: E402
 
+OP_NAME = OP[1].name
 COLUMNS = ("psnr", "ssim", "features", "flicker", "task")
 
 
@@ -73,8 +75,8 @@ def table(data: dict, schedule: str, density: float, against: str = PAPER.name) 
     models = sorted({model for rows in group.values() for model in rows})
     lines = [
         f"| rule | PSNR dB | to the paper's rule | {' | '.join(models)} | SSIM | features "
-        "| flicker | task | recall | ms a call |",
-        "| --- |" + " --- |" * (len(models) + 8),
+        "| flicker | task | recall | ms a call | s a run |",
+        "| --- |" + " --- |" * (len(models) + 9),
     ]
     ranked = []
     for name, rows in group.items():
@@ -90,32 +92,38 @@ def table(data: dict, schedule: str, density: float, against: str = PAPER.name) 
         for column, digits in (("ssim", 3), ("features", 4), ("flicker", 2), ("task", 3)):
             seen = values(rows, column, have)
             cells.append(f"{mean(seen):.{digits}f}" if seen else "")
-        ms = cost.call_ms(rule_of(rows[have[0]]), data["extra_ms"]) if data["extra_ms"] else None
+        ms = run = None
+        if data["extra_ms"]:
+            rule = rule_of(rows[have[0]])
+            ms = cost.call_ms(rule, data["extra_ms"])
+            run = cost.run_seconds(rule, schedule, data["extra_ms"])
         recall = mean([rows[m]["recall"] for m in have])
         cells[2:2] = each
         cells += [f"{recall:.3f}" if recall == recall else "", f"{ms:.1f}" if ms else ""]
+        cells.append(f"{run:.0f}" if run else "")
         ranked.append((-gain[0], f"| {name} | " + " | ".join(cells) + " |"))
     return "\n".join(lines + [line for _, line in sorted(ranked)])
 
 
-def equal_time(data: dict, against: str = PAPER.name, within: float = 0.04) -> str:
-    """Rules at a density of their own that cost what the paper's rule does."""
+def equal_time(data: dict, against=(PAPER.name, SOL.name, OP_NAME), within: float = 0.06) -> str:
+    """Rules at another density whose whole run takes as long as one of `against` does."""
     lines = [
-        "| steps | paper's density, ms a call | rule | its density, ms a call | PSNR difference |",
-        "| --- | --- | --- | --- | --- |",
+        "| steps | rule, density, s a run | rule, density, s a run | PSNR difference |",
+        "| --- | --- | --- | --- |",
     ]
-    for (schedule, density, name), rows in sorted(data["rows"].items()):
-        if name != against:
-            continue
-        price = cost.call_ms(rule_of(next(iter(rows.values()))), data["extra_ms"])
-        for (s, d, other), found in sorted(data["rows"].items()):
-            ms = cost.call_ms(rule_of(next(iter(found.values()))), data["extra_ms"])
-            if s != schedule or other == name or ms is None or d == density:
+
+    def seconds(key, rows):
+        return cost.run_seconds(rule_of(next(iter(rows.values()))), key[0], data["extra_ms"])
+
+    every = {key: (seconds(key, rows), rows) for key, rows in sorted(data["rows"].items())}
+    for (schedule, density, name), (price, rows) in every.items():
+        for (s, d, other), (run, found) in every.items():
+            if name not in against or other in against or s != schedule or not price or not run:
                 continue
-            if abs(ms / price - 1) <= within:
+            if density != d and abs(run / price - 1) <= within:
                 gain, spread, pairs = paired(found, rows, "psnr")
                 lines.append(
-                    f"| {s} | {density:g}, {price:.1f} | {other} | {d:g}, {ms:.1f} "
+                    f"| {s} | {name}, {density:g}, {price:.0f} | {other}, {d:g}, {run:.0f} "
                     f"| {gain:+.2f} ± {spread:.2f} ({pairs} pairs) |"
                 )
     return "\n".join(lines)
@@ -155,6 +163,22 @@ def curves(data: dict, schedule: str, x_of) -> dict[str, list]:
     return {name: sorted(points) for name, points in found.items() if len(points) > 1}
 
 
+def eight_steps(data: dict) -> dict[str, list]:
+    """{rule: [(seconds of a run, mean PSNR)]} of the runs of 8 steps."""
+    found = {}
+    for schedule, group in (("8", "eight"), ("8 from the start", "eight first")):
+        names = {rule.name for rule in GROUPS[group] if not rule.every_step}
+        for (s, density, name), rows in sorted(data["rows"].items()):
+            if s == schedule and name in names:
+                rule = rule_of(next(iter(rows.values())))
+                label = name.removeprefix("queries half, ").split(":")[0]
+                label += "" if schedule == "8" else ", search in step 0"
+                label += "" if density == 0.2 else f", density {density:g}"
+                seconds = cost.run_seconds(rule, schedule, data["extra_ms"])
+                found[label] = [(seconds, mean(values(rows, "psnr", rows)))]
+    return found
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("files", nargs="+", type=Path)
@@ -167,7 +191,7 @@ def main():
         parts.append(f"## Steps {schedule}, density {density:g}\n")
         parts.append(table(data, schedule, density) + "\n")
     if data["extra_ms"]:
-        parts.append("## Equal time\n\n" + equal_time(data) + "\n")
+        parts.append("## Equal time of a run\n\n" + equal_time(data) + "\n")
     parts.append("## The task read back (dense in brackets)\n\n" + tasks(data) + "\n")
     text = "\n".join(parts)
     (options.out / "tables.md").write_text(text)
@@ -182,6 +206,11 @@ def main():
         if lines:
             plot = svg.lines(lines, label, "PSNR to dense, dB", f"{schedules[0]} steps")
             (options.out / f"{name}.svg").write_text(plot)
+    points = eight_steps(data) if data["extra_ms"] else {}
+    if points:
+        label = "seconds of 8 steps of HunyuanVideo, 720p, H200, composed of measured steps"
+        plot = svg.lines(points, label, "PSNR to dense, dB", "8 steps")
+        (options.out / "quality_eight_steps.svg").write_text(plot)
 
 
 if __name__ == "__main__":

@@ -8,11 +8,11 @@ class Rule:
     """What a contestant does.
 
     Args:
-        score: what blocks are ranked by; the keys of `scores.analyse` ("mass", "error", ...), or
+        score: what blocks are ranked by: "mass", "deficit" or "block tail" of `scores.analyse`, or
             "pooled" and "threshold" (mean query times mean key, anew at every step; "threshold"
             keeps what stands out by a number of standard deviations), "random", "radial",
-            "spatial or temporal".
-        order: see `orders.order_of`, or an order per head, see `clusters.cluster_orders`.
+            "spatial or temporal", or Sol-Attn's own: `sol_op.SCORES`.
+        order: see `orders.order_of`, or an order per head, one of `clusters.NAMES`.
         choose: in every head the order or rods, whichever leaves less of the score.
         block_q, block_k: tokens per block.
         tail: "none", or what stands for the blocks that are left out; see `tails.py`.
@@ -58,7 +58,17 @@ class Rule:
 
     @property
     def every_step(self) -> bool:
-        return self.score in ("pooled", "threshold")
+        return self.score in ("pooled", "threshold", "sol op", "sol op top-k")
+
+
+# steps, and the step of the first search
+SCHEDULES = {"20": (20, 2), "50": (50, 10), "8": (8, 1), "8 from the start": (8, 0)}
+
+
+def first_search(rule: Rule, schedule: str) -> tuple[int, int]:
+    """Steps of the schedule, and the one of the rule's first search."""
+    steps, first = SCHEDULES[schedule]
+    return steps, first if rule.warmup is None else round(rule.warmup * steps)
 
 
 PAPER = Rule("paper: raster, head-adaptive, two searches", head_adaptive=True, again=(0.6,))

@@ -1,7 +1,7 @@
 """Compares ways to run sparse steps on whole generations of the lab's models.
 
     python tests/lab/run_lab.py --comfyui PATH --weights FOLDER --models tiny wan128 joint \
-        --jobs 20:0.2:main 8:0.2:main --out OUT
+        --jobs 20:0.2:decide 8:0.2:eight --out OUT
 
 A job is SCHEDULE:DENSITY:GROUP, or SCHEDULE:DENSITY:GROUP:MODEL,MODEL; see SCHEDULES and
 `contestants.GROUPS`. Every contestant shares the dense steps and the search step of the dense
@@ -23,11 +23,9 @@ sys.path[:0] = [path for path in PATHS if path not in sys.path]
 import torch  # noqa: E402
 from contestants import GROUPS  # noqa: E402
 from metrics import Readers, likeness  # noqa: E402
+from rule import SCHEDULES, first_search  # noqa: E402
 
 from tests.bench.record import facts  # noqa: E402
-
-# steps, and the step of the first search
-SCHEDULES = {"20": (20, 2), "50": (50, 10), "8": (8, 1), "8 from the start": (8, 0)}
 
 
 class Lab:
@@ -78,10 +76,6 @@ class Lab:
     def read(self, subject, videos):
         return self.readers.read(subject.scenes, videos) if self.readers else None
 
-    def first(self, rule, schedule) -> int:
-        steps, first = SCHEDULES[schedule]
-        return first if rule.warmup is None else round(rule.warmup * steps)
-
     def job(self, name, schedule, density, rules, record=False):
         rules = [r if r.dense else r.but(r.name, density=density) for r in rules]
         rules = [r for r in rules if (name, schedule, r) not in self.done]
@@ -90,11 +84,11 @@ class Lab:
             if self.out_of_time():
                 return
             if path is None:
-                firsts = {self.first(r, schedule) for r in rules}
+                firsts = {first_search(r, schedule)[1] for r in rules}
                 path = self.path(name, schedule, firsts)
             began = self.seconds()
             try:
-                videos, run = path.run(rule, self.first(rule, schedule), record)
+                videos, run = path.run(rule, first_search(rule, schedule)[1], record)
                 row = self.row(name, schedule, rule, path, videos, run)
             except (RuntimeError, ValueError) as error:
                 # one contestant must not cost the others their turn
@@ -169,7 +163,7 @@ def main():
     parser.add_argument("--comfyui", required=True)
     parser.add_argument("--weights", type=Path, help="folder of the models that are not committed")
     parser.add_argument("--models", nargs="+", default=["tiny"])
-    parser.add_argument("--jobs", nargs="+", default=["20:0.2:main"])
+    parser.add_argument("--jobs", nargs="+", default=["20:0.2:decide"])
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seeds", type=int, default=8)
     parser.add_argument("--seconds", type=float, default=1e9, help="stop after this long")

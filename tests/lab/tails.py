@@ -1,22 +1,14 @@
 """What stands for the blocks that are left out of a sparse step.
 
-pooled        one pseudo key per block: mean key, mean value, weight of its size
-halves        two pseudo keys per block, quarters: four
-second order  the pseudo key's score gains half the variance of the block's scores, from the
-              variance of every channel of its keys
-corrected     pooled, each key block scaled by one factor per head that makes its mass right on
-              average at the search; calibrated: a factor per block pair
-weighted      pooled, with means weighted by the mass every key received at the search
-query weighted  the same with the mass that mean queries give at the search
-frozen        no pseudo keys: (1 - tau) * sparse + sum of the masses of the search over the
-              rows of the block times today's mean values
+pooled          one pseudo key per block: mean key, mean value, weight of its size
+query weighted  pooled, with means weighted by the mass that mean queries give at the search
+frozen          no pseudo keys: (1 - tau) * sparse + sum of the masses of the search over the rows
+                of the block times today's mean values
 """
 
 import torch
 import torch.nn.functional as F
 from scores import blocks_of, means, sizes
-
-PARTS = {"halves": 2, "quarters": 4}
 
 
 def fake_int8(x: torch.Tensor, rows: int = 64) -> torch.Tensor:
@@ -42,35 +34,18 @@ class Tail:
     """The tail of one layer and one mask."""
 
     def __init__(self, rule, keep, length: int, found: dict):
-        self.kind, self.keep = rule.tail, keep
-        self.block_q, self.block_k = rule.block_q, rule.block_k
-        parts = PARTS.get(self.kind, 1)
-        self.small = self.block_k // parts
-        number = sizes(length, self.small, keep.device)
-        # [B, H, Nq, pseudo keys]
-        left_out = ~keep.repeat_interleave(parts, -1)[..., : len(number)]
-        bias = number.log().expand(left_out.shape)
-        if self.kind in ("corrected", "calibrated"):
-            mass = found["mass"] * ~keep
-            pseudo = ((found["mass"] - found["deficit"]) * ~keep).clamp(min=1e-20)
-            if self.kind == "corrected":
-                mass, pseudo = mass.sum(2, keepdim=True), pseudo.sum(2, keepdim=True)
-            bias = bias + (mass.clamp(min=1e-20) / pseudo).log().clamp(-2, 8)
-        bias = bias.masked_fill(~left_out, float("-inf"))
-        # matrix products are much faster with rows on 32 bytes
-        self.bias = F.pad(bias, (0, -bias.shape[-1] % 8), value=float("-inf"))
-        if self.kind == "weighted":
-            self.set_weights(found["key mass"])
-        if self.kind == "query weighted":
-            self.set_weights(found["query mass"])
+        self.kind, self.block_q, self.block_k = rule.tail, rule.block_q, rule.block_k
         if self.kind == "frozen":
             share = found["mass"] / sizes(length, self.block_q, keep.device)[:, None]
             self.share = share * ~keep
-
-    def set_weights(self, key_mass) -> None:
-        """Shares of the keys in their blocks from a mass per key, [B, H, L]."""
-        weight = blocks_of(key_mass[..., None], self.block_k)
-        self.weight = weight / weight.sum(-2, keepdim=True).clamp(min=1e-20)
+            return
+        bias = sizes(length, self.block_k, keep.device).log().expand(keep.shape)
+        bias = bias.masked_fill(keep, float("-inf"))
+        # matrix products are much faster with rows on 32 bytes
+        self.bias = F.pad(bias, (0, -bias.shape[-1] % 8), value=float("-inf"))
+        if self.kind == "query weighted":
+            weight = blocks_of(found["query mass"][..., None], self.block_k)
+            self.weight = weight / weight.sum(-2, keepdim=True).clamp(min=1e-20)
 
     def apply(self, q, k, v, out, lse, scale: float):
         """`out` and `lse` of the kept keys -> the output with the tail in it."""
@@ -85,26 +60,22 @@ class Tail:
         share = (tail_lse - both).exp()[..., None]
         return torch.lerp(out.float(), tail_out, share).to(out.dtype)
 
+    def means(self, x):
+        if self.kind == "query weighted":
+            return (blocks_of(x.float(), self.block_k) * self.weight).sum(-2)
+        return means(x, self.block_k)
+
     def attend(self, q, k, v, scale: float):
         """Attention over the pseudo keys: [B, H, L, D] float32 and LSE [B, H, L]."""
         L = q.shape[2]
-        if self.kind in ("weighted", "query weighted"):
-            k_mean = (blocks_of(k.float(), self.block_k) * self.weight).sum(-2)
-            v_mean = (blocks_of(v.float(), self.block_k) * self.weight).sum(-2)
-        else:
-            k_mean, v_mean = means(k, self.small), means(v, self.small)
+        k_mean, v_mean = self.means(k), self.means(v)
         # as a kernel would hold them
         more = (0, 0, 0, self.bias.shape[-1] - k_mean.shape[2])
         k_mean = F.pad(k_mean.to(k.dtype).float(), more)
         v_mean = F.pad(v_mean.to(v.dtype).float(), more)
-        pad = -L % self.block_q
-        rows = F.pad(q.float(), (0, 0, 0, pad))
-        logits = rows @ k_mean.mT * scale
-        if self.kind == "second order":
-            square = F.pad(means(k.float().square(), self.small), more)
-            variance = (square - k_mean.square()).clamp(min=0)
-            logits += (0.5 * scale**2) * (rows.square() @ variance.mT)
-        logits = logits.unflatten(2, (-1, self.block_q)).add_(self.bias[:, :, :, None])
+        rows = F.pad(q.float(), (0, 0, 0, -L % self.block_q))
+        logits = (rows @ k_mean.mT * scale).unflatten(2, (-1, self.block_q))
+        logits = logits.add_(self.bias[:, :, :, None])
         lse = logits.logsumexp(-1, keepdim=True)
         # a row that keeps everything has no tail
         weights = logits.sub_(lse.clamp(min=-1e30)).exp_().flatten(2, 3)

@@ -1,0 +1,40 @@
+"""Sol-Attn as comfy-kitchen runs it, for whole generations; needs its `sol_attn` and a GPU."""
+
+import torch
+import torch.nn.functional as F
+from scores import means
+
+SCORES = ("sol op", "sol op top-k")
+HEAD_DIM = 128
+
+
+def threshold_for(q, k, density: float):
+    """comfy-kitchen's `tau` at which the share `density` of the blocks is exact, and the blocks."""
+    q_mean, k_mean = means(q, 64), means(k, 64)
+    k_mean = k_mean - k_mean.mean(2, keepdim=True)
+    spread = (q_mean.square() @ k_mean.square().mean(2)[..., None]).sqrt()
+    stands_out = (q_mean @ k_mean.mT) / spread
+    number = torch.arange(q_mean.shape[2], device=q.device)
+    near = (number[:, None] - number).abs() <= 1
+    low, high = -9.0, 9.0
+    for _ in range(40):
+        tau = (low + high) / 2
+        few = ((stands_out > tau) | near).float().mean() < density
+        low, high = (low, tau) if few else (tau, high)
+    return tau, (stands_out > tau) | near
+
+
+def attend(rule, q, k, v):
+    """The op's output for [B, H, L, D], and the share of blocks it takes exactly."""
+    import comfy_kitchen
+
+    scale, width = q.shape[-1] ** -0.5, q.shape[-1]
+    if rule.score == "sol op":
+        tau, exact = threshold_for(q, k, rule.density)
+        options, share = {"tau": tau}, exact.float().mean()
+    else:
+        options, share = {"topk_ratio": rule.density}, torch.tensor(rule.density, device=q.device)
+    # its heads have 128 channels; more of them hold zeros
+    wide = [F.pad(x, (0, HEAD_DIM - width)).transpose(1, 2).contiguous() for x in (q, k, v)]
+    out = comfy_kitchen.sol_attn(*wide, scale=scale, **options)
+    return out.transpose(1, 2)[..., :width].contiguous(), share

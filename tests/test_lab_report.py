@@ -1,0 +1,183 @@
+"""What the lab measures of videos and makes of its results: `tests/lab`."""
+
+import json
+import sys
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+
+import pytest
+import torch
+
+TESTS = Path(__file__).resolve().parent
+sys.path[:0] = [str(TESTS / "lab"), str(TESTS / "tiny_model")]
+
+import compare_presets  # noqa: E402
+import contestants  # noqa: E402
+import cost  # noqa: E402
+import metrics  # noqa: E402
+import procedural_video as video  # noqa: E402
+import report  # noqa: E402
+import svg  # noqa: E402
+from rule import PAPER  # noqa: E402
+
+
+def test_likeness_of_equal_and_of_different_videos():
+    dense = torch.rand(2, 3, 8, 24, 24)
+    same = metrics.likeness(dense, dense)
+    other = metrics.likeness(dense, (dense + 0.1 * torch.randn_like(dense)).clamp(0, 1))
+    assert same["psnr"] == [100.0] * 2 and same["features"] == [0.0] * 2
+    assert same["flicker"] == [0.0] * 2 and same["ssim"] == pytest.approx([1.0] * 2)
+    assert all(15 < x < 25 for x in other["psnr"])
+    assert all(x > 0.001 for x in other["features"]) and all(x > 5 for x in other["flicker"])
+
+
+def test_reading_back_tells_right_from_wrong():
+    import models
+
+    first, second = models.scenes(models.MODELS["tiny"], 9)[:2]
+    clip = (video.render([first], 16, 80, 104)[0] * 255).byte().numpy()
+    assert metrics.read_back(first, clip) > metrics.read_back(second, clip)
+    assert metrics.read_back(first, clip) >= 0.75
+
+
+def test_equal_time_takes_a_lower_density_for_a_tail():
+    extras = {"block means": 1.0, "tail": 5.0, "order": 2.0, cost.EVERY_STEP: 20.0}
+    paper = cost.call_ms(PAPER, extras)
+    tail = PAPER.but("tail", tail="pooled")
+    assert 60 < paper < 75
+    assert cost.call_ms(tail, extras) == pytest.approx(paper + 6.0)
+    density = cost.density_at(paper, tail, extras)
+    assert 0.15 < density < 0.2
+    assert cost.call_ms(tail.but("less", density=density), extras) == pytest.approx(paper)
+    assert cost.call_ms(PAPER.but("fine", block_k=32), extras) is None
+
+
+def results(path, gains):
+    """Two models and two seeds; `gains` in dB over the paper's rule at density 0.2."""
+    other = {"ssim": [0.9] * 2, "features": [0.1] * 2, "flicker": [1.0] * 2, "recall": 0.8}
+    rows = [
+        {"model": model, "schedule": "20", "rule": name, "density": density, "settings": settings,
+         "psnr": [20.0 + gain, 22.0 + gain], "task": [1.0, 0.5], **other}
+        for name, density, settings, gain in gains
+        for model in ("a", "b")
+    ]  # fmt: skip
+    dense = [{"model": model, "schedule": "20", "task": [1.0, 1.0]} for model in ("a", "b")]
+    extras = {"block means": 0.5, "tail": 5.0, "order": 2.0, cost.EVERY_STEP: 9.0}
+    path.write_text(json.dumps({"rows": rows, "dense": dense, "extra_ms": extras}))
+    return report.load([path])
+
+
+def test_report_pairs_seeds_and_finds_equal_time(tmp_path):
+    paper = {"head_adaptive": True, "again": [0.6]}
+    rods = {"order": "rods", "tail": "pooled"}
+    gains = [
+        (PAPER.name, 0.2, paper, 0.0),
+        ("better", 0.2, rods, 1.5),
+        ("better", 0.163, rods, 0.75),
+        ("better", 0.02, rods, 0.5),
+        ("worse", 0.2, {}, -2.0),
+    ]
+    data = results(tmp_path / "lab.json", gains)
+    lines = report.table(data, "20", 0.2).splitlines()[2:]
+    assert [line.split(" | ")[0] for line in lines] == ["| better", f"| {PAPER.name}", "| worse"]
+    assert "+1.50 ± 0.00" in lines[0] and "-2.00 ± 0.00" in lines[2]
+    equal = report.equal_time(data)
+    assert "better, 0.163, " in equal and "+0.75 ± 0.00 (4 pairs)" in equal
+    assert "better, 0.2, " not in equal and "better, 0.02, " not in equal
+    assert "-0.250 ± 0.144" in report.tasks(data)
+
+
+def test_plot_is_well_formed_and_shows_every_point():
+    curves = {"a & b": [(0.1, 20.0), (0.2, 25.0)], "c": [(0.1, 19.0), (0.2, 22.0)]}
+    root = ElementTree.fromstring(svg.lines(curves, "density", "PSNR", "title"))
+    tags = [element.tag.split("}")[1] for element in root.iter()]
+    assert tags.count("circle") == 4 and tags.count("polyline") == 2
+    assert "a & b" in [element.text for element in root.iter()]
+    assert svg.ticks(0.0, 1.0) == [0.0, 0.2, 0.4, 0.6, 0.8, 1.0]
+
+
+@pytest.mark.parametrize("folder, least", [(".", 20), ("first_weights", 30)])
+def test_recorded_results_still_make_their_tables(folder, least):
+    files = sorted((TESTS / "lab" / "results" / folder).glob("h200_*.json"))
+    data = report.load(files)
+    text = report.table(data, "20", 0.2)
+    assert data["extra_ms"] and text.count("\n") > least
+    assert PAPER.name in text
+
+
+def test_eight_steps_have_a_time_and_a_quality_each():
+    files = sorted((TESTS / "lab" / "results").glob("h200_*.json"))
+    found = report.eight_steps(report.load(files))
+    assert len(found) >= 10
+    for [(seconds, quality)] in found.values():
+        assert 60 < seconds < cost.dense_seconds("8") and 20 < quality < 45
+
+
+def test_a_run_costs_its_dense_steps_searches_and_sparse_steps():
+    extras = {"block means": 1.0, "tail": 5.0, "order": 2.0, cost.EVERY_STEP: 20.0}
+    one = contestants.ONE
+    seconds = {
+        name: cost.run_seconds(rule, "8", extras)
+        for name, rule in {
+            "one": one,
+            "two": contestants.TWO,
+            "denser": one.but("denser", density=0.35),
+            "later": one.but("later", warmup=0.25),
+        }.items()
+    }
+    steps = json.loads(cost.STEPS_BENCH.read_text())["variants"]["bf16, 128x64, pooled tail"]
+    steps = steps["step_seconds"]
+    sparse = (seconds["one"] - steps["dense"] - steps["search"]) / 6
+    assert seconds["two"] - seconds["one"] == pytest.approx(steps["search_again"] - sparse)
+    assert seconds["later"] - seconds["one"] == pytest.approx(steps["dense"] - sparse)
+    calls = [cost.call_ms(one.but("x", density=d), extras) for d in (0.2, 0.35)]
+    more = 6 * cost.LAYERS * (calls[1] - calls[0]) / 1000
+    assert seconds["denser"] - seconds["one"] == pytest.approx(more)
+    assert cost.run_seconds(one.but("gate", drift=0.5), "8", extras) is None
+
+
+def users_graph():
+    def node(kind, **inputs):
+        return {"class_type": kind, "inputs": inputs}
+
+    return {
+        "1": node("UNETLoader", unet_name="wan"),
+        "2": node("AdaSpaAttention", model=["1", 0], preset="Custom", enabled=True),
+        "3": node("KSampler", model=["2", 0], seed=7, steps=20),
+        "4": node("AdaSpaReport", samples=["3", 0], adaspa=["2", 1]),
+        "5": node("VAEDecode", samples=["4", 0]),
+        "6": node("CreateVideo", images=["5", 0]),
+        "7": node("SaveVideo", video=["6", 0]),
+    }
+
+
+def test_users_graph_ends_in_its_frames_and_takes_presets():
+    graph = compare_presets.prepared(users_graph(), {"SaveVideo", "AdaSpaReport"})
+    assert set(graph) == {"1", "2", "3", "5", "6", "adaspa_frames"}
+    assert graph["adaspa_frames"]["inputs"]["images"] == ["5", 0]
+    assert graph["5"]["inputs"]["samples"] == ["3", 0], "the report passed the latent on"
+    fast = compare_presets.variant(graph, "Fast", 3)
+    dense = compare_presets.variant(graph, None, 3)
+    assert fast["2"]["inputs"] | {"model": 0} == {"model": 0, "preset": "Fast", "enabled": True}
+    assert dense["2"]["inputs"]["enabled"] is False and graph["2"]["inputs"]["enabled"]
+    assert fast["3"]["inputs"]["seed"] == dense["3"]["inputs"]["seed"] == 3
+
+
+def test_users_graph_without_our_node_is_refused():
+    graph = users_graph()
+    del graph["2"]
+    with pytest.raises(ValueError, match="no AdaSpa Attention node"):
+        compare_presets.prepared(graph, set())
+
+
+def test_presets_are_summed_up_over_seeds():
+    row = {"ssim": 0.9, "flicker": 1.0, "features": 0.1, "seconds": 10.0, "dense_seconds": 20.0}
+    rows = [
+        {"seed": seed, "preset": preset, "psnr": psnr, **row}
+        for preset, psnr in (("Fast", 20.0), ("Quality", 30.0))
+        for seed in (1, 2)
+    ]
+    rows[1]["psnr"] = 22.0
+    table, plot = compare_presets.summary(rows)
+    assert "| Fast | 21.00 | 0.900 | 1.00 | 10.0 | 20.0 |" in table
+    assert plot.startswith("<svg") and "Quality" in plot
