@@ -18,7 +18,9 @@ RECALL_LOSS = 0.05
 # and this much less than the user asks for: what a sample may err by
 SAMPLE_ERROR = 0.02
 SAMPLED_ROWS = 64
-ONE_ORDER = "another node weighs parts of the video, and the pattern orders each head in its own way"
+ONE_ORDER = (
+    "another node weighs parts of the video, and the pattern orders each head in its own way"
+)
 
 
 class FittingMask(NamedTuple):

@@ -208,7 +208,11 @@ DAMAGE = {
     "heads": (lambda x: {k: v[:, :2] for k, v in x.items()}, {}, "numbers per head"),
     "a mask lost": (lambda x: {"mask.00000": x["mask.00000"]}, {}, "1 masks for 2 layers"),
     "order": (None, {"order": "hilbert"}, "token order 'hilbert'"),
-    "order of another tail": (None, {"tail": "pooled"}, "token order 'raster' is not rods or similarity"),
+    "order of another tail": (
+        None,
+        {"tail": "pooled"},
+        "token order 'raster' is not rods or similarity",
+    ),
     "no orders": (None, {"tail": "pooled", "order": "similarity"}, "0 token orders of 2 masks"),
     "tail": (None, {"tail": "weighted"}, "tail 'weighted' is not one of none, pooled"),
     "grid": (None, {"grid": "[5, 4]"}, "damaged"),

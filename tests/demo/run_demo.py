@@ -23,7 +23,9 @@ from tools.comfy_server import ComfyServer, ServerFailed  # noqa: E402
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--preset", default="Quality", choices=["Quality", "Balanced", "Fast", "Paper"])
+    parser.add_argument(
+        "--preset", default="Quality", choices=["Quality", "Balanced", "Fast", "Paper"]
+    )
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--prompt", default=PROMPT)
@@ -112,7 +114,11 @@ def table(numbers: dict) -> str:
     rows = [
         ("", "dense", f"AdaSpa {numbers['preset']}"),
         ("whole prompt", f"{numbers['dense_seconds']:.1f} s", f"{numbers['adaspa_seconds']:.1f} s"),
-        ("one step", f"{steps['dense']:.2f} s" if "dense" in steps else "", f"{steps['sparse']:.2f} s"),
+        (
+            "one step",
+            f"{steps['dense']:.2f} s" if "dense" in steps else "",
+            f"{steps['sparse']:.2f} s",
+        ),
         ("one attention call", f"{call[0]:.3f} s", f"{call[1]:.3f} s"),
         ("density", "1.00", f"{numbers['density']:.2f}"),
         ("recall at the search", "1.00", f"{numbers['recall']:.3f}"),
@@ -124,7 +130,9 @@ def table(numbers: dict) -> str:
 
 def write(dense: dict, sparse: dict, numbers: dict, options) -> None:
     out = options.out
-    pages = [side_by_side(a, b, numbers) for a, b in zip(dense["frames"], sparse["frames"], strict=True)]
+    pages = [
+        side_by_side(a, b, numbers) for a, b in zip(dense["frames"], sparse["frames"], strict=True)
+    ]
     pages[0].save(
         out / "side_by_side.webp", save_all=True, append_images=pages[1:], duration=80, loop=0,
         quality=88,
