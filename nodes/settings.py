@@ -53,7 +53,8 @@ def setting_inputs() -> list[io.Input]:
             min=0.0,
             max=0.9,
             step=0.01,
-            tooltip="Share of the steps that run dense first (preset Custom). They fix "
+            tooltip="Share of the steps that run dense first (preset Custom), at least one of 5 and "
+            "more unless it is 0. They fix "
             "the composition: more keeps the video closer to dense, less saves more time.",
         ),
         io.String.Input(
@@ -61,9 +62,9 @@ def setting_inputs() -> list[io.Input]:
             default="0.6",
             tooltip="When to look for the pattern again, as shares of the schedule such "
             "as 0.6 (preset Custom). Empty looks once, after the warm-up. A search costs "
-            "a part of a dense step and holds more memory until then. Quality, Balanced and Fast "
-            "leave it out on 8 steps or fewer, and wherever the last search is less than 6 steps "
-            "ago: there it would take back too much of the time. Custom wants 3 steps between two searches.",
+            "a part of a dense step and holds more memory until then. Balanced and Fast "
+            "leave it out where the last search is less than 4 steps ago, Quality and Custom less "
+            "than 3: there it would take back too much of the time.",
         ),
         io.Boolean.Input(
             "head_adaptive",
@@ -136,8 +137,8 @@ def setting_inputs() -> list[io.Input]:
             default="auto",
             advanced=True,
             tooltip="Precision of the attention in sparse steps, and in dense ones where that is "
-            "fastest: int8 and fp8 are faster and less exact. bf16, and auto for now, compute "
-            "as the model does. Searches always do.",
+            "fastest: int8 and fp8 are faster and less exact, and a second search then measures in "
+            "int8; the first never does. bf16, and auto for now, compute as the model does.",
         ),
         io.Float.Input(
             "recall",

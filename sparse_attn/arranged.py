@@ -23,7 +23,8 @@ class Arranged:
     """q, k and v in another order. Lp is L in whole blocks, N their number, Np that in blocks.
 
     Args:
-        q: [B, H, L, D].
+        tokens: L.
+        q: [B, H, L, D], or None where it was not wanted.
         k, v: [B, H, Lp + Np, D], tokens, zeros up to Lp, N means, zeros up to Lp + Np.
         key_bias: [B, Lp + Np] float32: the caller's or 0, the log of a block's number of keys for
             its mean, -inf for what only pads.
@@ -31,16 +32,13 @@ class Arranged:
         token_bias: [B, L] float32, the part of the caller's tokens, or None where there is none.
     """
 
-    q: torch.Tensor
+    tokens: int
+    q: torch.Tensor | None
     k: torch.Tensor
     v: torch.Tensor
     key_bias: torch.Tensor
     log_sizes: torch.Tensor
     token_bias: torch.Tensor | None = None
-
-    @property
-    def tokens(self) -> int:
-        return self.q.shape[2]
 
     @property
     def blocks(self) -> int:
@@ -75,21 +73,22 @@ class Arranged:
 
 
 def arranged(q, k, v, order: torch.Tensor, key_bias=None, *, arrange) -> Arranged:
-    """Arrange q, k, v [B, H, L, D] and a `key_bias` [B, L] or None.
+    """Arrange q, k, v [B, H, L, D] and a `key_bias` [B, L] or None; q may be None too.
 
     Args:
         order: [B, H, L] int32, the token at every place. Where tokens of the video have a bias,
             the heads have one order.
         arrange: arrange(x, order, means) -> [B, H, L, D], or [B, H, Lp + Np, D] with means.
     """
-    B, tokens = len(q), order.shape[-1]
-    bias, log_sizes = plain_bias(B, tokens, q.device)
+    B, tokens = len(k), order.shape[-1]
+    bias, log_sizes = plain_bias(B, tokens, k.device)
     token_bias = None
     if key_bias is not None:
         token_bias = key_bias.gather(1, order[:, 0].long())
         bias, log_sizes = with_bias(bias, log_sizes, token_bias)
     return Arranged(
-        arrange(q, order, means=False),
+        tokens,
+        None if q is None else arrange(q, order, means=False),
         arrange(k, order, means=True),
         arrange(v, order, means=True),
         bias,

@@ -29,4 +29,5 @@ def head_budgets(recall: torch.Tensor, budget: int, shift: int) -> torch.Tensor:
     heads = recall.shape[-1]
     n = (recall > HIGH_RECALL).sum(-1, keepdim=True).clamp(max=heads // 2)
     rank = recall.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
-    return budget - shift * (rank < n).long() + shift * (rank >= heads - n).long()
+    moves = (rank >= heads - n).long() - (rank < n).long()
+    return budget + shift * moves

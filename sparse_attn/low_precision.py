@@ -1,4 +1,4 @@
-"""Which calls of a run are served in low precision, and why the others are not."""
+"""Which calls and later searches of a run are served in low precision, and why the others are not."""
 
 from types import ModuleType
 
@@ -39,6 +39,14 @@ class LowPrecision:
         if reason is not None:
             self.statistics.not_low_precision[reason] += 1
         return reason is None
+
+    def searches(self, backend: ModuleType, q, k, v, block_q, block_k, allowed=True) -> bool:
+        """Whether a later search shall measure with INT8 q and k; the arguments as of `serves`."""
+        return (
+            self.precision is not None
+            and allowed
+            and self._reason(backend, q, k, v, block_q, block_k) is None
+        )
 
     def _reason(self, backend, q, k, v, block_q, block_k):
         key = backend, q.device, q.dtype, k.dtype, v.dtype, q.shape, block_q, block_k

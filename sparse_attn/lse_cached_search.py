@@ -6,7 +6,7 @@ search stands in for today's; the masses are renormalised by row, which mends it
 
 
 def lse_cached_search(
-    backend, q, k, lse, *, scale, block_q, block_k, key_bias=None, renormalise=True
+    backend, q, k, lse, *, scale, block_q, block_k, key_bias=None, renormalise=True, int8=False
 ):  # fmt: skip
     """Measure block masses with the LSE of an earlier step.
 
@@ -14,11 +14,13 @@ def lse_cached_search(
         backend: module with `block_masses`.
         q, k: [B, H, L, D]. lse: [B, H, L] float32.
         renormalise: False leaves it to the caller to scale the rows.
+        int8: measure with INT8 q and k, where the backend can.
 
     Returns:
         [B, H, Nq, Nk] float32; every full row of blocks sums to its number of query rows.
     """
+    options = {"int8": True} if int8 else {}
     return backend.block_masses(
         q, k, lse, block_q=block_q, block_k=block_k, scale=scale, key_bias=key_bias,
-        renormalise=renormalise,
+        renormalise=renormalise, **options,
     )  # fmt: skip

@@ -28,10 +28,9 @@ def find_order(backend, q, k, v, call, config) -> tuple[torch.Tensor, torch.Tens
     if config.token_order == "position":
         return in_place, torch.zeros(B, H, dtype=torch.bool, device=q.device)
     alike = similar_order(q, k, call.layout)
-    similar = _error(backend, q, k, v, alike, call, config) < _error(
-        backend, q, k, v, in_place, call, config
-    )
+    similar = torch.lt(*_errors(backend, q, k, v, (alike, in_place), call, config))
     if call.key_bias is not None:
+        # measured even where it is then thrown away: to ask first would wait for the device
         similar &= ~biased_video(call)
     return torch.where(similar[..., None], alike, in_place), similar
 
@@ -42,19 +41,34 @@ def biased_video(call) -> torch.Tensor:
     return (call.key_bias[:, layout.before :][:, : layout.video] != 0).any()
 
 
-def _error(backend, q, k, v, order, call, config) -> torch.Tensor:
-    """[B, H] tail error that an order leaves in the sampled query blocks."""
-    tokens = backend.arrange(q, k, v, order, call.key_bias)
-    rows = tokens.q[:, :, _sampled_rows(call.layout, config.block_q, q.device)]
-    options = {"scale": call.scale, "key_bias": tokens.token_bias}
-    _, lse, _ = backend.dense_attention(rows, tokens.token_k, tokens.token_v, **options)
-    masses = backend.block_masses(rows, tokens.token_k, lse, **config.blocks, **options)
+def _errors(backend, q, k, v, orders, call, config) -> list[torch.Tensor]:
+    """[B, H] tail error that each order leaves in the sampled query blocks."""
+    places = _sampled_rows(call.layout, config.block_q, q.device)
+    tokens = torch.cat([order[..., places] for order in orders], -1).long()
+    queries = q.gather(2, tokens[..., None].expand(*tokens.shape, q.shape[-1]))
+    # a query's LSE is the same in any order
+    _, lse, _ = backend.dense_attention(queries, k, v, scale=call.scale, key_bias=call.key_bias)
+    return [
+        _error(backend, rows, k, v, order, row_lse, call, config)
+        for order, rows, row_lse in zip(
+            orders, queries.split(len(places), 2), lse.split(len(places), 2), strict=True
+        )
+    ]
+
+
+def _error(backend, rows, k, v, order, lse, call, config) -> torch.Tensor:
+    """[B, H] of one order, whose arranged copies go before the next one's are made."""
+    arranged = backend.arrange(None, k, v, order, call.key_bias)
+    masses = backend.block_masses(
+        rows, arranged.token_k, lse, **config.blocks,
+        scale=call.scale, key_bias=arranged.token_bias,
+    )  # fmt: skip
     pooled = backend.pooled_masses(
-        rows, tokens.k_mean, tokens.log_sizes, lse, block_q=config.block_q, scale=call.scale
-    )
-    errors = tail_error(masses, pooled, tokens.token_v, tokens.v_mean)
-    kept = max(1, round(config.density * errors.shape[-1]))
-    return errors.sum((-1, -2)) - errors.topk(kept).values.sum((-1, -2))
+        rows, arranged.k_mean, arranged.log_sizes, lse, block_q=config.block_q, scale=call.scale
+    )  # fmt: skip
+    left = tail_error(masses, pooled, arranged.token_v, arranged.v_mean)
+    kept = max(1, round(config.density * left.shape[-1]))
+    return left.sum((-1, -2)) - left.topk(kept).values.sum((-1, -2))
 
 
 def _sampled_rows(layout, block_q: int, device) -> torch.Tensor:

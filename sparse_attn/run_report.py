@@ -81,6 +81,8 @@ def lines(run) -> list[str]:
         text.append(_recall(run))
     if run.low_precision:
         text.append(f"Precision: {run.low_precision_calls} calls in {run.low_precision}")
+    if run.low_precision_searches:
+        text.append(f"Later searches in int8: {run.low_precision_searches} calls")
     for reason, count in run.not_low_precision.most_common():
         text.append(f"Not in {run.low_precision}: {count} calls, {reason}")
     for reason, count in run.kept_dense.most_common():

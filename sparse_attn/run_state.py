@@ -183,15 +183,34 @@ class RunState:
         self.layers.count_held()
 
     def _search_again(self, call, state, q, k, v):
-        try:
-            with self.timed("search_again", q):
-                lse = self.cache.fetch(state.lse, q.device)
-                found = serving.search_again(state.backend, q, k, v, lse, call, self.config)
-                self._adopt(call, state, found, exact=False)
-        except torch.OutOfMemoryError:
+        int8 = self.low_precision.searches(
+            state.backend, q, k, v, **self.config.blocks, allowed=call.low_precision
+        )
+        found = self._found_again(call, state, q, k, v, int8=int8)
+        if not found and int8:
+            # quantised copies may be what memory has no room for
+            self.statistics.not_low_precision[OUT_OF_MEMORY] += 1
+            found = self._found_again(call, state, q, k, v, int8=False)
+        if not found:
             self._keep_earlier(call, state)
         if not self.schedule.searches_after(call.step):
             state.lse = None
+
+    def _found_again(self, call, state, q, k, v, *, int8: bool) -> bool:
+        """Search with the kept LSE; False where memory runs out."""
+        try:
+            with self.timed("search_again", q):
+                lse = self.cache.fetch(state.lse, q.device)
+                found = serving.search_again(
+                    state.backend, q, k, v, lse, call, self.config, int8=int8
+                )  # fmt: skip
+                self._adopt(call, state, found, exact=False)
+        except torch.OutOfMemoryError:
+            return False
+        if int8:
+            with self._lock:
+                self.statistics.low_precision_searches += 1
+        return True
 
     def _keep_earlier(self, call, state):
         self.statistics.warn(f"{OUT_OF_MEMORY}: layer {call.layer} kept its earlier pattern")

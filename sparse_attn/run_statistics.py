@@ -96,7 +96,8 @@ class RunStatistics:
             `carried_recall` holds what they had when found, `not_carried` counts why others are not.
         kept_pattern: what outlives the run in memory and on disk.
         low_precision: "int8" or "fp8" where the user asked; `low_precision_calls` counts the calls
-            that ran so, `not_low_precision` why others did not.
+            that ran so, `not_low_precision` why others did not, `low_precision_searches` the later
+            searches that measured with INT8 q and k.
         asked_recall: recall that the user asked of every head, or 0.
         samples: by layer and conditioning, as `patterns`: the step of the whole schedule and the
             recall per head that a sample of rows had in it, as late as the mask was used.
@@ -132,6 +133,7 @@ class RunStatistics:
     finished: bool = False
     low_precision: str = ""
     low_precision_calls: int = 0
+    low_precision_searches: int = 0
     not_low_precision: Counter = field(default_factory=Counter)
     stopped_at: int | None = None
     asked_recall: float = 0.0
@@ -229,6 +231,7 @@ class RunStatistics:
             "heads_by_similarity": self.similar(),
             "low_precision": self.low_precision,
             "low_precision_calls": self.low_precision_calls,
+            "low_precision_searches": self.low_precision_searches,
             "not_low_precision": dict(self.not_low_precision),
             "carried": self.carried,
             "not_carried": dict(self.not_carried),

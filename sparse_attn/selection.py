@@ -50,10 +50,9 @@ def select(
 
 def _keep_best(scores, masses, budgets, largest_budget, sink_k, sink_q):
     """Row-wise top-k and its recall, by the kernel where it serves."""
-    if scores.device.type == "cuda":
-        kernel = kernels.available()["top_blocks"]
-        if not isinstance(kernel, str) and kernel.why_not(scores) is None:
-            return kernel.top_blocks(scores, masses, budgets, sink_k, sink_q)
+    kernel = kernels.kernel_for("top_blocks", scores)
+    if kernel is not None:
+        return kernel.top_blocks(scores, masses, budgets, sink_k, sink_q)
     keep = row_wise_top_k(scores, budgets, largest_budget, sink_k, sink_q)
     return keep, recall(masses, keep)
 

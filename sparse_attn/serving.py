@@ -70,9 +70,15 @@ def search_dense(
     return Found(masses, scores, in_raster(out, order), in_raster(lse, order), order, similar)
 
 
-def search_again(backend, q, k, v, lse, call: Call, config: AdaSpaConfig) -> Found:
-    """Search with the `lse` [B, H, L] of an earlier step, for the price of QK^T alone."""
-    options = {"scale": call.scale, **config.blocks}
+def search_again(
+    backend, q, k, v, lse, call: Call, config: AdaSpaConfig, *, int8=False
+) -> Found:  # fmt: skip
+    """Search with the `lse` [B, H, L] of an earlier step, for the price of QK^T alone.
+
+    Args:
+        int8: measure with INT8 q and k, where the backend can.
+    """
+    options = {"scale": call.scale, "int8": int8, **config.blocks}
     if not config.pooled:
         return Found(lse_cached_search(backend, q, k, lse, key_bias=call.key_bias, **options))
     order, similar = find_order(backend, q, k, v, call, config)

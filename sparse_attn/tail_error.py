@@ -12,6 +12,7 @@ all it takes, no weight of a single token.
 
 import torch
 
+from . import kernels
 from .arranged import BLOCK, block_sizes
 
 WORKSPACE_BYTES = 256 << 20
@@ -30,6 +31,9 @@ def tail_error(
     Returns:
         [B, H, Nq, N] float32.
     """
+    kernel = kernels.kernel_for("tail_error", v, v_mean, masses, pooled)
+    if kernel is not None:
+        return kernel.tail_error(masses, pooled, v, v_mean)
     B, H, Nq, N = masses.shape
     # a few heads at a time: three maps of block pairs at once, and the values in float32
     per_head = 12 * Nq * N + 8 * v.shape[2] * v.shape[3]

@@ -38,6 +38,80 @@ def test_matches_reference(case, renormalise, device):
     assert_within("masses", masses, exact, MASS_TOLERANCE)
 
 
+def relative(masses, exact):
+    return ((masses.double() - exact).abs().sum() / exact.sum()).item()
+
+
+@pytest.mark.parametrize("case", CASES, ids=name)
+def test_int8_scores_err_little(case, device):
+    B, H, Lq, Lk, D, block_q, block_k = case
+    q, k, v = reference.make(B, H, Lq, Lk, D, torch.bfloat16, device)
+    # an offset that the keys share is no matter, nor is a channel that stands out
+    k += 2
+    q[..., 5] *= 10
+    scale = D**-0.5
+    _, lse = reference.attention(q, k, v, scale)
+    blocks = {"block_q": block_q, "block_k": block_k}
+    exact = reference.block_masses(q, k, lse, scale, block_q, block_k)
+    masses = block_masses(
+        q, k, lse.float(), scale=scale, int8=True, renormalise=False, **blocks
+    )  # fmt: skip
+    assert 1e-6 < relative(masses, exact) < 0.02
+    masses = block_masses(q, k, lse.float() + 3.0, scale=scale, int8=True, **blocks)
+    assert relative(masses, exact) < 0.02
+
+
+@pytest.mark.parametrize("few", [True, False])
+def test_int8_scores_take_a_bias(few, device):
+    q, k, v = reference.make(2, 2, 300, 600, 64, torch.bfloat16, device)
+    bias = reference.few_biased_keys(2, 600, device)
+    if not few:
+        bias += torch.randn(2, 600, device=device)
+        bias[0, 64:128] = float("-inf")
+    _, lse = reference.attention(q, k, v, 0.125, bias)
+    masses = block_masses(
+        q, k, lse.float(), block_q=64, block_k=64, scale=0.125, key_bias=bias, int8=True
+    )  # fmt: skip
+    exact = reference.block_masses(q, k, lse, 0.125, 64, 64, bias)
+    assert relative(masses, exact) < 0.02
+    assert (masses[exact == 0] == 0).all()
+
+
+def test_int8_scores_leave_empty_and_stale_rows_finite(device):
+    q, k, v = reference.make(1, 1, 200, 128, 64, torch.bfloat16, device)
+    _, lse = reference.attention(q, k, v, 0.125)
+    lse = lse.float()
+    lse[0, 0, 5] = -300.0
+    lse[0, 0, 64:128] = float("-inf")
+    masses = block_masses(q, k, lse, block_q=64, block_k=64, scale=0.125, int8=True)
+    assert torch.isfinite(masses).all() and (masses >= 0).all() and (masses[0, 0, 1] == 0).all()
+    # queries of zeros see all keys alike
+    masses = block_masses(
+        torch.zeros_like(q), k, torch.full_like(lse, 128.0).log(), block_q=64, block_k=64,
+        scale=0.125, int8=True,
+    )  # fmt: skip
+    assert_within("masses", masses[0, 0, :3], torch.full((3, 2), 32.0, device=device), 0.01)
+
+
+@pytest.mark.parametrize("density", [0.2, 0.1])
+def test_blocks_chosen_by_int8_scores_hold_as_much(density, device):
+    L = 1024
+    q, k, v = reference.make(1, 2, L, L, 64, torch.bfloat16, device)
+    # neighbours are alike, keys share an offset, channels stand out
+    centres = torch.randn(2, 1, 2, L // 32, 64, device=device).repeat_interleave(32, 3)
+    q, k = q + centres[0].bfloat16(), k + centres[1].bfloat16() + 3
+    q[..., 5] *= 4
+    k[..., 9] *= 4
+    _, lse = reference.attention(q, k, v, 0.125)
+    exact = reference.block_masses(q, k, lse, 0.125, 64, 64)
+    held = []
+    for int8 in (False, True):
+        masses = block_masses(q, k, lse.float(), block_q=64, block_k=64, scale=0.125, int8=int8)
+        keep = masses.topk(round(density * L / 64), -1).indices
+        held.append(exact.gather(-1, keep).sum().item() / exact.sum().item())
+    assert held[0] - held[1] < 0.002
+
+
 @pytest.mark.parametrize("lengths", [(300, 450), (256, 256)], ids=str)
 def test_masses_of_small_blocks_add_up_to_those_of_tall_ones(lengths, device):
     # as the kernels of a card do that yield blocks of 64 x 64 only
@@ -102,12 +176,30 @@ def test_nan_in_a_key_is_not_hidden(device):
     q, k, _ = reference.make(1, 1, 64, 128, 64, torch.bfloat16, device)
     k[0, 0, 70] = float("nan")
     lse = torch.zeros(1, 1, 64, device=device)
+    masses = block_masses(q, k, lse, block_q=64, block_k=64, scale=0.125, int8=True)
+    assert masses.isnan()[..., 1].all()
     masses = block_masses(q, k, lse, block_q=64, block_k=64, scale=0.125, renormalise=False)
     assert torch.equal(masses.isnan()[0, 0, 0], torch.tensor([False, True], device=device))
+
+
+@pytest.mark.parametrize("biased", [False, True])
+def test_nan_in_a_key_that_the_mean_skips_is_not_hidden_by_int8(biased, device):
+    q, k, _ = reference.make(2, 1, 64, 8192, 64, torch.bfloat16, device)
+    k[0, 0, 64 * 3 + 5] = float("nan")
+    masses = block_masses(
+        q, k, torch.zeros(2, 1, 64, device=device), block_q=64, block_k=64, scale=0.125,
+        key_bias=reference.few_biased_keys(2, 8192, device) if biased else None,
+        renormalise=False, int8=True,
+    )  # fmt: skip
+    spoilt = masses.isnan()[:, 0, 0]
+    assert spoilt[0, 3] and spoilt.sum() == 1
 
 
 def test_two_runs_are_bit_equal(device):
     q, k, _ = reference.make(1, 2, 200, 200, 64, torch.bfloat16, device)
     lse = torch.full((1, 2, 200), 5.0, device=device)
-    first, second = (block_masses(q, k, lse, block_q=64, block_k=64, scale=0.1) for _ in range(2))
-    assert torch.equal(first, second)
+    for int8 in (False, True):
+        first, second = (
+            block_masses(q, k, lse, block_q=64, block_k=64, scale=0.1, int8=int8) for _ in range(2)
+        )
+        assert torch.equal(first, second)

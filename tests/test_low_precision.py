@@ -82,6 +82,19 @@ def test_a_run_with_a_tail_errs_little_more_than_one_in_full_precision(make_run,
     assert 0.001 < relative_error(outs[0], outs[1].double()) < 0.15
 
 
+@pytest.mark.parametrize("tail", ["none", "pooled"])
+def test_a_later_search_measures_in_int8(make_run, qkv, tail):
+    held = []
+    for more in ({"precision": "int8"}, {}):
+        run = make_run("SsSs", tail=tail, token_order="position", **more)
+        for step in range(3):
+            run.attend(call_at(step), *qkv)
+        run.end_step()
+        assert run.statistics.low_precision_searches == len(more)
+        held.append(run.layers["layer 0"].recall.item())
+    assert held[0] == pytest.approx(held[1], abs=0.002)
+
+
 def test_a_dense_step_runs_in_low_precision_where_it_is_fastest(make_run, qkv, monkeypatch):
     run = make_run("DDS", precision="int8")
 

@@ -28,6 +28,9 @@ PRECISIONS = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
 WEIGHT_ERROR = 0.04
 # on the inputs themselves values err as much again, and FP8 scores too
 ERROR = {"int8": 0.06, "fp8": 0.1}
+# a GPU adds up FP8 products in few bits: on an H200 products of 128 e4m3 numbers were off by up to
+# 2^-11 of the largest of them, at any size of theirs; INT8 ones were exact
+FP8_SUMS = 2**-11
 
 
 def name(case):
@@ -55,7 +58,7 @@ def run(q, k, v, keep, block_q, block_k, scale, precision, key_bias=None):
 
 
 def of_quantised(q, k, v, scale, precision, key_bias=None, keep=None):
-    """(out, lse) in float64 of the numbers that the kernel multiplies."""
+    """(out, lse) in float64 of the numbers that the kernel multiplies, and what its lse may err."""
     B, H, Lq, D = q.shape
     Lk = k.shape[2]
     x = quantise(
@@ -69,7 +72,10 @@ def of_quantised(q, k, v, scale, precision, key_bias=None, keep=None):
     ln_2 = 0.6931471805599453
     q8, k8, v8 = q8[:, :, :Lq] * ln_2, k8[:, :, :Lk], v8[:, :, :Lk]
     out, lse = reference.attention(q8, k8, v8, 1.0, key_bias, keep)
-    return out, lse + x.q_shift[:, :, :Lq].double()
+    allowed = 1e-4
+    if precision == "fp8" and q.device.type == "cuda":
+        allowed += FP8_SUMS * (q8 @ k8.mT).abs().max().item()
+    return out, lse + x.q_shift[:, :, :Lq].double(), allowed
 
 
 def check(q, k, v, keep, block_q, block_k, precision, key_bias=None):
@@ -78,8 +84,8 @@ def check(q, k, v, keep, block_q, block_k, precision, key_bias=None):
     if keep is not None:
         tokens = expand_blocks(keep, block_q, block_k, q.shape[2], k.shape[2])
     out, lse = run(q, k, v, keep, block_q, block_k, scale, precision, key_bias)
-    exact, exact_lse = of_quantised(q, k, v, scale, precision, key_bias, tokens)
-    assert_within("lse", lse, exact_lse, 1e-4)
+    exact, exact_lse, allowed = of_quantised(q, k, v, scale, precision, key_bias, tokens)
+    assert_within("lse", lse, exact_lse, allowed)
     assert relative(out, exact) < WEIGHT_ERROR
     exact, _ = reference.attention(q, k, v, scale, key_bias, tokens)
     assert relative(out, exact) < ERROR[precision]
@@ -158,9 +164,9 @@ def with_tail(L, keep, block_q, bias):
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize("block_q, D", [(64, 64), (128, 128)])
-def test_a_tail_stands_for_what_is_skipped(block_q, D, precision, device):
-    B, H, L = 2, 2, 330
+@pytest.mark.parametrize("block_q, D, L", [(64, 64, 330), (128, 128, 330), (128, 64, 384)])
+def test_a_tail_stands_for_what_is_skipped(block_q, D, L, precision, device):
+    B, H = 2, 2
     q, k, v = reference.make(B, H, L, L, D, torch.bfloat16, device, "BLHD")
     order = reference.random_orders(B, H, L, device)
     mine = torch.zeros(B, L, device=device)
@@ -177,25 +183,28 @@ def test_a_tail_stands_for_what_is_skipped(block_q, D, precision, device):
     )
     assert out.transpose(1, 2).is_contiguous()
     out = out.gather(2, order.long()[..., None].expand_as(out))
-    exact, exact_lse = of_quantised(q, k, v, scale, precision, bias, read)
-    assert_within("lse", lse, exact_lse, 1e-4)
+    exact, exact_lse, allowed = of_quantised(q, k, v, scale, precision, bias, read)
+    assert_within("lse", lse, exact_lse, allowed)
     assert relative(out, exact) < WEIGHT_ERROR
     exact, _ = reference.attention(q, k, v, scale, bias, read)
     assert relative(out, exact) < ERROR[precision]
 
 
-def test_means_past_one_block_of_them_count(device):
+@pytest.mark.parametrize("block_q, D", [(64, 64), (128, 128)])
+def test_means_past_one_block_of_them_count(block_q, D, device):
     L = 64 * 65 + 5
-    q, k, v = reference.make(1, 1, 64, L, 64, torch.bfloat16, device)
+    q, k, v = reference.make(1, 1, 64, L, D, torch.bfloat16, device)
     order = torch.arange(L, device=device, dtype=torch.int32).expand(1, 1, L)
     k, v = arrange(k, order, means=True), arrange(v, order, means=True)
     keep = torch.zeros(1, 1, 1, 66, dtype=torch.bool, device=device)
     keep[..., [0, 40, 65]] = True
     bias, _ = plain_bias(1, L, torch.device(device))
-    options, read = with_tail(L, keep, 64, bias)
+    options, read = with_tail(L, keep, block_q, bias)
     read = read[:, :, :64]
-    out, lse = low_precision_attention(q, k, v, scale=0.3, precision="int8", **options)
-    exact, exact_lse = of_quantised(q, k, v, 0.3, "int8", bias, read)
+    out, lse = low_precision_attention(
+        q, k, v, scale=0.3, precision="int8", block_q=block_q, **options
+    )  # fmt: skip
+    exact, exact_lse, _ = of_quantised(q, k, v, 0.3, "int8", bias, read)
     assert_within("lse", lse, exact_lse, 1e-4)
     assert relative(out, exact) < WEIGHT_ERROR
 

@@ -26,7 +26,9 @@ def two_heads():
     generator = torch.Generator().manual_seed(0)
     sizes = LAYOUT.frames, LAYOUT.height, LAYOUT.width
     axes = torch.meshgrid(*(torch.arange(n) / n for n in sizes), indexing="ij")
-    waves = [f(a.flatten() * 6.28 * n / 2) for a in axes for n in (1, 2) for f in (torch.sin, torch.cos)]
+    waves = [
+        f(a.flatten() * 6.28 * n / 2) for a in axes for n in (1, 2) for f in (torch.sin, torch.cos)
+    ]
     around = torch.zeros(LAYOUT.tokens, 32)
     around[LAYOUT.before :][: LAYOUT.video, :12] = 4.5 * torch.stack(waves, -1)
     kind = torch.randint(0, 32, (LAYOUT.tokens,), generator=generator)

@@ -82,8 +82,13 @@ def test_values_come_back(offset, device):
 def test_only_a_mean_that_matters_is_taken_from_the_values(device):
     q, k, v = reference.make(1, 1, 4096, 4096, 64, torch.bfloat16, device)
     v[..., 3] += 2
+    v[..., 5] += 0.2
     mean = run(q, k, v).v_mean[0, 0]
-    assert mean[3] != 0 and (mean != 0).sum() == 1
+    assert mean[3] > 1.9 and mean[5] > 0.1 and (mean == 0).any()
+    # what is left is a number of as few bits as the values were
+    step = 2.0 ** v[0, 0].abs().amax(0).log2().floor() / 128
+    assert torch.equal(mean / step, (mean / step).round())
+    assert ((mean - v[0, 0].float().mean(0)).abs() <= step * 0.51).all()
 
 
 def test_key_order_is_how_ordered_values_lie(device):
@@ -129,5 +134,5 @@ def test_what_a_bias_hides_is_zero_and_not_counted(device):
     )
     assert (x.k[1, :, 20:150] == 0).all() and (values(x, B, H, D)[1, :, 20:150] == 0).all()
     seen = torch.cat([v[1:, :, :20], v[1:, :, 150:]], 2).double() + 9
-    assert torch.allclose(x.v_mean[1].double(), seen.mean((0, 2)), atol=0.02)
+    assert torch.allclose(x.v_mean[1].double(), seen.mean((0, 2)), atol=0.04)
     assert torch.isfinite(x.k_scale).all() and torch.isfinite(x.q_shift).all()

@@ -61,8 +61,8 @@ class Backend:
         blocks = {"block_q": block_q, "block_k": block_k}
         return out, lse, eager.block_masses(q, k, previous_lse, **blocks, **options)
 
-    def block_masses(self, *args, **options):
-        self._note("masses")
+    def block_masses(self, *args, int8=False, **options):
+        self._note("int8 masses" if int8 else "masses")
         return eager.block_masses(*args, **options)
 
     def sparse_attention(self, *args, **options):
@@ -279,11 +279,11 @@ def coarse(v):
 
 
 @pytest.mark.parametrize("block_size", ["64", "128x64"])
-def test_sparse_steps_alone_run_in_the_precision_that_was_asked_for(make_run, block_size):
+def test_sparse_steps_and_later_searches_run_in_the_precision_asked_for(make_run, block_size):
     run = make_run("DSsSs", Backend(one_pass=True), precision="int8", block_size=block_size)
     did = [attend(run, step, tensors(step))[1] for step in range(5)]
-    # whatever a search reads stays exact
-    assert did == [["dense"], ["dense with masses"], ["int8"], ["masses", "int8"], ["int8"]]
+    # whatever the first search reads stays exact
+    assert did == [["dense"], ["dense with masses"], ["int8"], ["int8 masses", "int8"], ["int8"]]
     config = run.state.config
     assert run.backend.asked == (config.block_q, config.block_k, "int8")
     q, k, v = tensors(4)
@@ -294,17 +294,17 @@ def test_sparse_steps_alone_run_in_the_precision_that_was_asked_for(make_run, bl
     assert_within("out", out, exact, 1e-5)
     statistics = run.state.statistics
     assert statistics.low_precision_calls == 4 and not statistics.not_low_precision
-    assert "Precision: 4 calls in int8" in statistics.lines()
+    text = "\n".join(statistics.lines())
+    assert "Precision: 4 calls in int8\nLater searches in int8: 1 calls" in text
+    assert statistics.as_dict()["low_precision_searches"] == 1
 
 
-def test_precision_does_not_change_what_a_search_selects(make_run):
-    masks = []
-    for precision in ("bf16", "fp8"):
-        run = make_run("SsSs", precision=precision)
-        for step in range(4):
-            attend(run, step, tensors(step))
-        masks.append(state_of(run).mask.bits)
-    assert torch.equal(*masks)
+def test_a_later_search_stays_exact_where_low_precision_is_not_to_be_had(make_run):
+    run = make_run("SsSs", precision="fp8")
+    run.backend.refuses = "needs compute capability 8.9 for fp8, got 8.0"
+    did = [attend(run, step, tensors(step))[1] for step in range(4)]
+    assert did[2] == ["masses", "sparse"] and run.state.statistics.low_precision_searches == 0
+    assert not any("Later searches" in line for line in run.state.statistics.lines())
 
 
 @pytest.mark.parametrize("precision", ["auto", "bf16"])
@@ -480,6 +480,17 @@ def test_out_of_memory_in_a_later_search_keeps_the_pattern(make_run):
     assert state_of(run).mask is old and state_of(run).lse is None
     assert attend(run, 1)[1] == ["sparse"], "does not try again in the same step"
     assert run.state.statistics.warnings == [f"{OUT_OF_MEMORY}: layer 3 kept its earlier pattern"]
+
+
+def test_out_of_memory_in_an_int8_search_measures_as_the_model_computes(make_run):
+    run = make_run("SsSs", precision="int8")
+    attend(run, 0)
+    run.backend.fails["int8 masses"] = torch.OutOfMemoryError("CUDA out of memory")
+    assert attend(run, 2)[1] == ["int8 masses", "masses", "int8"]
+    assert state_of(run).searched_at == 2
+    statistics = run.state.statistics
+    assert statistics.low_precision_searches == 0 and not statistics.warnings
+    assert statistics.not_low_precision == {OUT_OF_MEMORY: 1}
 
 
 def test_other_errors_are_not_swallowed(make_run):

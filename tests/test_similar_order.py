@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from sparse_attn import kernels
 from sparse_attn import similar_order as module
 from sparse_attn.similar_order import similar_order
 from sparse_attn.token_layout import TokenLayout
@@ -95,8 +96,35 @@ def test_bad_numbers_still_give_every_token_a_place(bad):
     assert torch.equal(order.sort(-1).values, everything)
 
 
+def apart(x, order):
+    """Mean square distance of tokens from the mean of their block."""
+    blocks = x.gather(2, order.long()[..., None].expand_as(x)).unflatten(2, (-1, 64)).float()
+    return float((blocks - blocks.mean(-2, keepdim=True)).square().sum(-1).mean())
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("dim", [64, 128])
+def test_kernels_find_blocks_as_alike_as_plain_torch_does(dim, monkeypatch):
+    layout = TokenLayout(0, 8, 16, 64)
+    kind = torch.randint(0, 32, (layout.tokens,))
+    q, k = (
+        (torch.randn(1, 4, 32, dim)[:, :, kind] + torch.randn(1, 4, layout.tokens, dim) / 2)
+        .bfloat16()
+        .cuda()
+        for _ in range(2)
+    )
+    assert kernels.kernel_for("halve", torch.zeros(1, 1, 40, device="cuda")) is not None
+    assert kernels.kernel_for("features", q, k, torch.zeros(1, 16, device="cuda")) is not None
+    order = similar_order(q, k, layout)
+    monkeypatch.setattr(kernels, "kernel_for", lambda *args: None)
+    plain = similar_order(q, k, layout)
+    # rounding tells near ties apart otherwise, and the next halves differ
+    assert apart(k, order) == pytest.approx(apart(k, plain), rel=0.02)
+    assert apart(q, order) == pytest.approx(apart(q, plain), rel=0.02)
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_two_runs_on_a_gpu_agree():
-    q, k = (x.cuda() for x in tensors(TokenLayout(0, 9, 30, 40), heads=8))
+    q, k = (x.cuda().bfloat16() for x in tensors(TokenLayout(0, 9, 30, 40), heads=8, dim=64))
     order = similar_order(q, k, TokenLayout(0, 9, 30, 40))
     assert torch.equal(order, similar_order(q, k, TokenLayout(0, 9, 30, 40)))

@@ -28,6 +28,20 @@ def found_by(layout, block_q, dtype=torch.float32):
     return masses, pooled, arranged, inputs, lse
 
 
+def for_kernel(layout, block_q, dim, dtype, device):
+    """What the kernel takes; the last mean key stands for more than its keys weigh."""
+    v = torch.randn(2, layout.tokens, 3, dim).add(0.5).to(dtype).transpose(1, 2)
+    arranged = eager.arrange(v, v, v, rods(layout, CPU).expand(2, 3, -1))
+    masses = torch.randn(2, 3, layout.num_blocks(block_q), layout.num_blocks(64)).exp()
+    pooled = masses * torch.rand_like(masses)
+    pooled[..., -1] *= 3
+    return tuple(x.to(device) for x in (masses, pooled, arranged.token_v, arranged.v_mean))
+
+
+def kernel(*tensors):
+    return pytest.importorskip("sparse_attn.kernels.tail_error").tail_error(*tensors)
+
+
 @pytest.mark.parametrize("block_q", [64, 128])
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda x: x.describe())
 @pytest.mark.parametrize("workspace", [1, 256 << 20], ids=["a head at a time", "all heads"])
@@ -87,6 +101,34 @@ def test_nan_stays_in_its_head():
     assert scores[1, 2, 3].isnan().any()
     scores[1, 2] = 0
     assert torch.isfinite(scores).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("block_q, dim", [(64, 128), (128, 64)])
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda x: x.describe())
+def test_the_kernel_matches_plain_torch(layout, block_q, dim, dtype, device):
+    masses, pooled, v, v_mean = for_kernel(layout, block_q, dim, dtype, device)
+    before, given = masses.clone(), pooled.clone()
+    plain = tail_error(masses.cpu(), pooled.cpu(), v.cpu(), v_mean.cpu())
+    scores = kernel(masses, given, v, v_mean)
+    # both subtract squares of distances, about 64 of them, in float32
+    assert_within("scores", scores.cpu(), plain.double(), 1e-3 * plain.max().item())
+    assert scores.data_ptr() == given.data_ptr() and torch.equal(masses, before)
+
+
+def test_nan_stays_in_its_row_in_the_kernel(device):
+    masses, pooled, v, v_mean = for_kernel(LAYOUTS[0], 64, 64, torch.bfloat16, device)
+    masses[1, 2, 3, 1] = float("nan")
+    scores = kernel(masses, pooled, v, v_mean)
+    assert scores[1, 2, 3].isnan().all()
+    scores[1, 2, 3] = 0
+    assert torch.isfinite(scores).all()
+
+
+def test_the_kernel_refuses_maps_it_cannot_write_to(device):
+    masses, pooled, v, v_mean = for_kernel(LAYOUTS[0], 64, 64, torch.bfloat16, device)
+    with pytest.raises(ValueError, match="needs float32 masses, and contiguous pooled ones"):
+        kernel(masses, pooled[..., ::2], v, v_mean)
 
 
 def test_deviation_is_that_of_the_values_in_a_block():

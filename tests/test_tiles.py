@@ -25,8 +25,10 @@ AMD_ARCHS = ("gfx942", "gfx1100")
 AMD_SHARED_MEMORY = 64 * 1024
 # the search with blocks of 128 spills on gfx1100 whatever the tile; it runs once or twice
 AMD_STACK_LIMIT = 512
-# kernels that multiply nothing
-NO_PRODUCTS = ("arrange", "top_blocks")
+# kernels without a product of matrices
+NO_PRODUCTS = ("arrange", "top_blocks", "deviation", "direction", "along", "sort", "take")
+# kernels that are the same on all cards
+NO_TILES = ("pooled", "arrange", "top blocks", "features", "halve", "tail error")
 
 
 class Processes:
@@ -164,11 +166,14 @@ def compile_only(arch):
         arrange,
         block_masses,
         dense_attention,
+        features,
+        halve,
         inputs,
         low_precision_attention,
         pooled_masses,
         quantise,
         sparse_attention,
+        tail_error,
         tiles,
         top_blocks,
         unpack_mask,
@@ -189,6 +194,9 @@ def compile_only(arch):
         "pooled": Compiled(pooled_masses._pooled_masses_kernel),
         "arrange": Compiled(arrange._arrange_kernel),
         "top_blocks": Compiled(top_blocks._top_blocks_kernel),
+        "features": Compiled(features._features_kernel),
+        "deviation": Compiled(tail_error._deviation_kernel),
+        "scores": Compiled(tail_error._scores_kernel),
         "low precision": Compiled(low_precision_attention._low_precision_attention_kernel),
         "quantise": Compiled(quantise._rows_kernel),
     }
@@ -204,6 +212,12 @@ def compile_only(arch):
     pooled_masses._pooled_masses_kernel = stands["pooled"]
     arrange._arrange_kernel = stands["arrange"]
     top_blocks._top_blocks_kernel = stands["top_blocks"]
+    features._features_kernel = stands["features"]
+    tail_error._deviation_kernel = stands["deviation"]
+    tail_error._scores_kernel = stands["scores"]
+    for name in ("direction", "along", "sort", "take"):
+        stands[name] = Compiled(getattr(halve, f"_{name}_kernel"))
+        setattr(halve, f"_{name}_kernel", stands[name])
     if arch == 90:
         from sparse_attn.kernels import (
             hopper_attention,
@@ -227,8 +241,11 @@ def call(kernel, B, H, L, D, block, bias=False, strided=False, **kwargs):
     from sparse_attn.kernels.arrange import arrange
     from sparse_attn.kernels.block_masses import block_masses
     from sparse_attn.kernels.dense_attention import dense_attention
+    from sparse_attn.kernels.features import features
+    from sparse_attn.kernels.halve import halve
     from sparse_attn.kernels.pooled_masses import pooled_masses
     from sparse_attn.kernels.sparse_attention import sparse_attention
+    from sparse_attn.kernels.tail_error import tail_error
     from sparse_attn.kernels.top_blocks import top_blocks
     from sparse_attn.kernels.unpack_mask import unpack_mask
 
@@ -259,13 +276,24 @@ def call(kernel, B, H, L, D, block, bias=False, strided=False, **kwargs):
         masses = torch.zeros(B, H, Nq, Nq)
         sinks = torch.zeros(Nq, dtype=torch.bool)
         top_blocks(masses, masses, torch.ones(B, H), sinks, sinks)
+    elif kernel == "features":
+        bases = torch.zeros(2, B, H, D), torch.zeros(2, B, H, D, 16)
+        features(q, q, *bases, torch.zeros(L, 8))
+    elif kernel == "halve":
+        # the most tokens that are sorted on chip, and one more
+        for tokens in (2048, 2049):
+            halve(torch.zeros(H, tokens, 40))
+    elif kernel == "tail error":
+        masses = torch.zeros(B, H, Nq, Nq)
+        tail_error(masses, masses.clone(), q, q[:, :, :Nq])
     elif kernel == "pooled":
         lse = torch.zeros(B, H, L)
         pooled_masses(q, q, torch.zeros(B, L), lse, block_q=block, scale=0.1)
     elif kernel == "dense":
         dense_attention(q, q, q, previous_lse=torch.zeros(B, H, L), **blocks, **kwargs)
-    elif kernel == "masses":
-        block_masses(q, q, torch.zeros(B, H, L), **blocks, **kwargs)
+    elif kernel in ("masses", "int8 masses"):
+        int8 = kernel == "int8 masses"
+        block_masses(q, q, torch.zeros(B, H, L), int8=int8, **blocks, **kwargs)
     else:
         unpack_mask(torch.zeros(B, H, Nq, -(-L // 8), dtype=torch.uint8), L)
 
@@ -308,15 +336,18 @@ def compile_all(arch):
 
     calls = [(name, 128, 64, False) for name in ("sparse", "dense")]
     if arch not in LIKE_OTHERS:
-        calls += [("masses", 128, 64, False), ("top blocks", 128, 64, False)]
+        calls += [(name, 128, 64, False) for name in ("features", "halve", "tail error")]
+        calls += [(x, 128, 64, False) for x in ("masses", "int8 masses", "top blocks")]
         calls += [("arrange", 128, block, False) for block in (64, 128)]
+    if arch == 90:
+        calls += [("int8 masses", 128, 64, True)]
     if arch in (90, 120):
         calls += [(name, 128, 128, True) for name in ("sparse", "dense")]
         calls += [(name, 128, block, False) for name in ("tail", "pooled") for block in (64, 128)]
     for kernel, D, block, bias in calls:
         call(kernel, 1, 2, 300, D, block, bias)
-        if arch == 90 and kernel not in ("pooled", "arrange", "top blocks"):
-            same = "sparse" if kernel == "tail" else kernel
+        if arch == 90 and kernel not in NO_TILES:
+            same = {"tail": "sparse", "int8 masses": "masses"}.get(kernel, kernel)
             call(kernel, 1, 2, 300, D, block, bias, tile=tiles.hopper_tile(same, block))
     if arch == 90:
         call("sparse", 1, 2, 300, 64, 64, tile=tiles.hopper_tile("sparse", 64))

@@ -5,7 +5,8 @@ from importlib import import_module
 
 NAMES = (
     "sparse_attention", "dense_attention", "block_masses", "unpack_mask",
-    "low_precision_attention", "arrange", "pooled_masses", "top_blocks",
+    "low_precision_attention", "arrange", "pooled_masses", "top_blocks", "features", "halve",
+    "tail_error",
 )  # fmt: skip
 
 
@@ -25,6 +26,15 @@ def available() -> dict:
     """{kernel name: its module, or the reason (str) why it cannot run here}."""
     modules = _modules()
     return dict.fromkeys(NAMES, modules) if isinstance(modules, str) else dict(modules)
+
+
+def kernel_for(name: str, *tensors):
+    """The module of a kernel if it serves these tensors, or None."""
+    # under Triton's interpreter kernels accept CPU tensors, for tests alone
+    if tensors[0].device.type != "cuda":
+        return None
+    kernel = available()[name]
+    return None if isinstance(kernel, str) or kernel.why_not(*tensors) else kernel
 
 
 def why_not(q, k, v, block_q: int, block_k: int) -> str | None:

@@ -1,7 +1,9 @@
 """Block masses from queries, keys and a cached LSE: the QK^T half of attention, nothing else.
 
 One program owns `TILE_Q` query rows of one head and walks all keys. Of each tile it keeps the sum
-of exp(score - lse) per block; no value is read, no score reaches memory.
+of exp(score - lse) per block; no value is read, no score reaches memory. The scores may be of INT8
+queries and keys, quantised as for attention: a mass then errs by 0.03 to 5 % of itself, as the data
+have it, and the choice of blocks holds the recall (tests/bench/bench_low_precision.py).
 """
 
 import torch
@@ -9,24 +11,28 @@ import triton
 import triton.language as tl
 
 from . import inputs, tiles
+from .low_precision_attention import eight_bit_scores
+from .quantise import TILE, quantise
 from .tile_ops import LOG2_E, load_rows, mask_scores, raw_scores, weights
 
 SIZES = [
     "stride_qb", "stride_qh", "stride_ql", "stride_kb", "stride_kh", "stride_kl",
-    "H", "Lq", "Lk", "Nk",
+    "H", "Lq", "Lk", "Nk", "num_rows",
 ]  # fmt: skip
 
+# keys that share a scale
+SCALED = tl.constexpr(TILE)
 # keeps a hopelessly stale LSE from turning a whole row into inf / inf
 MAX_MASS = tl.constexpr(1e30)
 
 
 @triton.jit
 def _store_tile(
-    b_q, k, p_masses, key_bias, b_lse, i_b, i_h, first, i_q, Nq, Nk,
+    b_q, b_scale, k, p_scale, p_masses, key_bias, b_lse, i_b, i_h, first, i_q, Nq, Nk,
     stride_kb, stride_kh, stride_kl, Lk, scale_log2,
     D: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, TILE_Q: tl.constexpr, TILE_K: tl.constexpr,
-    HAS_BIAS: tl.constexpr, TMA: tl.constexpr, RAGGED: tl.constexpr,
+    HAS_BIAS: tl.constexpr, INT8: tl.constexpr, TMA: tl.constexpr, RAGGED: tl.constexpr,
 ):  # fmt: skip
     """Masses of the key blocks of one tile."""
     ROWS: tl.constexpr = TILE_Q // BLOCK_Q
@@ -34,7 +40,12 @@ def _store_tile(
     # [TILE_K, D]
     b_k = load_rows(k, i_b, i_h, first, stride_kb, stride_kh, stride_kl, Lk, TILE_K, D, TMA, RAGGED)
     # [TILE_Q, TILE_K]
-    b_s = raw_scores(b_q, b_k)
+    if INT8:
+        o_tile = (first + tl.arange(0, TILE_K)) // SCALED
+        b_factor = tl.load(p_scale + o_tile, mask=o_tile < tl.cdiv(Lk, SCALED), other=0.0)
+        b_s = eight_bit_scores(b_q, b_k) * b_scale[:, None] * b_factor[None, :]
+    else:
+        b_s = raw_scores(b_q, b_k)
     b_s = mask_scores(
         b_s, scale_log2, key_bias, first, Lk, None, 0, 0, TILE_K, HAS_BIAS, False, RAGGED
     )
@@ -51,13 +62,13 @@ def _store_tile(
 
 @triton.jit(
     do_not_specialize=SIZES,
-    do_not_specialize_on_alignment=["lse", "key_bias", "masses"],
+    do_not_specialize_on_alignment=["lse", "key_bias", "q_scale", "q_shift", "k_scale", "masses"],
 )
 def _block_masses_kernel(
-    q, k, lse, key_bias, masses,
+    q, k, lse, key_bias, q_scale, q_shift, k_scale, masses,
     stride_qb, stride_qh, stride_ql,
     stride_kb, stride_kh, stride_kl,
-    H, Lq, Lk, Nk,
+    H, Lq, Lk, Nk, num_rows,
     scale_log2,
     D: tl.constexpr,
     BLOCK_Q: tl.constexpr,
@@ -65,6 +76,7 @@ def _block_masses_kernel(
     TILE_Q: tl.constexpr,
     TILE_K: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    INT8: tl.constexpr,
     TMA: tl.constexpr,
 ):  # fmt: skip
     num_q_tiles = tl.cdiv(Lq, TILE_Q)
@@ -81,6 +93,12 @@ def _block_masses_kernel(
 
     # rows past Lq and rows without a key have no mass
     b_lse = tl.load(lse + i_bh.to(tl.int64) * Lq + o_q, mask=o_q < Lq, other=float("inf"))
+    b_scale = b_lse  # not read
+    if INT8:
+        row = i_bh.to(tl.int64) * num_rows + o_q
+        b_lse -= tl.load(q_shift + row, mask=o_q < Lq, other=0.0)
+        b_scale = tl.load(q_scale + row, mask=o_q < Lq, other=0.0)
+        k_scale += i_bh.to(tl.int64) * tl.cdiv(Lk, SCALED)
     b_lse = tl.where(b_lse == float("-inf"), float("inf"), b_lse) * LOG2_E
     # [TILE_Q, D]
     b_q = load_rows(
@@ -89,20 +107,22 @@ def _block_masses_kernel(
     whole = Lk // TILE_K * TILE_K
     for first in tl.range(0, whole, TILE_K):
         _store_tile(
-            b_q, k, p_masses, key_bias, b_lse, i_b, i_h, first, i_q, Nq, Nk,
+            b_q, b_scale, k, k_scale, p_masses, key_bias, b_lse, i_b, i_h, first, i_q, Nq, Nk,
             stride_kb, stride_kh, stride_kl, Lk, scale_log2,
-            D, BLOCK_Q, BLOCK_K, TILE_Q, TILE_K, HAS_BIAS, TMA, RAGGED=False,
+            D, BLOCK_Q, BLOCK_K, TILE_Q, TILE_K, HAS_BIAS, INT8, TMA, RAGGED=False,
         )  # fmt: skip
     # at most one turn
     for first in tl.range(whole, Lk, TILE_K, num_stages=1):
         _store_tile(
-            b_q, k, p_masses, key_bias, b_lse, i_b, i_h, first, i_q, Nq, Nk,
+            b_q, b_scale, k, k_scale, p_masses, key_bias, b_lse, i_b, i_h, first, i_q, Nq, Nk,
             stride_kb, stride_kh, stride_kl, Lk, scale_log2,
-            D, BLOCK_Q, BLOCK_K, TILE_Q, TILE_K, HAS_BIAS, TMA, RAGGED=True,
+            D, BLOCK_Q, BLOCK_K, TILE_Q, TILE_K, HAS_BIAS, INT8, TMA, RAGGED=True,
         )  # fmt: skip
 
 
-def block_masses(q, k, lse, *, block_q, block_k, scale, key_bias=None, renormalise=True, tile=None):
+def block_masses(
+    q, k, lse, *, block_q, block_k, scale, key_bias=None, renormalise=True, int8=False, tile=None
+):
     """Softmax mass of every block pair: sum over its rows and keys of exp(score - lse).
 
     Args:
@@ -112,6 +132,7 @@ def block_masses(q, k, lse, *, block_q, block_k, scale, key_bias=None, renormali
         key_bias: [B, Lk] float32 added to the scaled scores, or None.
         renormalise: make every block row sum to its number of query rows; needed when the LSE is
             of an earlier step, harmless when it is exact.
+        int8: quantise q and k: faster, and the masses less exact.
         tile: a `tiles.Tile` in place of the table's, for benchmarks.
 
     Returns:
@@ -127,26 +148,36 @@ def block_masses(q, k, lse, *, block_q, block_k, scale, key_bias=None, renormali
     masses = empty_masses(q, k, block_q, block_k, tile)
     if masses.numel() == 0:
         return masses
-    if tile.hopper:
-        from . import hopper_block_masses
-
-        with inputs.on_device(q):
-            hopper_block_masses.launch(q, k, lse, masses, scale=scale, tile=tile, key_bias=key_bias)
-        return finished(masses, Lq, block_q, block_k, tile, renormalise)
+    scale, scales = float(scale), (None, None, None)
     with inputs.on_device(q):
+        if int8:
+            x = quantise(
+                q, k, None, scale=scale, dtype=torch.int8, values=False, ordered=False,
+                key_bias=key_bias,
+            )  # fmt: skip
+            # these make scores units of log2
+            q, k, scales, scale = x.q, x.k, (x.q_scale, x.q_shift, x.k_scale), 1 / LOG2_E.value
+        if tile.hopper:
+            from . import hopper_block_masses
+
+            hopper_block_masses.launch(
+                q, k, lse, masses, Lk, scale=scale, scales=scales, tile=tile, key_bias=key_bias
+            )
+            return finished(masses, Lq, block_q, block_k, tile, renormalise)
         _block_masses_kernel[(B * H * triton.cdiv(Lq, tile.tile_q),)](
             inputs.source(q, tile.tile_q, tile.tma),
             inputs.source(k, tile.tile_k, tile.tma),
-            lse, key_bias, masses,
+            lse, key_bias, *scales, masses,
             *inputs.row_strides(q), *inputs.row_strides(k),
-            H, Lq, Lk, masses.shape[-1],
-            float(scale) * LOG2_E.value,
+            H, Lq, Lk, masses.shape[-1], q.shape[2],
+            scale * LOG2_E.value,
             D=D,
             BLOCK_Q=block_q,
             BLOCK_K=tile.mass_block(block_q, block_k)[1],
             TILE_Q=tile.tile_q,
             TILE_K=tile.tile_k,
             HAS_BIAS=key_bias is not None,
+            INT8=int8,
             TMA=tile.tma,
             num_warps=tile.num_warps,
             num_stages=tile.num_stages,

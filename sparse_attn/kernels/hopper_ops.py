@@ -69,17 +69,21 @@ def wait_for(bars, turn, STAGES: gl.constexpr, needed=True):
 @gluon.jit
 def start_scores(b_q, tile, D: gl.constexpr, S: gl.constexpr):
     """Start the product of the queries with one tile of keys."""
-    b_zero = gl.zeros([TILE, TILE], gl.float32, S)
+    ACC: gl.constexpr = gl.int32 if b_q.dtype == gl.int8 else gl.float32
+    b_zero = gl.zeros([TILE, TILE], ACC, S)
     keys = tile.reshape([TILE, D]).permute((1, 0))
     return warpgroup_mma(b_q, keys, b_zero, use_acc=False, is_async=True)
 
 
 @gluon.jit
 def add_bias(b_s, p_bias, first, o_k, Lk, scale_log2):
-    """Unscaled scores of the tile at `first` with their bias; keys past Lk get -inf."""
+    """Unscaled scores of the tile at `first` with their bias; keys past Lk get -inf.
+
+    `scale_log2` makes scores units of log2: one number, or one a row, [64, 1].
+    """
     o_k += first
     b_bias = gl.load(p_bias + o_k, mask=o_k < Lk, other=float("-inf"))
-    return b_s + (b_bias * (LOG2_E / scale_log2))[None, :]
+    return b_s + b_bias[None, :] * (LOG2_E / scale_log2)
 
 
 @gluon.jit

@@ -12,6 +12,16 @@ BLOCK_SIZES = (64, 128)
 INTERPRETED = triton.knobs.runtime.interpret
 
 
+def why_not_device(x: torch.Tensor) -> str | None:
+    """Reason why no kernel runs where x is, or None."""
+    if x.device.type != "cuda":
+        return None if INTERPRETED else f"needs a CUDA tensor, got {x.device.type}"
+    major, minor = torch.cuda.get_device_capability(x.device)
+    if torch.version.hip is None and major < 8:
+        return f"needs compute capability 8.0 or newer, got {major}.{minor}"
+    return None
+
+
 def why_not_tensors(*tensors: torch.Tensor) -> str | None:
     """Reason why [B, H, L, D] tensors cannot be served, or None."""
     first = tensors[0]
@@ -22,16 +32,13 @@ def why_not_tensors(*tensors: torch.Tensor) -> str | None:
             return f"needs [B, H, L, D] tensors, got {x.ndim} dimensions"
         if x.shape[:2] != first.shape[:2] or x.shape[-1] != first.shape[-1]:
             return "needs q, k and v with the same batch, heads and head_dim"
-    if first.device.type != "cuda" and not INTERPRETED:
-        return f"needs a CUDA tensor, got {first.device.type}"
+    reason = why_not_device(first)
+    if reason is not None:
+        return reason
     if first.dtype not in DTYPES:
         return f"needs float16 or bfloat16, got {str(first.dtype).removeprefix('torch.')}"
     if first.shape[-1] not in HEAD_DIMS:
         return f"needs head_dim 64 or 128, got {first.shape[-1]}"
-    if first.device.type == "cuda":
-        major, minor = torch.cuda.get_device_capability(first.device)
-        if torch.version.hip is None and major < 8:
-            return f"needs compute capability 8.0 or newer, got {major}.{minor}"
     return None
 
 

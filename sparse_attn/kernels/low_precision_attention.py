@@ -26,7 +26,7 @@ SIZES = [
 
 
 @triton.jit
-def _scores(b_q, b_k):
+def eight_bit_scores(b_q, b_k):
     """[Q, K] products in float32."""
     b_k = tl.trans(b_k)
     if INTERPRETED:
@@ -51,7 +51,7 @@ def _attend_tile(
     first = tile * TILE
     # the keys are padded
     b_k = tl.load(p_k + (first + o_t)[:, None] * D + o_d[None, :])
-    b_s = _scores(b_q, b_k) * (b_scale * tl.load(p_k_scale + tile))[:, None]
+    b_s = eight_bit_scores(b_q, b_k) * (b_scale * tl.load(p_k_scale + tile))[:, None]
     # they are scaled already
     b_s = mask_scores(
         b_s, 1.0, p_bias, first, Lk, p_listed, num_listed * TILE, num_listed,

@@ -140,8 +140,12 @@ def _finish_kernel(
         b_mean = _mean(v_sums + o_in, D)
         b_low = tl.min(tl.load(v_sums + o_in + D), 0)
         b_high = tl.max(tl.load(v_sums + o_in + 2 * D), 0)
-        # a mean finer than the values' own steps would come back without ever having left
-        b_mean = tl.where(tl.abs(b_mean) * 32 > b_high - b_low, b_mean, 0.0)
+        # in steps that all the values share, so that what is left lies between two numbers of FP8
+        # as it did, and ties go either way; a mean finer than that would come back without ever
+        # having left
+        b_top = tl.maximum(b_high, -b_low)
+        b_step = (b_top.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True) / 128
+        b_mean = tl.where(b_step > 0, tl.floor(b_mean / b_step + 0.5) * b_step, 0.0)
         b_range = tl.maximum(b_high - b_mean, b_mean - b_low)
         b_scale = tl.where(b_range > 0, b_range / LARGEST_FP8, 1.0)
         tl.store(v_mean + i_bh * D + o_d, b_mean)
@@ -201,7 +205,10 @@ def _rows_kernel(
         if KEYS:
             m_l = _visible(key_bias, i_bh, H, o_l, L, HAS_BIAS)
             b_x = tl.where(m_l[:, None], b_x - b_mean[None, :], 0.0)
-            b_x, b_scale = _eight_bits(b_x, tl.max(tl.abs(b_x)), out.dtype.element_ty)
+            # a maximum passes NaN over, and integers have none: the scale must tell
+            spoilt = tl.sum(tl.sum((b_x != b_x).to(tl.int32), 1), 0) > 0
+            b_largest = tl.where(spoilt, float("nan"), tl.max(tl.abs(b_x)))
+            b_x, b_scale = _eight_bits(b_x, b_largest, out.dtype.element_ty)
             p_scale = scale_out + i_bh * (num_rows // TILE) + i_l
             tl.store(p_scale, b_scale * scale, mask=i_l * TILE < num_rows)
         else:

@@ -4,12 +4,15 @@ Scores stay in units of log2 inside a kernel: they are scaled by `scale * log2(e
 weight is one `exp2` of one fused multiply-add.
 """
 
+import torch
 import triton
 import triton.language as tl
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+# float32 products on tensor cores, as precise as float32: each number in three parts
+FLOAT32 = tl.constexpr("ieee" if torch.version.hip else "tf32x3")
 
 
 @triton.jit

@@ -50,6 +50,7 @@ SHARED_MEMORY = {
 #   masses: 3 consumers with two tiles in turn 146.5; 4 with one tile 144.1 and 143.9, but then
 #   Triton 3.9 spills; 2 with two pairs of tiles 162.3 and 159.9. A quarter of the exponentials as a
 #   polynomial: 153.2 instead of 144.1
+#   masses from INT8: 4 consumers 114.8, 3 of them 120.2; every eighth exponential as a polynomial 116.1
 #   low precision, INT8 scores, 1.28 for quantising not included: sparse at 0.2 39.2, 64 rows 44.6,
 #   dense 196.5; with P V summed in float32 48.2, 54.4 and 232.8; two consumers that exponentiate by
 #   turns 41.8, 45.6 and 196.5. Leaving all exponentials out would save 7 %: it draws 684 of 700 W

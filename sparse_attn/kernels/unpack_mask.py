@@ -80,6 +80,4 @@ def why_not(bits: torch.Tensor, num_k: int) -> str | None:
         return f"needs uint8 bits [B, H, Nq, bytes], got {bits.dtype} with {bits.ndim} dimensions"
     if bits.shape[-1] != triton.cdiv(num_k, 8):
         return f"needs {triton.cdiv(num_k, 8)} bytes for {num_k} key blocks, got {bits.shape[-1]}"
-    if bits.device.type != "cuda" and not inputs.INTERPRETED:
-        return f"needs a CUDA tensor, got {bits.device.type}"
-    return None
+    return inputs.why_not_device(bits)

@@ -1,10 +1,12 @@
-"""Time and check attention in eight bits, quantisation included, on HunyuanVideo's 720p shape.
+"""Time and check attention and block masses in eight bits, quantisation included, on HunyuanVideo's
+720p shape.
 
     python tests/bench/bench_low_precision.py --out results.json
 
 Random bfloat16 tensors; medians of `triton.testing.do_bench`. Errors are relative L2 against float64
 on a few query blocks, beside those of an emulated SageAttention 2: INT8 with a scale per block (q in
 groups of 32 rows, keys less their mean in blocks of 64), weights and values e4m3, a scale per channel.
+Masses: the share of exact mass that the blocks hold which they choose, beside those of bfloat16 masses.
 """
 
 import argparse
@@ -53,6 +55,7 @@ def times():
         "cudnn_ms": cudnn,
         "quantise_ms": median_ms(lambda: quantise.quantise(q, k, v, **options)),
         "int8_dense_ms": median_ms(lambda: attend("int8", q, k, v)),
+        **masses_ms(q, k),
         "rows": [],
     }
     for density in (0.2, 0.1, 0.05):
@@ -79,6 +82,18 @@ def times():
             found["rows"].append(row)
             print(row, flush=True)
     return found
+
+
+def masses_ms(q, k):
+    # about what the rows of such data have
+    lse = torch.full(q.shape[:3], 12.2, device=DEVICE)
+    options = {"block_q": 64, "block_k": 64, "scale": SCALE}
+    return {
+        f"{name}_masses_ms": median_ms(
+            lambda int8=int8: triton_backend.block_masses(q, k, lse, int8=int8, **options)
+        )
+        for name, int8 in (("bf16", False), ("int8", True))
+    }
 
 
 DATA = ("plain", "offset, 3 channels x4", "offset, x10 in different channels",
@@ -155,14 +170,53 @@ def errors(kind, heads, tokens, density):
     return {name: round(value, 4) for name, value in sums.items()}
 
 
+def like_a_video(kind, tokens, share=1):
+    """`data` with a part that neighbours share, as tokens of a video do."""
+    q, k, v = data(kind, CHECKED[0], tokens)
+    smooth = tensors(CHECKED[0], tokens // 512, seed=6)
+    for x, y in zip((q, k, v), smooth, strict=True):
+        x += share * y.repeat_interleave(512, 2).bfloat16()
+    return q, k, v
+
+
+def exact_masses(q, k):
+    """Block masses and LSE in float32."""
+    B, H, L, _ = q.shape
+    masses = torch.empty(B, H, L // 64, L // 64, device=DEVICE)
+    lse = torch.empty(B, H, L, device=DEVICE)
+    for head in range(H):
+        for first in range(0, L, 4096):
+            rows = slice(first, first + 4096)
+            s = q[0, head, rows].float() @ k[0, head].float().T * SCALE
+            lse[0, head, rows] = s.logsumexp(-1)
+            p = s.sub_(lse[0, head, rows, None]).exp_().view(64, 64, L // 64, 64)
+            masses[0, head, first // 64 : first // 64 + 64] = p.sum((1, 3))
+    return masses, lse
+
+
+def recalls(kind, share):
+    """Recall of the blocks that either kind of masses chooses, by density, and the worst head's loss."""
+    q, k, _ = like_a_video(kind, CHECKED[1], share)
+    exact, lse = exact_masses(q, k)
+    options = {"block_q": 64, "block_k": 64, "scale": SCALE}
+    found = {"data": kind, "shared_by_neighbours": share}
+    masses = [triton_backend.block_masses(q, k, lse, int8=x, **options) for x in (False, True)]
+    for density in (0.2, 0.1):
+        count = round(density * exact.shape[-1])
+        bf16, int8 = (
+            exact.gather(-1, x.topk(count, -1).indices).sum((0, 2, 3)) / exact.sum((0, 2, 3))
+            for x in masses
+        )
+        found[f"bf16_{density}"] = round(bf16.mean().item(), 5)
+        found[f"int8_{density}"] = round(int8.mean().item(), 5)
+        found[f"worst_{density}"] = round((bf16 - int8).max().item(), 5)
+    return found
+
+
 def tail_errors(kind):
     """Relative errors of a call with a pooled tail, of a video whose neighbours are alike."""
     layout = TokenLayout(0, 8, 64, 64)
-    q, k, v = data(kind, CHECKED[0], layout.tokens)
-    # a part that neighbours share, so that means are not lost among the tokens
-    smooth = tensors(CHECKED[0], layout.tokens // 512, seed=6)
-    for x, y in zip((q, k, v), smooth, strict=True):
-        x += y.repeat_interleave(512, 2).bfloat16()
+    q, k, v = like_a_video(kind, layout.tokens)
     order = torch.arange(layout.tokens, device=DEVICE, dtype=torch.int32).expand(q.shape[:3])
     moved = triton_backend.arrange(q, k, v, order)
     N = moved.blocks
@@ -206,7 +260,8 @@ def main():
     ]
     checks.append({"data": "plain", "tokens": 118784, **errors("plain", 4, 118784, None)})
     with_tail = [{"data": kind, **tail_errors(kind)} for kind in DATA]
-    for check in (*checks, *with_tail):
+    of_masses = [recalls(kind, share) for kind in DATA[:4] for share in (0, 1, 2)]
+    for check in (*checks, *with_tail, *of_masses):
         print(check, flush=True)
     result = {
         "what": f"low-precision attention, {HEADS} heads x {LAYOUT.tokens:,} tokens x {DIM}; "
@@ -214,6 +269,7 @@ def main():
         **times(),
         "errors": checks,
         "errors_with_tail": with_tail,
+        "recall_of_masses": of_masses,
         **facts(),
     }
     options.out.write_text(json.dumps(result, indent=1) + "\n")

@@ -1,0 +1,84 @@
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from sparse_attn.kernels import halve as module
+from sparse_attn.kernels import kernel_for
+from sparse_attn.kernels.halve import MAX_FEATURES, halve
+from sparse_attn.similar_order import _Halving
+
+CASES = [
+    # heads, tokens, features
+    (2, 64, 35),  # one block: nothing to halve
+    (1, 150, 40),  # ragged; a node of one block beside a node of two
+    (2, 64 * 4, 3),  # nothing ragged
+]
+
+
+def made(heads, tokens, number, device="cpu"):
+    """Features that fall off, so that nodes have one leading direction."""
+    return (torch.randn(heads, tokens, number) * 0.9 ** torch.arange(number)).to(device)
+
+
+def everything(order):
+    return torch.arange(order.shape[1], dtype=torch.int32, device=order.device).expand_as(order)
+
+
+def spread(features, order):
+    """Mean square distance of features from their block's mean."""
+    moved = features.gather(1, order.long()[..., None].expand_as(features))
+    apart = [x - x.mean(1, keepdim=True) for x in moved.split(64, 1)]
+    return torch.cat(apart, 1).square().sum(-1).mean()
+
+
+def agree(features):
+    """The kernel and plain torch: equal but for numbers that rounding brings out of order."""
+    order, plain = halve(features), _Halving(features.shape[1], features.device).order(features)
+    assert order.dtype == torch.int32 and torch.equal(order.sort(-1).values, everything(order))
+    assert (order == plain).float().mean() > 0.97
+    assert float(spread(features, order) / spread(features, plain)) == pytest.approx(1, abs=0.01)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda c: "h{}-V{}-F{}".format(*c))
+def test_matches_plain_torch(case, device):
+    agree(made(*case, device))
+
+
+# a sequence whose nodes differ in size at every level; torch sorts where the chip does not
+@pytest.mark.parametrize("tokens", [64 * 11 + 3, 64 * 16])
+def test_matches_plain_torch_where_nodes_are_large(tokens, device, monkeypatch):
+    monkeypatch.setattr(module, "SORTED", 64)
+    agree(made(2, tokens, 35, device))
+
+
+def test_equal_tokens_keep_their_order(device):
+    order = halve(torch.ones(1, 150, 5, device=device))
+    assert torch.equal(order, everything(order))
+
+
+@pytest.mark.filterwarnings("ignore:overflow", "ignore:invalid value")
+@pytest.mark.parametrize("on_chip", [True, False])
+def test_numbers_that_overflow_still_give_every_token_a_place(on_chip, device, monkeypatch):
+    monkeypatch.setattr(module, "SORTED", 2048 if on_chip else 64)
+    features = made(1, 150, 5, device)
+    features[0, ::3] *= 1e37
+    order = halve(features)
+    assert torch.equal(order.sort(-1).values, everything(order))
+
+
+def test_a_second_call_gives_the_same_order(device):
+    features = made(2, 64 * 40 if device.type == "cuda" else 150, 35, device)
+    assert torch.equal(halve(features), halve(features))
+
+
+def test_serves_gpus_alone():
+    """Interpreted kernels take tensors of a CPU too, but hours for those of a video."""
+    features = made(1, 150, 5)
+    assert module.why_not(features) is None or torch.cuda.is_available()
+    assert kernel_for("halve", features) is None
+
+
+def test_refuses_more_features_than_a_program_holds(device):
+    with pytest.raises(ValueError, match="needs at most 64 features, got 65"):
+        halve(torch.zeros(1, 70, MAX_FEATURES + 1, device=device))
