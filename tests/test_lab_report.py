@@ -87,6 +87,16 @@ def test_report_pairs_seeds_and_finds_equal_time(tmp_path):
     assert "-0.250 ± 0.144" in report.tasks(data)
 
 
+def test_recall_by_step_is_a_mean_over_the_layers(tmp_path):
+    data = results(tmp_path / "lab.json", [(PAPER.name, 0.2, {}, 0.0), ("other", 0.2, {}, 1.0)])
+    assert report.recalls(data) == ""
+    row = data["rows"]["20", 0.2, PAPER.name]["a"]
+    row["recall_by_step_and_layer"] = {"3": [0.5, 0.7], "11": [0.25, 0.5]}
+    head, _, *lines = report.recalls(data).splitlines()
+    assert head == "| rule | model | 3 | 11 |"
+    assert lines == [f"| {PAPER.name} | a | 0.600 | 0.375 |"]
+
+
 def test_plot_is_well_formed_and_shows_every_point():
     curves = {"a & b": [(0.1, 20.0), (0.2, 25.0)], "c": [(0.1, 19.0), (0.2, 22.0)]}
     root = ElementTree.fromstring(svg.lines(curves, "density", "PSNR", "title"))
@@ -128,7 +138,7 @@ def test_a_run_costs_its_dense_steps_searches_and_sparse_steps():
     steps = json.loads(cost.STEPS_BENCH.read_text())["variants"]["bf16, 128x64, pooled tail"]
     steps = steps["step_seconds"]
     sparse = (seconds["one"] - steps["dense"] - steps["search"]) / 6
-    assert seconds["two"] - seconds["one"] == pytest.approx(steps["search_again"] - sparse)
+    assert seconds["two"] - seconds["one"] == pytest.approx(steps["search_again"] - steps["sparse"])
     assert seconds["later"] - seconds["one"] == pytest.approx(steps["dense"] - sparse)
     calls = [cost.call_ms(one.but("x", density=d), extras) for d in (0.2, 0.35)]
     more = 6 * cost.LAYERS * (calls[1] - calls[0]) / 1000

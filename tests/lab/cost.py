@@ -87,12 +87,14 @@ def run_seconds(rule: Rule, schedule: str, extras) -> float | None:
     seconds = measured["bf16, 128x64" + (", pooled tail" if tail else "")]["step_seconds"]
     known = Rule("measured", block_q=128)
     known = known.but("measured", order="rods", tail="pooled") if tail else known
-    sparse = seconds["sparse"] + LAYERS * (now - call_ms(known, extras)) / 1000
+    moved = LAYERS * (now - call_ms(known, extras)) / 1000
     steps, first = first_search(rule, schedule)
     again = sum(first < step < steps for step in {round(share * steps) for share in rule.again})
     search = seconds["dense" if rule.every_step else "search"]
     rest = steps - first - 1 - again
-    return first * seconds["dense"] + search + again * seconds["search_again"] + rest * sparse
+    # a later search answers its step with a sparse call too
+    sparse = again * (seconds["search_again"] + moved) + rest * (seconds["sparse"] + moved)
+    return first * seconds["dense"] + search + sparse
 
 
 def dense_seconds(schedule: str) -> float:
