@@ -299,6 +299,16 @@ def test_sparse_steps_and_later_searches_run_in_the_precision_asked_for(make_run
     assert statistics.as_dict()["low_precision_searches"] == 1
 
 
+def test_precision_does_not_change_what_the_first_search_selects(make_run):
+    masks = []
+    for precision in ("bf16", "int8", "fp8"):
+        run = make_run("DSs", precision=precision)
+        for step in range(3):
+            attend(run, step, tensors(step))
+        masks.append(state_of(run).mask.bits)
+    assert all(torch.equal(masks[0], mask) for mask in masks[1:])
+
+
 def test_a_later_search_stays_exact_where_low_precision_is_not_to_be_had(make_run):
     run = make_run("SsSs", precision="fp8")
     run.backend.refuses = "needs compute capability 8.9 for fp8, got 8.0"

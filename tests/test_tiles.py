@@ -347,7 +347,9 @@ def compile_all(arch):
     for kernel, D, block, bias in calls:
         call(kernel, 1, 2, 300, D, block, bias)
         if arch == 90 and kernel not in NO_TILES:
-            same = {"tail": "sparse", "int8 masses": "masses"}.get(kernel, kernel)
+            same = "sparse" if kernel == "tail" else kernel
+            if kernel == "int8 masses" and bias:
+                same = "masses"
             call(kernel, 1, 2, 300, D, block, bias, tile=tiles.hopper_tile(same, block))
     if arch == 90:
         call("sparse", 1, 2, 300, 64, 64, tile=tiles.hopper_tile("sparse", 64))

@@ -144,7 +144,9 @@ def block_masses(
     q, k = inputs.aligned(q), inputs.aligned(k)
     key_bias = inputs.checked_bias(key_bias, B, Lk)
     lse = inputs.checked_lse(lse, q)
-    tile = tile or tiles.choose("masses", q, block_q, block_k)
+    # a bias takes the registers that INT8 leaves
+    kernel = "int8 masses" if int8 and key_bias is None else "masses"
+    tile = tile or tiles.choose(kernel, q, block_q, block_k)
     masses = empty_masses(q, k, block_q, block_k, tile)
     if masses.numel() == 0:
         return masses

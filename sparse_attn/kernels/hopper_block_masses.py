@@ -285,16 +285,14 @@ def launch(q, k, lse, masses, Lk, *, scale, scales, tile, key_bias=None):
         scales: its q_scale, q_shift and k_scale, or None three times.
     """
     B, H, Lq = lse.shape
-    # INT8 queries leave registers for one more, if there is no bias to add
-    consumers = 4 if scales[0] is not None and key_bias is None else 3
-    Nq = triton.cdiv(Lq, consumers * TILE.value)
+    Nq = triton.cdiv(Lq, tile.tile_q)
     hopper_block_masses_kernel[(B * H * Nq,)](
         source(q), source(k), lse, key_bias, bias_tiles(key_bias), *scales, masses,
         H, Lq, Lk, Nq, masses.shape[-1], q.shape[2],
         scale * LOG2_E.value,
         D=q.shape[-1],
         HAS_BIAS=key_bias is not None,
-        CONSUMERS=consumers,
+        CONSUMERS=tile.tile_q // TILE.value,
         STAGES=tile.num_stages,
         num_warps=4,
     )  # fmt: skip

@@ -24,7 +24,8 @@ class Tile:
         return (64, 64) if self.hopper else (block_q, min(block_k, 2 * self.tile_k))
 
 
-KERNELS = ("sparse", "dense", "masses")
+# block masses, which INT8 queries leave more registers to than bfloat16 ones
+MASSES = ("masses", "int8 masses")
 
 # largest shared memory of one program, bytes
 SHARED_MEMORY = {
@@ -56,8 +57,10 @@ SHARED_MEMORY = {
 #   turns 41.8, 45.6 and 196.5. Leaving all exponentials out would save 7 %: it draws 684 of 700 W
 def hopper_tile(kernel: str, block_q: int) -> Tile:
     """The tile of the Gluon kernels."""
-    if kernel == "masses":
-        return Tile(192, 64, 4, 4, tma=True, hopper=True)
+    if kernel in MASSES:
+        # 64 rows a consumer
+        rows = 192 if kernel == "masses" else 256
+        return Tile(rows, 64, 4, 4, tma=True, hopper=True)
     if kernel == "sparse" and block_q == 64:
         return Tile(64, 64, 4, 3, tma=True, hopper=True)
     return Tile(128, 64, 4, 6, tma=True, hopper=True)
@@ -71,7 +74,7 @@ def hopper_tile(kernel: str, block_q: int) -> Tile:
 def tile_for(kernel: str, capability: tuple[int, int], D: int, block_q: int, block_k: int) -> Tile:
     """The tile that the plain Triton `kernel` uses on a card of this compute capability."""
     tma = capability[0] in (9, 10)
-    if kernel == "masses":
+    if kernel in MASSES:
         return Tile(128, 128 if block_k == 128 else 64, 8, 3 if tma else 2, tma)
     warps = 4 if block_q == 64 else 8
     if tma and block_q == 128:
@@ -85,7 +88,7 @@ def amd_tile(kernel: str, arch: str, D: int, block_q: int, block_k: int) -> Tile
     """The tile of the plain Triton `kernel` on an AMD card such as "gfx942" or "gfx1100"."""
     if arch.startswith("gfx9"):
         return tile_for(kernel, (8, 0), D, block_q, block_k)
-    if kernel == "masses":
+    if kernel in MASSES:
         return Tile(block_q, block_k, 16, 1)
     return Tile(block_q, 16, 8 if block_q == 64 else 16, 1)
 
