@@ -71,11 +71,16 @@ class DenseChoice:
         measured = self._measure(q, k, v, candidates)
         return clearly_fastest(measured)
 
+    def choose_with_lse(
+        self, backend: ModuleType, q, k, v, *, scale: float, precision: str | None = None
+    ) -> str:
+        """Name the fastest candidate that yields an LSE, which the host does not."""
+        return clearly_fastest(self._measure(q, k, v, self._candidates(backend, scale, precision)))
+
     def with_lse(self, backend: ModuleType, q, k, v, *, scale: float, key_bias=None):
-        """Run the fastest candidate that yields an LSE: out [B, H, L, D], lse [B, H, L]."""
-        candidates = self._candidates(backend, scale)
+        """Run the fastest exact one of them: out [B, H, L, D], lse [B, H, L]."""
         competes = key_bias is None and cudnn_serves(q)
-        if competes and clearly_fastest(self._measure(q, k, v, candidates)) == "cudnn":
+        if competes and self.choose_with_lse(backend, q, k, v, scale=scale) == "cudnn":
             return torch_cudnn(q, k, v, scale)
         return backend.dense_attention(q, k, v, scale=scale, key_bias=key_bias)[:2]
 

@@ -1,6 +1,7 @@
 """The dense steps of a run: who serves a call, in which precision, and how long it took."""
 
 from collections.abc import Callable
+from types import ModuleType
 
 import torch
 
@@ -61,3 +62,24 @@ class DenseSteps:
                 return choice.run(name, backend, q, k, v, scale=scale)
             found = wish.attend(backend, q, k, v, scale=scale)
             return None if found is None else found[0]
+
+    def serve_with_lse(
+        self, backend: ModuleType, q, k, v, *, scale, key_bias=None, low_precision=True
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Serve the dense call before a search, which needs the call's LSE.
+
+        Returns:
+            out [B, H, L, D], lse [B, H, L].
+        """
+        choice, wish = self.choice, self.low_precision
+        found = None
+        with self.timed("dense", q):
+            if choice.has_candidates(backend, key_bias) and wish.serves(
+                backend, q, k, v, allowed=low_precision
+            ):
+                name = choice.choose_with_lse(
+                    backend, q, k, v, scale=scale, precision=wish.precision
+                )
+                if name not in EXACT:
+                    found = wish.attend(backend, q, k, v, scale=scale)
+            return found or choice.with_lse(backend, q, k, v, scale=scale, key_bias=key_bias)

@@ -116,10 +116,10 @@ class RunState:
             return call.dense(q, k, v)
 
     def _dense_with_lse(self, call, state, q, k, v):
-        with self.timed("dense", q):
-            out, lse = self.dense_choice.with_lse(
-                state.backend, q, k, v, scale=call.scale, key_bias=call.key_bias
-            )
+        out, lse = self.dense_steps.serve_with_lse(
+            state.backend, q, k, v, scale=call.scale, key_bias=call.key_bias,
+            low_precision=call.low_precision,
+        )  # fmt: skip
         with self.outlives_block():
             state.lse = self.cache.keep(lse)
         self.layers.count_held()

@@ -278,11 +278,35 @@ def coarse(v):
     return (v * 4).round() / 4
 
 
+@pytest.fixture
+def make_fastest(monkeypatch):
+    """make_fastest(run, name): that candidate is the fastest of the run's dense attentions."""
+
+    def make(run, fastest):
+        choice = run.state.dense_choice
+
+        def measure(q, k, v, candidates):
+            return {name: 1.0 if name == fastest else 2.0 + (name == "host") for name in candidates}
+
+        monkeypatch.setattr(choice, "_measure", measure)
+        monkeypatch.setattr(choice, "_candidates", partial(without_cudnn, choice))
+
+    return make
+
+
+def without_cudnn(choice, backend, scale, precision=None):
+    found = DenseChoice._candidates(backend, scale, precision)
+    return {name: run for name, run in found.items() if name != "cudnn"}
+
+
 @pytest.mark.parametrize("block_size", ["64", "128x64"])
-def test_sparse_steps_and_later_searches_run_in_the_precision_asked_for(make_run, block_size):
+def test_sparse_steps_and_later_searches_run_in_the_precision_asked_for(
+    make_run, make_fastest, block_size
+):
     run = make_run("DSsSs", Backend(one_pass=True), precision="int8", block_size=block_size)
+    make_fastest(run, "own")
     did = [attend(run, step, tensors(step))[1] for step in range(5)]
-    # whatever the first search reads stays exact
+    # the first search stays exact
     assert did == [["dense"], ["dense with masses"], ["int8"], ["int8 masses", "int8"], ["int8"]]
     config = run.state.config
     assert run.backend.asked == (config.block_q, config.block_k, "int8")
@@ -374,14 +398,10 @@ DENSE_PRECISIONS = [
 
 @pytest.mark.parametrize("fastest, config, served, calls", DENSE_PRECISIONS)
 def test_a_dense_step_runs_in_low_precision_where_that_is_fastest(
-    make_run, monkeypatch, fastest, config, served, calls
+    make_run, make_fastest, fastest, config, served, calls
 ):
-    def measure(self, q, k, v, candidates):
-        return {name: 1.0 if name == fastest else 2.0 + (name == "host") for name in candidates}
-
-    monkeypatch.setattr("sparse_attn.dense_choice.DenseChoice._measure", measure)
     run, qkv = make_run("DDS", **config), tensors()
-    run.state.dense_choice._candidates = partial(without_cudnn, run.state.dense_choice)
+    make_fastest(run, fastest)
     out = run.state.dense_steps.serve(*qkv, scale=SCALE, host=run.host)
     statistics = run.state.statistics
     assert statistics.low_precision_calls == calls
@@ -394,9 +414,32 @@ def test_a_dense_step_runs_in_low_precision_where_that_is_fastest(
         assert out is None and statistics.dense_choice == "host"
 
 
-def without_cudnn(choice, backend, scale, precision=None):
-    found = DenseChoice._candidates(backend, scale, precision)
-    return {name: run for name, run in found.items() if name != "cudnn"}
+@pytest.mark.parametrize("fastest, config, served, calls", DENSE_PRECISIONS)
+def test_the_dense_step_before_a_search_does_too(
+    make_run, make_fastest, fastest, config, served, calls
+):
+    run, qkv = make_run("DS", Backend(one_pass=True), **config), tensors()
+    make_fastest(run, fastest)
+    out, did = attend(run, 0, qkv)
+    # the host's attention keeps no LSE
+    assert did == ["int8" if served == "int8" else "dense"]
+    assert run.state.statistics.low_precision_calls == calls
+    q, k, v = qkv
+    assert_within("out", out, dense(q, k, coarse(v) if served == "int8" else v), 1e-5)
+    assert attend(run, 1, qkv)[1] == ["dense with masses"]
+    # the largest mass of every row
+    largest = exact_masses(q, k).argmax(-1, keepdim=True)
+    assert state_of(run).mask.to_dense().gather(-1, largest).all()
+
+
+def test_a_dense_step_before_a_search_that_memory_cannot_quantise_is_exact(make_run, make_fastest):
+    run, qkv = make_run("DS", Backend(one_pass=True), precision="int8"), tensors()
+    make_fastest(run, "own int8")
+    run.backend.fails["int8"] = torch.OutOfMemoryError("CUDA out of memory")
+    out, did = attend(run, 0, qkv)
+    assert did == ["int8", "dense"]
+    assert_within("out", out, dense(*qkv), 1e-5)
+    assert sum(run.state.statistics.not_low_precision.values()) == 1
 
 
 def test_a_dense_call_that_the_host_wants_exact_has_no_coarse_candidate(make_run):
