@@ -116,6 +116,8 @@ def plan(
     if config.warmup and total >= STEPS_FOR_A_DENSE_ONE:
         warm = max(warm, 1)
     again = {nearest(point * total) for point in config.search_points}
+    if config.search_gap:
+        again.discard(first + steps - 1)
     kinds = []
     latest = None
     for step in range(first, first + steps):

@@ -99,8 +99,8 @@ def test_presets_hold_the_designed_values():
     values = {name: (p.sparsity, p.warmup, p.search_points) for name, p in PRESETS.items()}
     assert values == {
         "Quality": (0.7, 0.2, (0.6,)),
-        "Balanced": (0.8, 0.12, (0.6,)),
-        "Fast": (0.9, 0.06, (0.6,)),
+        "Balanced": (0.8, 0.12, (0.45,)),
+        "Fast": (0.9, 0.06, (0.45,)),
         "Paper": (0.8, 0.2, (0.6,)),
     }
     assert all(preset.block_size == "64" for preset in PRESETS.values())
@@ -109,7 +109,7 @@ def test_presets_hold_the_designed_values():
     assert all(preset.pooled == (preset.tail == "pooled") for preset in PRESETS.values())
     assert all(preset.by_similarity == preset.pooled for preset in PRESETS.values())
     gaps = {name: preset.search_gap for name, preset in PRESETS.items()}
-    assert gaps == {"Quality": 3, "Balanced": 4, "Fast": 4, "Paper": 0}
+    assert gaps == {"Quality": 3, "Balanced": 3, "Fast": 3, "Paper": 0}
 
 
 def test_a_tail_needs_blocks_of_64_keys():

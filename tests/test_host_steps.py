@@ -37,10 +37,10 @@ def preset(model, name):
     [
         ("Balanced", 4, "steps 0 search, 1-3 sparse"),
         ("Balanced", 6, "steps 0 dense, 1 search, 2-5 sparse"),
-        ("Balanced", 8, "steps 0 dense, 1 search, 2-4 sparse, 5 search, 6-7 sparse"),
+        ("Balanced", 8, "steps 0 dense, 1 search, 2-3 sparse, 4 search, 5-7 sparse"),
         ("Fast", 4, "steps 0 search, 1-3 sparse"),
         ("Fast", 5, "steps 0 dense, 1 search, 2-4 sparse"),
-        ("Fast", 8, "steps 0 dense, 1 search, 2-4 sparse, 5 search, 6-7 sparse"),
+        ("Fast", 8, "steps 0 dense, 1 search, 2-3 sparse, 4 search, 5-7 sparse"),
         ("Quality", 8, "steps 0-1 dense, 2 search, 3-4 sparse, 5 search, 6-7 sparse"),
     ],
 )

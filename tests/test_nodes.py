@@ -14,7 +14,7 @@ WIDGETS = {
         "sparsity": 0.8,
         "block_size": "64",
         "warmup": 0.12,
-        "search_points": "0.6",
+        "search_points": "0.45",
         "head_adaptive": False,
         "dense_layers": "",
         "start_percent": 0.0,

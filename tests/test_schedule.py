@@ -32,10 +32,10 @@ PLANS = [
     # preset, steps, kinds: D dense, S search, s sparse
     ("Balanced", 4, "Ssss"),  # a warm-up that rounds to no step: the search is the first step
     ("Balanced", 5, "DSsss"),
-    ("Balanced", 6, "DSssss"),  # 3 steps are too few between two searches
-    ("Balanced", 8, "DSsssSss"),
-    ("Balanced", 20, "DD" + "S" + 9 * "s" + "S" + 7 * "s"),
-    ("Balanced", 50, 6 * "D" + "S" + 23 * "s" + "S" + 19 * "s"),
+    ("Balanced", 7, "DSsssss"),  # 2 steps are too few between two searches
+    ("Balanced", 8, "DSssSsss"),
+    ("Balanced", 20, "DD" + "S" + 6 * "s" + "S" + 10 * "s"),
+    ("Balanced", 50, 6 * "D" + "S" + 16 * "s" + "S" + 26 * "s"),
     ("Quality", 4, "DSss"),
     ("Quality", 6, "DSssSs"),
     ("Quality", 8, "DDSssSss"),
@@ -43,9 +43,9 @@ PLANS = [
     ("Quality", 50, 10 * "D" + "S" + 19 * "s" + "S" + 19 * "s"),
     ("Fast", 4, "Ssss"),
     ("Fast", 5, "DSsss"),  # rounds to no dense step, and gets one
-    ("Fast", 8, "DSsssSss"),
-    ("Fast", 20, "DS" + 10 * "s" + "S" + 7 * "s"),
-    ("Fast", 50, 3 * "D" + "S" + 26 * "s" + "S" + 19 * "s"),
+    ("Fast", 8, "DSssSsss"),
+    ("Fast", 20, "DS" + 7 * "s" + "S" + 10 * "s"),
+    ("Fast", 50, 3 * "D" + "S" + 19 * "s" + "S" + 26 * "s"),
     ("Paper", 4, "DSSs"),  # 0.6 of 4 rounds to step 2
     ("Paper", 8, "DDSssSss"),
     ("Paper", 20, 4 * "D" + "S" + 7 * "s" + "S" + 7 * "s"),
@@ -122,6 +122,13 @@ def test_a_second_sampler_does_not_search_twice_in_a_row():
     assert letters(second) == "S" + 9 * "s"
 
 
+def test_a_first_sampler_does_not_search_in_its_last_step():
+    first = planned(linear(20)[:11], PRESETS["Balanced"])
+    assert letters(first) == "DDS" + 7 * "s"
+    asked = {"warmup": 0.1, "search_points": (0.45,)}
+    assert letters(planned(linear(20)[:11], AdaSpaConfig(**asked))) == "DDS" + 6 * "s" + "S"
+
+
 def test_a_slice_inside_the_warm_up_is_dense():
     assert letters(planned(linear(50)[:6], PRESETS["Paper"])) == "DDDDD"
 
@@ -142,7 +149,7 @@ def test_a_short_slice_claims_no_absurd_schedule():
 def test_progress_that_stands_still_counts_the_steps_themselves():
     schedule = plan(linear(8), lambda sigma: 0.0, PRESETS["Balanced"])
     assert (schedule.first_step, schedule.total_steps) == (0, 8)
-    assert letters(schedule) == "DSsssSss"
+    assert letters(schedule) == "DSssSsss"
 
 
 @pytest.mark.parametrize("sigmas", [[], [1.0]], ids=["none", "one"])

@@ -91,7 +91,7 @@ def void(name: str) -> Graph:
         "the patched model. Text tokens are always kept in full; only video is thinned out. The "
         "mask is one picture for all frames: black is removed, white stays."
     )
-    chosen = setting("0-3 dense, 4 search, 5-17 sparse, 18 search, 19-29 sparse")
+    chosen = setting("0-3 dense, 4 search, 5-13 sparse, 14 search, 15-29 sparse")
     notes(graph, note(intro, where(clip, "cogvideox"), chosen, more=MEMORY), 560)
     return graph
 

@@ -224,8 +224,8 @@ def ltx(name: str, task: str) -> Graph:
         f"Second stage: {clip.begins()} First stage: {half.begins()} {measured('ltx')}"
     )
     chosen = (
-        "*Balanced* skips 80 % of the attention pairs. First stage: steps 0 dense, 1 search, 2-4 "
-        "sparse, 5 search, 6-7 sparse. The second stage enters the schedule late and searches at once: steps 6 search, "
+        "*Balanced* skips 80 % of the attention pairs. First stage: steps 0 dense, 1 search, 2-3 "
+        "sparse, 4 search, 5-7 sparse. The second stage enters the schedule late and searches at once: steps 6 search, "
         "7-8 sparse. So it saves on two of three steps."
     )
     change = (

@@ -105,7 +105,7 @@ def h3(name: str, task: str) -> Graph:
     )
     if task == "i2v":
         intro += " The picture is stretched to *width* and *height*: give them its shape, in steps of 32."
-    chosen = setting("0-1 dense, 2 search, 3-11 sparse, 12 search, 13-19 sparse") + (
+    chosen = setting("0-1 dense, 2 search, 3-8 sparse, 9 search, 10-19 sparse") + (
         " With a turbo LoRA and 6 steps it becomes 0 dense, 1 search, 2-5 sparse; put the LoRA "
         "between the model and AdaSpa Attention."
     )

@@ -18,7 +18,7 @@ NOTES, LOADERS, PROMPTS, PATCH, SAMPLER, REPORT, VIDEO = -640, 0, 500, 1020, 152
 MIN_TOKENS = 8192
 # the values Balanced stands for, then the advanced ones at their defaults
 BALANCED = [
-    "Balanced", 0.8, "64", 0.12, "0.6", False, "", 0, 1, MIN_TOKENS, "auto", "auto", True, "auto", 0,
+    "Balanced", 0.8, "64", 0.12, "0.45", False, "", 0, 1, MIN_TOKENS, "auto", "auto", True, "auto", 0,
     "pooled", "similarity",
 ]  # fmt: skip
 

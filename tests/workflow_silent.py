@@ -125,7 +125,7 @@ def hunyuan(name: str, task: str) -> Graph:
         "**AdaSpa Attention** sits right after the model, so the sampler and the schedule both use "
         f"the patched model. Text tokens{also} are always kept in full; only video is thinned out."
     )
-    chosen = setting("0-1 dense, 2 search, 3-11 sparse, 12 search, 13-19 sparse")
+    chosen = setting("0-1 dense, 2 search, 3-8 sparse, 9 search, 10-19 sparse")
     notes(graph, note(intro, where(clip, "hunyuan"), chosen, more=MEMORY), 560)
     return graph
 
@@ -176,7 +176,7 @@ def kandinsky(name: str) -> Graph:
         "**AdaSpa Attention** sits between the model and *ModelSamplingSD3*. Nothing else in the "
         "graph changes. The text comes in through cross-attention, which runs in full."
     )
-    chosen = setting("0-5 dense, 6 search, 7-29 sparse, 30 search, 31-49 sparse")
+    chosen = setting("0-5 dense, 6 search, 7-22 sparse, 23 search, 24-49 sparse")
     notes(graph, note(intro, where(clip, "kandinsky"), chosen))
     return graph
 

@@ -75,7 +75,7 @@ def wan_5b(name: str) -> Graph:
         " This model packs a video into few tokens, so it gains less than the 14B models do at the "
         "same size."
     )
-    chosen = setting("0-1 dense, 2 search, 3-11 sparse, 12 search, 13-19 sparse")
+    chosen = setting("0-1 dense, 2 search, 3-8 sparse, 9 search, 10-19 sparse")
     notes(graph, note(intro, place, chosen))
     return graph
 
@@ -148,7 +148,7 @@ def wan_5b_in_a_box(name: str) -> Graph:
         "*shift* and the sampler."
     )
     place = where(clip, "wan")
-    chosen = setting("0-1 dense, 2 search, 3-11 sparse, 12 search, 13-19 sparse")
+    chosen = setting("0-1 dense, 2 search, 3-8 sparse, 9 search, 10-19 sparse")
     notes(graph, note(intro, place, chosen, more="The box shows *enabled* itself."), 600)
     return graph
 

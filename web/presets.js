@@ -1,9 +1,9 @@
 // What each preset stands for. The same table is in Python, and a test compares the two.
 
 export const PRESETS = {
-  "Balanced": {"sparsity": 0.8, "block_size": "64", "warmup": 0.12, "search_points": "0.6", "head_adaptive": false, "tail": "pooled", "token_order": "similarity"},
+  "Balanced": {"sparsity": 0.8, "block_size": "64", "warmup": 0.12, "search_points": "0.45", "head_adaptive": false, "tail": "pooled", "token_order": "similarity"},
   "Quality": {"sparsity": 0.7, "block_size": "64", "warmup": 0.2, "search_points": "0.6", "head_adaptive": false, "tail": "pooled", "token_order": "similarity"},
-  "Fast": {"sparsity": 0.9, "block_size": "64", "warmup": 0.06, "search_points": "0.6", "head_adaptive": false, "tail": "pooled", "token_order": "similarity"},
+  "Fast": {"sparsity": 0.9, "block_size": "64", "warmup": 0.06, "search_points": "0.45", "head_adaptive": false, "tail": "pooled", "token_order": "similarity"},
   "Paper": {"sparsity": 0.8, "block_size": "64", "warmup": 0.2, "search_points": "0.6", "head_adaptive": true, "tail": "none", "token_order": "similarity"}
 };
 

@@ -13,7 +13,7 @@ def graph(
         "model": node("UNETLoader", unet_name=MODEL, weight_dtype="default"),
         "adaspa": node(
             "AdaSpaAttention", model=["model", 0], preset=preset, sparsity=0.8, block_size="64",
-            warmup=0.12, search_points="0.6", head_adaptive=False, dense_layers="",
+            warmup=0.12, search_points="0.45", head_adaptive=False, dense_layers="",
             start_percent=0.0, end_percent=1.0, min_tokens=4096, cache="auto",
             dense_attention="auto", enabled=enabled, precision="auto", recall=0.0,
             tail="pooled", token_order="similarity",
