@@ -190,23 +190,73 @@ def test_a_tail_stands_for_what_is_skipped(block_q, D, L, precision, device):
     assert relative(out, exact) < ERROR[precision]
 
 
-@pytest.mark.parametrize("block_q, D", [(64, 64), (128, 128)])
-def test_means_past_one_block_of_them_count(block_q, D, device):
-    L = 64 * 65 + 5
-    q, k, v = reference.make(1, 1, 64, L, D, torch.bfloat16, device)
-    order = torch.arange(L, device=device, dtype=torch.int32).expand(1, 1, L)
+def check_tail(q, k, v, keep, block_q, mine=None):
+    """Rows of q over the tokens of k and v, in their order, and the means of what `keep` skips."""
+    B, H, L, _ = k.shape
+    bias, sizes = plain_bias(B, L, k.device)
+    if mine is not None:
+        bias, _ = with_bias(bias, sizes, mine)
+    order = torch.arange(L, device=k.device, dtype=torch.int32).expand(B, H, L)
     k, v = arrange(k, order, means=True), arrange(v, order, means=True)
-    keep = torch.zeros(1, 1, 1, 66, dtype=torch.bool, device=device)
-    keep[..., [0, 40, 65]] = True
-    bias, _ = plain_bias(1, L, torch.device(device))
     options, read = with_tail(L, keep, block_q, bias)
-    read = read[:, :, :64]
+    read = read[:, :, : q.shape[2]]
     out, lse = low_precision_attention(
         q, k, v, scale=0.3, precision="int8", block_q=block_q, **options
     )  # fmt: skip
     exact, exact_lse, _ = of_quantised(q, k, v, 0.3, "int8", bias, read)
     assert_within("lse", lse, exact_lse, 1e-4)
     assert relative(out, exact) < WEIGHT_ERROR
+
+
+@pytest.mark.parametrize("block_q, D", [(64, 64), (128, 128)])
+def test_means_past_one_block_of_them_count(block_q, D, device):
+    L = 64 * 65 + 5
+    q, k, v = reference.make(1, 1, 64, L, D, torch.bfloat16, device)
+    keep = torch.zeros(1, 1, 1, 66, dtype=torch.bool, device=device)
+    keep[..., [0, 40, 65]] = True
+    check_tail(q, k, v, keep, block_q)
+
+
+@pytest.mark.parametrize("kept", [True, False], ids=["all", "none"])
+@pytest.mark.parametrize("block_q, L", [(64, 600), (128, 576)])
+def test_a_tail_of_rows_that_keep_all_or_none(block_q, L, kept, device):
+    q, k, v = reference.make(1, 1, 100, L, 128, torch.bfloat16, device)
+    keep = torch.full((1, 1, blocks(100, block_q), blocks(L, 64)), kept, device=device)
+    check_tail(q, k, v, keep, block_q)
+
+
+@pytest.mark.parametrize("block_q", [64, 128])
+def test_a_tail_of_equal_keys_or_queries_of_zero(block_q, device):
+    q, k, v = reference.make(1, 2, 128, 600, 128, torch.bfloat16, device)
+    q[:, 0, 20:90] = 0
+    k[:, 1] = k[:, 1, :1]
+    check_tail(q, k, v, reference.random_keep(1, 2, 128 // block_q, 10, 0.4, device), block_q)
+
+
+@pytest.mark.parametrize("where", ["front", "back", "both"])
+@pytest.mark.parametrize("block_q", [64, 128])
+def test_a_tail_with_a_bias_in_front_or_behind(block_q, where, device):
+    L = 64 * 11 + 20
+    q, k, v = reference.make(1, 1, 128, L, 128, torch.bfloat16, device)
+    mine = torch.zeros(1, L, device=device)
+    if where != "back":
+        mine[:, :70] = 1.5
+    if where != "front":
+        mine[:, -200:] = -0.7
+        # a whole block, so its mean, and a part of one
+        mine[:, -100:] = float("-inf")
+    keep = reference.random_keep(1, 1, 128 // block_q, 12, 0.4, device)
+    check_tail(q, k, v, keep, block_q, mine)
+
+
+@pytest.mark.parametrize("block_q", [64, 128])
+def test_hidden_keys_at_the_end_of_a_list(block_q, device):
+    # on Hopper the last pair of tiles goes first, so rows start without a key
+    q, k, v = reference.make(1, 1, 128, 64 * 8, 64, torch.bfloat16, device)
+    bias = torch.zeros(1, 64 * 8, device=device)
+    bias[:, -256:] = float("-inf")
+    keep = torch.ones(1, 1, 128 // block_q, 8, dtype=torch.bool, device=device)
+    check(q, k, v, keep, block_q, 64, "int8", bias)
 
 
 @pytest.mark.parametrize("heads", ["their own", "expanded", "strided"])

@@ -10,7 +10,6 @@ The last pair goes first: it alone can be ragged or odd, so only the first turn 
 of a pooled tail come last, in order, with the list of a row as bits to mask them.
 """
 
-import torch
 import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -21,16 +20,19 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from .hopper_ops import (
+    LOG2_TILE,
     STRIP,
     TILE,
     add_bias,
     bias_tiles,
     has_bias,
+    is_listed,
     load_pair,
     load_queries,
     source,
     start_scores,
     store_masses,
+    tail_words,
     tile_first,
     wait_for,
 )
@@ -38,8 +40,6 @@ from .tile_ops import LN_2, LOG2_E
 
 # a row whose LSE fell by more than this (in log2) must not swamp its block row
 MAX_DRIFT = gl.constexpr(16.0)
-# log2 of the keys that the mean of a whole block stands for
-LOG2_TILE = gl.constexpr(6.0)
 
 SIZES = [
     "H", "Lq", "Lk", "Nq", "Nk", "list_stride", "stride_ob", "stride_oh", "first_pseudo",
@@ -59,13 +59,6 @@ def _pair_first(
         k0 = gl.where(n < num_pairs, k0, first_pseudo + (n - num_pairs) * (2 * TILE))
         k1 = gl.where(n < num_pairs, k1, k0 + TILE)
     return k0, k1
-
-
-@gluon.jit
-def _mask_listed(b_s, word0, word1, o_k):
-    """Scores of 64 means without those whose blocks are listed, as the bits of two words say."""
-    word = gl.where(o_k < 32, word0, word1)
-    return gl.where(((word >> (o_k % 32)) & 1 == 1)[None, :], float("-inf"), b_s)
 
 
 @gluon.jit
@@ -214,8 +207,8 @@ def _consume(
 
         if HAS_TAIL:  # noqa: SIM102  one is known to the compiler
             if pseudo:
-                b_s0 = _mask_listed(b_s0, word0, word1, o_k)
-                b_s1 = _mask_listed(b_s1, word2, word3, o_k)
+                b_s0 = gl.where(is_listed(word0, word1, o_k)[None, :], float("-inf"), b_s0)
+                b_s1 = gl.where(is_listed(word2, word3, o_k)[None, :], float("-inf"), b_s1)
         if HAS_BIAS:  # noqa: SIM102  as above
             if biased:
                 b_s0 = add_bias(b_s0, p_bias, k0, o_k, Lk, scale_log2)
@@ -406,8 +399,7 @@ def launch(
     first_pseudo = num_listed * TILE.value
     num_words = 0
     if tail is not None:
-        # a word is read at once; little-endian, so that bit 0 is the first block
-        tail = torch.nn.functional.pad(tail, (0, -tail.shape[-1] % 8)).view(torch.int32)
+        tail = tail_words(tail)
         num_words = tail.shape[-1]
     hopper_attention_kernel[(B * H * Nq,)](
         source(q), source(k), source(v), out, lse,

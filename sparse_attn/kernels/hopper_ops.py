@@ -26,6 +26,8 @@ MAX_MASS = gl.constexpr(1e30)
 STRIP = gl.constexpr(8)
 # the bias of the mean of a whole block
 LOG_TILE = math.log(TILE.value)
+# log2 of the keys that the mean of a whole block stands for
+LOG2_TILE = gl.constexpr(6.0)
 # renamed after Triton 3.6
 _tma_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 
@@ -94,6 +96,13 @@ def has_bias(p_flags, first0, first1, Lk):
 
 
 @gluon.jit
+def is_listed(word0, word1, o_k):
+    """Which of 64 means stand for listed blocks, as the bits of two words say."""
+    word = gl.where(o_k < 32, word0, word1)
+    return (word >> (o_k % 32)) & 1 == 1
+
+
+@gluon.jit
 def store_masses(p_masses, b_mass, first, begin, end):
     """Store those of the [STRIP] masses of tiles from `first` on that belong to tiles `begin` to
     `end` - 1.
@@ -121,3 +130,9 @@ def bias_tiles(key_bias: torch.Tensor | None, means: int = 0) -> torch.Tensor | 
         biased[:, -means:] = (key_bias[:, -means:] - LOG_TILE).abs() > 1e-6
     padded = torch.nn.functional.pad(biased, (0, -key_bias.shape[-1] % TILE.value))
     return padded.unflatten(-1, (-1, TILE.value)).any(-1)
+
+
+def tail_words(tail: torch.Tensor) -> torch.Tensor:
+    """The bits of a tail as int32, two words for every 64 means or part of them."""
+    # little-endian, so that bit 0 is the first block
+    return torch.nn.functional.pad(tail, (0, -tail.shape[-1] % 8)).view(torch.int32)

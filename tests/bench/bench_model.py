@@ -133,9 +133,9 @@ class ModelRuns(StackRuns):
 
 
 def compose(step_seconds: dict, dense_steps: dict, baselines: dict) -> dict:
-    """A run of 50 steps whose plainly dense ones are those of `dense_steps`."""
+    """A run of 50 steps whose dense ones, up to the search, are those of `dense_steps`."""
     took = sum(
-        count * (dense_steps if kind == "dense" else step_seconds)[kind]
+        count * (dense_steps if kind.startswith("dense") else step_seconds)[kind]
         for kind, count in RUN.items()
     )
     runs = {name: sum(RUN.values()) * seconds for name, seconds in baselines.items()}

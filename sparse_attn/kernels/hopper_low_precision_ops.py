@@ -1,0 +1,173 @@
+"""Pieces of `hopper_low_precision.py`: products of eight-bit tiles, their scores and weights."""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma
+
+from .hopper_ops import TILE, tile_first
+from .tile_ops import LOG2_E
+
+PACK = gl.constexpr("""{
+.reg .b16 low, high;
+cvt.rn.satfinite.e4m3x2.f32 low, $2, $1;
+cvt.rn.satfinite.e4m3x2.f32 high, $4, $3;
+mov.b32 $0, {high, low};
+}""")
+# numbers of the accumulator that a lane rescales or leaves at once, two of either row by turns
+RESCALED = gl.constexpr(32)
+RESCALE = gl.constexpr(
+    """{
+.reg .pred any;
+setp.neu.f32 any, $64, 0f3F800000;
+setp.neu.or.f32 any, $66, 0f3F800000, any;
+vote.sync.any.pred any, any, 0xffffffff;
+@!any bra.uni done;
+"""
+    + "".join(f"mul.f32 ${i}, ${i}, ${66 if i & 2 else 64};\n" for i in range(32))
+    + "done:\n}"
+)
+RESCALE_OPERANDS = gl.constexpr(",".join(["=f"] * 32 + [str(i) for i in range(32)] + ["f"] * 32))
+
+
+@gluon.jit
+def start_pair(q_tile, k_pairs, turn, SCORES: gl.constexpr, STAGES: gl.constexpr):
+    """Start the products with both tiles of this turn: [64, 128]."""
+    b_k = k_pairs.index(turn % STAGES).permute((1, 0))
+    if q_tile.dtype == gl.int8:
+        b_zero = gl.zeros([TILE, 2 * TILE], gl.int32, SCORES)
+    else:
+        b_zero = gl.zeros([TILE, 2 * TILE], gl.float32, SCORES)
+    return warpgroup_mma(q_tile, b_k, b_zero, use_acc=False, is_async=True)
+
+
+@gluon.jit
+def halves(b_x, S: gl.constexpr):
+    """[64, 128] as the [64, 64] of either tile."""
+    b_x0, b_x1 = gl.split(b_x.reshape([TILE, 2, TILE]).permute((0, 2, 1)))
+    return (
+        gl.convert_layout(b_x0, S, assert_trivial=True),
+        gl.convert_layout(b_x1, S, assert_trivial=True),
+    )
+
+
+@gluon.jit
+def lane_max(b_s, LANES: gl.constexpr):
+    """[64, 4]: the largest of what each lane holds of a row."""
+    b_m = gl.max(gl.max(b_s.reshape([TILE, TILE // 8, 4, 2]), 3), 1)
+    return gl.convert_layout(b_m, LANES, assert_trivial=True)
+
+
+@gluon.jit
+def largest(b_s0, b_s1, b_factor0, b_factor1, LANES: gl.constexpr):
+    """[64, 4]: the largest scaled score that each lane holds of a row."""
+    b_top0 = lane_max(b_s0, LANES).to(gl.float32) * b_factor0[:, None]
+    b_top1 = lane_max(b_s1, LANES).to(gl.float32) * b_factor1[:, None]
+    return gl.maximum(b_top0, b_top1)
+
+
+@gluon.jit
+def lane_sum(b_e, LANES: gl.constexpr):
+    """[64, 4]: the sum of what each lane holds of a row."""
+    b_m = gl.sum(gl.sum(b_e.reshape([TILE, TILE // 8, 4, 2]), 3), 1)
+    return gl.convert_layout(b_m, LANES, assert_trivial=True)
+
+
+@gluon.jit
+def first_biased(p_list, p_flags, num_tiles, Nk, BLOCK_K: gl.constexpr, LISTED: gl.constexpr):
+    """Place in the list of the first tile of which some key has a bias."""
+    FLAT: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+    CHUNK: gl.constexpr = 512
+    o_t = gl.arange(0, CHUNK, layout=FLAT)
+    b_first = gl.full([CHUNK], 2**30, gl.int32, FLAT)
+    for t in range(0, num_tiles, CHUNK):
+        b_t = t + o_t
+        b_tile = tile_first(p_list, b_t, num_tiles, Nk * TILE, BLOCK_K, LISTED) // TILE
+        b_flag = gl.load(p_flags + b_tile, mask=(b_t < num_tiles) & (b_tile < Nk), other=0)
+        b_first = gl.where(b_flag, gl.minimum(b_first, b_t), b_first)
+    return gl.min(b_first, 0)
+
+
+@gluon.jit
+def is_biased(p_flags, tile0, tile1, Nk):
+    """Whether a key of these two tiles has a bias; that of a missing tile hides it."""
+    flag0 = gl.load(p_flags + tile0, mask=tile0 < Nk, other=1)
+    return flag0 | gl.load(p_flags + tile1, mask=tile1 < Nk, other=1)
+
+
+@gluon.jit
+def load_bias(p_bias, tile, Lk):
+    """[TILE] bias of a tile in units of log2, each lane one key; -inf past the end."""
+    FLAT: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+    o_k = tile * TILE + gl.arange(0, TILE, layout=FLAT)
+    return gl.load(p_bias + o_k, mask=o_k < Lk, other=float("-inf")) * LOG2_E
+
+
+@gluon.jit
+def biased_scores(b_x, b_factor, b_bias, S: gl.constexpr):
+    """Scaled scores with their bias."""
+    b_factor = gl.convert_layout(b_factor, gl.SliceLayout(1, S), assert_trivial=True)
+    b_bias = gl.convert_layout(b_bias, gl.SliceLayout(0, S))
+    return gl.fma(b_x, b_factor[:, None], b_bias[None, :])
+
+
+@gluon.jit
+def weights(b_x, b_factor, b_shift, S: gl.constexpr):
+    """exp2 of the scaled scores relative to the pivot."""
+    ROWS: gl.constexpr = gl.SliceLayout(1, S)
+    b_factor = gl.convert_layout(b_factor, ROWS, assert_trivial=True)
+    b_shift = gl.convert_layout(b_shift, ROWS, assert_trivial=True)
+    return gl.exp2(gl.fma(b_x, b_factor[:, None], b_shift[:, None]))
+
+
+@gluon.jit
+def load_words(p_words, turn, whole):
+    """The list as bits for the two tiles of means of a turn; 0 for turns before the first."""
+    p_words += 4 * turn
+    word0 = gl.load(p_words, mask=turn >= 0, other=0)
+    word1 = gl.load(p_words + 1, mask=turn >= 0, other=0)
+    m_tile1 = (turn >= 0) & whole
+    word2 = gl.load(p_words + 2, mask=m_tile1, other=0)
+    word3 = gl.load(p_words + 3, mask=m_tile1, other=0)
+    return word0, word1, word2, word3
+
+
+@gluon.jit
+def operand(b_e, OPERAND: gl.constexpr):
+    """Weights as FP8 in the registers the tensor cores read them from: no lane trades any."""
+    b_e = b_e.reshape([TILE, TILE // 16, 2, 4, 2])
+    # the order of quantise.key_order
+    b_e = b_e.permute((0, 1, 3, 2, 4)).reshape([TILE, TILE])
+    b_e = gl.convert_layout(b_e, OPERAND, assert_trivial=True)
+    # four to a register at once, and not pure, lest they wait unpacked until they are needed
+    return gl.inline_asm_elementwise(
+        PACK, "=r,f,f,f,f", [b_e], dtype=gl.float8e4nv, is_pure=False, pack=4
+    )
+
+
+@gluon.jit
+def in_order(b_p):
+    """The weights of `operand`, halves swapped back, in registers of their own.
+
+    The tensor cores still read the registers of the turn before while `operand` fills the next.
+    """
+    return gl.inline_asm_elementwise(
+        "prmt.b32 $0, $1, $1, 0x1032;", "=r,r", [b_p], dtype=gl.float8e4nv, is_pure=False, pack=4
+    )
+
+
+@gluon.jit
+def start_values(b_p0, b_p1, b_acc, v_ring, turn, D: gl.constexpr, STAGES: gl.constexpr):
+    """Start b_acc + P V with the values of this turn."""
+    v0 = v_ring.index(2 * (turn % STAGES)).reshape([D, TILE]).permute((1, 0))
+    v1 = v_ring.index(2 * (turn % STAGES) + 1).reshape([D, TILE]).permute((1, 0))
+    b_acc = warpgroup_mma(b_p0, v0, b_acc, is_async=True)
+    return warpgroup_mma(b_p1, v1, b_acc, is_async=True)
+
+
+@gluon.jit
+def rescaled(b_acc, b_rescale):
+    """b_acc times b_rescale of the rows, left alone where a warp has nothing but 1 to multiply by."""
+    return gl.inline_asm_elementwise(
+        RESCALE, RESCALE_OPERANDS, [b_acc, b_rescale[:, None]], dtype=gl.float32,
+        is_pure=False, pack=RESCALED,
+    )  # fmt: skip
