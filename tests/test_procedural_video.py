@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 TINY = Path(__file__).resolve().parent / "tiny_model"
 sys.path.insert(0, str(TINY))
@@ -168,10 +169,47 @@ def test_training_reads_text_as_the_node_does():
     assert torch.equal(data.text(prompts).float(), expected)
 
 
+@pytest.mark.parametrize(("plain", "expected"), [(0.0, 2 / 3), (0.5, 1 / 3), (1.0, 0.0)])
+def test_a_share_of_rich_scenes_is_plain(plain, expected):
+    data = train.Data(seed=0, rich=True, count=1500, frames=2, aspect=1.3, plain=plain)
+    parameters, _ = data.batch(random.Random(1))
+    textured = parameters[:, -4].gt(0).float().mean()
+    # five standard errors of 1,500 draws
+    assert abs(float(textured) - expected) < 0.065
+
+
 def test_noise_levels_cover_the_schedule():
     sigma = train.draw_sigma(20_000, 6.0, "cpu")
     assert 0 <= sigma.min() < 0.05 and 0.99 < sigma.max() <= 1
     assert 0.75 < sigma.median() < 0.95
+
+
+def test_stages_have_a_size_a_share_and_a_shift_of_their_own():
+    words = [
+        "--out",
+        "x",
+        "--shift",
+        "9",
+        "--stages",
+        "1x40x52x128:0.5:3:0.5,2x40x52x9:0.2:5,5x20x26x4:0.3",
+    ]
+    images, pairs, clips = train.stages(train.parser().parse_args(words))
+    assert images == train.Stage(1, 40, 52, count=128, share=0.5, shift=3.0, plain=0.5)
+    assert pairs == train.Stage(2, 40, 52, count=9, share=0.2, shift=5.0)
+    assert (clips.shift, clips.tokens) == (9.0, 650)
+
+
+def test_pooled_text_tells_whose_word_it_is():
+    """The same words in other clauses are another vector; padding is none; the scale is kept."""
+    prompts = ["a red ring and a blue star", "a blue ring and a red star", "a red ring", ""]
+    text = torch.stack([video.embed_prompt(p) for p in prompts])
+    found = networks.pooled(text)
+    assert found.shape == (4, networks.POOLED_DIM) and not found[3].any()
+    assert torch.equal(networks.pooled(text[2, :3]), found[2])
+    near, far = (F.cosine_similarity(found[0], found[i], dim=0) for i in (1, 2))
+    assert far < near < 0.97
+    # a word is signs and a few zeros, words are nearly uncorrelated
+    assert found[:3].square().mean(1).min() > 0.5 and found[:3].square().mean(1).max() < 2
 
 
 def test_muon_steps_are_orthogonal():
@@ -237,15 +275,18 @@ def test_a_trained_model_is_loaded_and_resumed_as_it_was(family, comfyui, tmp_pa
     args = train.parser().parse_args(["--out", str(tmp_path), "--no-compile", "--family", family])
     vars(args).update(SMALL[family], comfyui=str(comfyui), rich=True, workers=0, gate=0.3)
     trainer = train.Trainer(args, torch.device("cpu"))
-    batch = next(train.batches(args, 2, 8, 10, 2, "cpu"))
-    losses = [float(trainer.step(*batch, 3e-3)) for _ in range(12)]
+    stage = train.Stage(2, 8, 10, count=2, share=1.0, shift=args.shift)
+    batch = next(train.batches(args, stage, "cpu"))
+    losses = [float(trainer.step(*batch, 3e-3, stage.shift)) for _ in range(12)]
     assert losses[-1] < losses[0]
+    image = train.Stage(1, 8, 10, count=2, share=1.0, shift=3.0)
+    assert trainer.step(*next(train.batches(args, image, "cpu")), 3e-3, image.shift).isfinite()
     trainer.save(path)
 
     model = check_model.load(path, str(comfyui)).model.diffusion_model.float()
     latent, sigma = torch.randn(2, 16, 2, 8, 10), torch.tensor([300.0, 800.0])
     text = torch.stack([video.embed_prompt("a large red star")] * 2)
-    inputs = [latent, sigma, text] + [torch.zeros(2, 768)] * (family == "hunyuan")
+    inputs = [latent, sigma, text] + [networks.pooled(text)] * (family == "hunyuan")
     args.resume = path
     resumed = train.Trainer(args, torch.device("cpu")).model
     with torch.no_grad():

@@ -59,9 +59,9 @@ def generate(model, prompts, size, steps: int, seed: int, override=None) -> torc
     noise = comfy.sample.prepare_noise(latent, seed)
     text = torch.stack([video.embed_prompt(p) for p in prompts])
     empty = torch.stack([video.embed_prompt("")] * len(prompts))
-    pooled = {"pooled_output": torch.zeros(len(prompts), networks.POOLED_DIM)}
+    positive, negative = ([[x, {"pooled_output": networks.pooled(x)}]] for x in (text, empty))
     out = comfy.sample.sample(
-        clone, noise, steps, 1.0, "euler", "simple", [[text, pooled]], [[empty, pooled]], latent,
+        clone, noise, steps, 1.0, "euler", "simple", positive, negative, latent,
         denoise=1.0, disable_pbar=True, seed=seed,
     )  # fmt: skip
     return model.get_model_object("latent_format").process_in(out.float().cpu())

@@ -12,15 +12,31 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 # ComfyUI knows HunyuanVideo, as against its image models, by a pooled text vector of this width
 POOLED_DIM = 768
+_generator = torch.Generator().manual_seed(0)
+POOLED_SIGNS = torch.randint(0, 2, (video.TEXT_DIM, POOLED_DIM), generator=_generator) * 2.0 - 1.0
+
+
+def pooled(text: torch.Tensor) -> torch.Tensor:
+    """[..., POOLED_DIM] float32 from [..., words, TEXT_DIM]: every word hashed to signs, and added.
+
+    HunyuanVideo gets such a vector beside its text from CLIP, and every layer is modulated by it:
+    what tells each token of the video about the whole sentence.
+    """
+    text = text.float()
+    words = text.any(-1, keepdim=True).sum(-2)
+    hashed = (text @ POOLED_SIGNS.to(text.device)).sign()
+    return hashed.sum(-2) / words.clamp(min=1).sqrt()
 
 
 def prepare(comfyui: str, training: bool) -> None:
     """Makes `import comfy` work without starting ComfyUI."""
-    for path in (str(ROOT), comfyui):
-        if path not in sys.path:
-            sys.path.insert(0, path)
+    if str(ROOT) not in sys.path:
+        sys.path.insert(0, str(ROOT))
+    # before ComfyUI's folder, which may hold a `tests` too
     from tests.tools import torchvision_shim
 
+    if comfyui not in sys.path:
+        sys.path.insert(0, comfyui)
     torchvision_shim.install()
     import comfy.cli_args
 

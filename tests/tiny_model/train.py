@@ -17,6 +17,7 @@ import os
 import platform
 import random
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import networks
@@ -26,8 +27,42 @@ import torch.nn.functional as F
 from networks import precision
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-# latent frames, height, width, batch, share of the time: 1,040, 3,024 and 8,320 tokens
+# 1,040, 3,024 and 8,320 tokens
 STAGES = "8x20x26x96:0.30,12x28x36x32:0.22,16x40x52x12:0.48"
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A part of the training with videos of one size.
+
+    Args:
+        frames, height, width: of the latents.
+        count: videos per step.
+        share: of the whole time.
+        shift: of the noise levels.
+        plain: share of scenes without textures and clouds where the others have them.
+    """
+
+    frames: int
+    height: int
+    width: int
+    count: int
+    share: float
+    shift: float
+    plain: float = 0.0
+
+    @property
+    def tokens(self) -> int:
+        return self.frames * (self.height // 2) * (self.width // 2)
+
+
+def stages(args) -> list[Stage]:
+    found = []
+    for stage in args.stages.split(","):
+        size, *rest = stage.split(":")
+        share, shift, plain = (*map(float, rest), *(args.shift, 0.0)[len(rest) - 1 :])
+        found.append(Stage(*(int(n) for n in size.split("x")), share, shift, plain))
+    return found
 
 
 class Data(torch.utils.data.IterableDataset):
@@ -36,10 +71,13 @@ class Data(torch.utils.data.IterableDataset):
     Args:
         count: scenes per batch.
         frames, aspect: of the video, in pixels.
+        plain: share of scenes that are not rich all the same.
     """
 
-    def __init__(self, seed: int, rich: bool, count: int, frames: int, aspect: float):
-        self.seed, self.rich, self.count = seed, rich, count
+    def __init__(
+        self, seed: int, rich: bool, count: int, frames: int, aspect: float, plain: float = 0.0
+    ):
+        self.seed, self.rich, self.count, self.plain = seed, rich, count, plain
         self.frames, self.aspect = frames, aspect
         self.rows: dict[tuple[str, int], int] = {}
         self.table = torch.zeros(1, video.TEXT_DIM, dtype=torch.int8)
@@ -52,8 +90,10 @@ class Data(torch.utils.data.IterableDataset):
 
     def batch(self, rng: random.Random) -> tuple[torch.Tensor, torch.Tensor]:
         """What `paint` needs, and text; one prompt in ten is empty."""
-        size = self.frames, self.aspect, self.rich
-        scenes = [video.random_scene(rng, *size) for _ in range(self.count)]
+        scenes = []
+        for _ in range(self.count):
+            rich = self.rich and (not self.plain or rng.random() >= self.plain)
+            scenes.append(video.random_scene(rng, self.frames, self.aspect, rich))
         prompts = [video.prompt(s) if rng.random() > 0.1 else "" for s in scenes]
         return video.parameters(scenes), self.text(prompts)
 
@@ -151,6 +191,8 @@ class Trainer:
         self.model = networks.build(args, device)
         if args.resume:
             self.model.load_state_dict(networks.read(args.resume)[0])
+            for name in args.zero:
+                self.model.get_parameter(name).data.zero_()
         if args.compile:
             for block in networks.attention_blocks(self.model):
                 block.compile(dynamic=False)
@@ -168,20 +210,20 @@ class Trainer:
         )
         self.steps = 0
 
-    def loss(self, latent: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
+    def loss(self, latent: torch.Tensor, text: torch.Tensor, shift: float) -> torch.Tensor:
         noise = torch.randn_like(latent)
-        sigma = draw_sigma(len(latent), self.args.shift, self.device)
+        sigma = draw_sigma(len(latent), shift, self.device)
         s = sigma[:, None, None, None, None]
         dtype = precision(self.device)
         inputs = [torch.lerp(latent, noise, s).to(dtype), 1000 * sigma, text.to(dtype)]
         if self.args.family == "hunyuan":
-            inputs.append(text.new_zeros(len(text), networks.POOLED_DIM, dtype=dtype))
+            inputs.append(networks.pooled(text if self.args.pooled else 0 * text).to(dtype))
         options = {"optimized_attention_override": plain_attention}
         out = self.model(*inputs, transformer_options=options)
         return F.mse_loss(out.float(), noise - latent)
 
-    def step(self, latent, text, rate: float) -> torch.Tensor:
-        loss = self.loss(latent, text)
+    def step(self, latent, text, rate: float, shift: float) -> torch.Tensor:
+        loss = self.loss(latent, text, shift)
         loss.backward()
         for master in self.masters:
             if master.grad is None:
@@ -214,10 +256,11 @@ def learning_rate(args, progress: float) -> float:
     return args.lr * min(1.0, progress / 0.02, (1 - progress) / 0.6 + 0.002)
 
 
-def batches(args, frames: int, height: int, width: int, count: int, device):
-    """Endless latents [N, 16, T, H, W] and text of one size."""
-    pixels = video.FRAMES_PER_LATENT * frames, 2 * height, 2 * width
-    data = Data(args.seed, args.rich, count, pixels[0], width / height)
+def batches(args, stage: Stage, device):
+    """Endless latents [N, 16, T, H, W] and text of one stage."""
+    pixels = video.FRAMES_PER_LATENT * stage.frames, 2 * stage.height, 2 * stage.width
+    aspect = stage.width / stage.height
+    data = Data(args.seed, args.rich, stage.count, pixels[0], aspect, stage.plain)
     loader = torch.utils.data.DataLoader(data, batch_size=None, num_workers=args.workers)
     for scenes, text in loader:
         yield video.encode(video.paint(scenes.to(device), *pixels)), text.to(device)
@@ -227,23 +270,21 @@ def train(args, device, started: float) -> tuple[Trainer, list[dict]]:
     torch.manual_seed(args.seed)
     trainer = Trainer(args, device)
     budget, log, done_share, saved = 60 * args.minutes, [], 0.0, started
-    for stage in args.stages.split(","):
-        size, share = stage.split(":")
-        frames, height, width, count = (int(n) for n in size.split("x"))
-        tokens = frames * (height // 2) * (width // 2)
-        done_share += float(share)
+    for stage in stages(args):
+        done_share += stage.share
         losses, first, clock = [], trainer.steps, time.monotonic()
-        for batch in batches(args, frames, height, width, count, device):
+        for batch in batches(args, stage, device):
             elapsed = time.monotonic() - started
             if elapsed >= budget * done_share:
                 break
-            losses.append(trainer.step(*batch, learning_rate(args, elapsed / budget)))
+            rate = learning_rate(args, elapsed / budget)
+            losses.append(trainer.step(*batch, rate, stage.shift))
             # the first four steps of a stage hold its compilation
             if len(losses) < args.log_every and trainer.steps != first + 4:
                 continue
             row = {
                 "seconds": round(time.monotonic() - started, 1),
-                "tokens": tokens,
+                "tokens": stage.tokens,
                 "step": trainer.steps,
                 "loss": round(float(torch.stack(losses).mean()), 5),
                 "ms_per_step": round(1000 * (time.monotonic() - clock) / len(losses), 1),
@@ -264,7 +305,9 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--minutes", type=float, default=8.0, help="for training, checks come on top"
     )
-    parser.add_argument("--stages", default=STAGES, help="TxHxWxBATCH:SHARE,... in latent sizes")
+    parser.add_argument(
+        "--stages", default=STAGES, help="TxHxWxBATCH:SHARE[:SHIFT[:PLAIN]],... in latent sizes"
+    )
     parser.add_argument("--name", default="tiny_wan", help="of the file of weights")
     parser.add_argument("--family", choices=tuple(networks.FAMILIES), default="wan")
     parser.add_argument("--heads", type=int, default=4)
@@ -275,6 +318,11 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--qk-gain", type=float, default=1.0, help="of new weights")
     parser.add_argument("--gate", type=float, default=0.0, help="of new weights")
     parser.add_argument("--resume", type=Path, help="weights to go on from")
+    parser.add_argument("--zero", nargs="*", default=[], help="parameters to resume with from zero")
+    parser.add_argument(
+        "--pooled", action=argparse.BooleanOptionalAction, default=True,
+        help="the text as one vector too, hunyuan only",
+    )  # fmt: skip
     parser.add_argument("--rich", action="store_true", help="textures, clouds, pans up and down")
     parser.add_argument("--bits", type=int, choices=(8, 16), default=16, help="of the saved file")
     parser.add_argument("--workers", type=int, default=4, help="processes that draw scenes")
@@ -296,8 +344,7 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.set_float32_matmul_precision("high")
-    frames, height, width = (int(n) for n in args.stages.split(",")[-1].split("x")[:3])
-    backends = fastest_backends(args.heads, args.head_dim, frames * height * width // 4, device)
+    backends = fastest_backends(args.heads, args.head_dim, stages(args)[-1].tokens, device)
     with sdpa_kernel(backends, set_priority=True):
         trainer, log = train(args, device, started)
     path = args.out / f"{args.name}.safetensors"
