@@ -1,6 +1,7 @@
 """The lab's arithmetic at sizes a CPU does at once: `tests/lab`."""
 
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,10 @@ import orders  # noqa: E402
 import scores  # noqa: E402
 import sol_op  # noqa: E402
 import sparse  # noqa: E402
-from rule import Rule  # noqa: E402
+import train  # noqa: E402
+import train_models  # noqa: E402
+from rule import PAPER, Rule, first_search  # noqa: E402
+from selecting import select  # noqa: E402
 
 from sparse_attn.token_layout import TokenLayout  # noqa: E402
 
@@ -49,7 +53,7 @@ def all_rules():
     return [rule for rule in rules if not rule.dense and rule.score not in sol_op.SCORES]
 
 
-@pytest.mark.parametrize("order", ["raster", "rods", "hilbert", *clusters.NAMES])
+@pytest.mark.parametrize("order", ["raster", "rods", "hilbert", "cubes 4x4x4", *clusters.NAMES])
 @pytest.mark.parametrize("tail", ["none", "pooled", "frozen"])
 def test_everything_kept_is_dense_attention(qkv, order, tail):
     rule = Rule("all", density=1.0, order=order, tail=tail, **SMALL)
@@ -76,7 +80,7 @@ def test_tail_joins_the_softmax_as_one_pseudo_key_per_block(qkv):
     torch.testing.assert_close(out, logits.softmax(-1) @ torch.cat([v, v_mean], 2))
 
 
-@pytest.mark.parametrize("name", ["rods", "hilbert"])
+@pytest.mark.parametrize("name", ["rods", "hilbert", "cubes 4x4x4", "cubes 8x4x2"])
 def test_orders_hold_every_token_once_and_text_last(name):
     order = orders.order_of(name, LAYOUT)
     assert sorted(order.tolist()) == list(range(LAYOUT.tokens))
@@ -188,6 +192,14 @@ def test_blocks_of_rods_are_compact_where_nothing_divides():
         assert spans in ([4, 4, 4], [2, 4, 8])
 
 
+@pytest.mark.parametrize("sides", [(4, 4, 4), (8, 4, 2)])
+def test_cubes_that_divide_the_grid_are_blocks(sides):
+    grid = (8, 12, 16)
+    order = orders.cubes(grid, sides).unflatten(0, (-1, 64))
+    for x, side in zip((order // 192, order // 16 % 12, order % 16), sides, strict=True):
+        assert (x.amax(1) - x.amin(1) == side - 1).all() and (x.amin(1) % side == 0).all()
+
+
 def test_hilbert_curve_moves_one_step_at_a_time():
     order = orders.hilbert((8, 8, 8))
     places = torch.stack([order // 64, order // 8 % 8, order % 8], -1)
@@ -197,7 +209,7 @@ def test_hilbert_curve_moves_one_step_at_a_time():
 @pytest.mark.parametrize("rule", all_rules(), ids=lambda rule: rule.name)
 def test_contestants_keep_equally_many_blocks_and_all_text(qkv, rule):
     if rule.layers or len(rule.grades) > 1:
-        return check_means(rule)
+        return check_mean(rule)
     small = rule.but(rule.name, density=0.25, block_q=rule.block_q // 4, block_k=rule.block_k // 4)
     _, one = run(small, qkv)
     keep, (sink_q, sink_k) = one.sparse[0].keep, one.sinks
@@ -208,9 +220,33 @@ def test_contestants_keep_equally_many_blocks_and_all_text(qkv, rule):
     assert keep[..., sink_k].all()
 
 
-def check_means(rule):
-    for factors in (rule.layers, rule.grades):
-        assert not factors or sum(factors) / len(factors) == pytest.approx(1.0)
+def check_mean(rule):
+    steps, first = first_search(rule, "20")
+    one = attention.Run(rule, attention.Captured(LAYOUT), first, steps)
+    wanted = []
+    for step in range(first + 1, steps):
+        one.begin(step)
+        wanted += [one.wanted(layer) for layer in range(6)]
+    assert len(set(wanted)) > 1 and sum(wanted) / len(wanted) == pytest.approx(rule.density)
+
+
+def test_a_name_means_one_rule_and_ablations_begin_with_their_base():
+    named = {rule.name: rule for group in contestants.GROUPS.values() for rule in group}
+    for name, group in contestants.GROUPS.items():
+        assert all(named[rule.name] == rule for rule in group), name
+    for group in contestants.ABLATIONS.values():
+        base, *others = group
+        assert base in (PAPER, contestants.ONE, contestants.TWO) and others
+
+
+def test_a_head_adaptive_target_moves_blocks_between_heads_and_rows(qkv):
+    rule = Rule("m", score="mass", budget="mass", head_adaptive=True, **SMALL)
+    masses = scores.analyse(*qkv, block_q=16, block_k=16)["mass"]
+    masses[:, 0, :, 3:] *= 1e-3  # a recall above 0.8: this head gives
+    no_text = torch.zeros(18, dtype=torch.bool)
+    kept = select(rule, masses, masses, no_text, no_text, 0.3).sum(-1)
+    assert sorted(kept[0].sum(-1).tolist()) == [18 * 3, 18 * 5, 18 * 7]
+    assert kept[0, 0].sum() == 18 * 3 and kept[0, 1].unique().numel() > 1
 
 
 def test_scores_agree_with_float64(qkv):
@@ -275,3 +311,33 @@ def test_sol_ops_threshold_takes_the_share_of_blocks_that_was_asked_for(qkv):
     for density in (0.25, 0.5):
         tau, exact = sol_op.threshold_for(q, k, density)
         assert -9 < tau < 9 and abs(float(exact.float().mean()) - density) < 0.02
+
+
+def trainings(name, folder):
+    """The settings of each training of a model, as `train.py` reads them."""
+    for number in range(1 + len(train_models.MODELS[name].then)):
+        options = Namespace(
+            comfyui="", out=folder, minutes=1.0, more="", number=number, resume=folder
+        )
+        yield train.parser().parse_args(train_models.command(name, options)[2:])
+
+
+@pytest.mark.parametrize("name", train_models.TRAINED)
+def test_every_training_makes_the_same_model_and_ends_at_its_size(name, tmp_path):
+    spec = train_models.MODELS[name]
+    found = list(trainings(name, tmp_path))
+    for args in found:
+        assert (args.family, args.heads, args.head_dim) == (spec.family, spec.heads, spec.head_dim)
+        assert (args.layers, args.rich, args.name) == (spec.layers, spec.rich, name)
+        stages = train.stages(args)
+        assert sum(stage.share for stage in stages) == pytest.approx(1)
+        last = stages[-1]
+        assert (last.frames, last.height, last.width) == spec.latent
+    weights = tmp_path / f"{name}.safetensors"
+    assert [args.resume for args in found] == [None] + [weights] * len(spec.then)
+
+
+def test_joint_keeps_its_pooled_text_once_it_has_it(tmp_path):
+    found = list(trainings("joint", tmp_path))
+    assert [args.pooled for args in found] == [False, False, True, True]
+    assert [bool(args.zero) for args in found] == [False, False, True, False]

@@ -54,7 +54,8 @@ def test_equal_time_takes_a_lower_density_for_a_tail():
 
 def results(path, gains):
     """Two models and two seeds; `gains` in dB over the paper's rule at density 0.2."""
-    other = {"ssim": [0.9] * 2, "features": [0.1] * 2, "flicker": [1.0] * 2, "recall": 0.8}
+    other = {"ssim": [0.9] * 2, "features": [0.1] * 2, "flicker": [1.0] * 2, "recall": 0.8,
+             "searches": 0, "recall_by_layer": {"0": 0.8}}  # fmt: skip
     rows = [
         {"model": model, "schedule": "20", "rule": name, "density": density, "settings": settings,
          "psnr": [20.0 + gain, 22.0 + gain], "task": [1.0, 0.5], **other}
@@ -82,9 +83,58 @@ def test_report_pairs_seeds_and_finds_equal_time(tmp_path):
     assert [line.split(" | ")[0] for line in lines] == ["| better", f"| {PAPER.name}", "| worse"]
     assert "+1.50 ± 0.00" in lines[0] and "-2.00 ± 0.00" in lines[2]
     equal = report.equal_time(data)
-    assert "better, 0.163, " in equal and "+0.75 ± 0.00 (4 pairs)" in equal
+    assert "better, 0.163, " in equal and "+0.75 ± 0.00 (4 of 4)" in equal
     assert "better, 0.2, " not in equal and "better, 0.02, " not in equal
     assert "-0.250 ± 0.144" in report.tasks(data)
+
+
+def lab_file(path, weights, gain, models=("a",), task=(1.0, 0.5), rule="x"):
+    row = {"schedule": "20", "rule": rule, "density": 0.2, "psnr": [20.0 + gain], "task": task}
+    rows = [{"model": model, **row} for model in models]
+    dense = [{"model": model, "schedule": "20", "task": [1.0, 1.0]} for model in models]
+    path.write_text(json.dumps({"rows": rows, "dense": dense, "weights": weights}))
+    return path
+
+
+def test_later_files_replace_rows_and_other_weights_do_not_count(tmp_path):
+    first = lab_file(tmp_path / "1", {"a": "one", "b": "one"}, 0.0, ("a", "b"))
+    second = lab_file(tmp_path / "2", {"a": "one"}, 1.0)
+    third = lab_file(tmp_path / "3", {"b": "two"}, 2.0, ("b",), rule="y")
+    key, other = ("20", 0.2, "x"), ("20", 0.2, "y")
+    found = report.load([first, second])["rows"][key]
+    assert [found[model]["psnr"] for model in "ab"] == [[21.0], [20.0]]
+    data = report.load([first, second, third])
+    assert set(data["rows"][key]) == {"a"} and set(data["rows"][other]) == {"b"}
+    assert [row["model"] for row in data["dense_rows"]] == ["a", "a", "b"]
+    untold = lab_file(tmp_path / "4", {}, 3.0)
+    assert set(report.load([untold])["rows"][key]) == {"a"}
+    assert set(report.load([untold, second])["rows"][key]) == {"a"}
+    assert report.load([second, untold])["rows"][key]["a"]["psnr"] == [21.0]
+
+
+def test_differences_count_wins_and_leave_out_what_was_not_measured():
+    gain = report.paired(
+        {"a": {"psnr": [2.0, 1.0]}, "b": {"psnr": None}, "c": {"psnr": [9.0]}},
+        {"a": {"psnr": [1.0, 3.0]}, "b": {"psnr": [1.0]}},
+        "psnr",
+    )
+    assert gain == (-0.5, pytest.approx(1.5), 1, 2)
+    assert gain.text(1) + gain.wins_text() == "-0.5 ± 1.5 (1 of 2)"
+
+
+def test_a_question_is_answered_against_its_base(tmp_path):
+    one, two = contestants.ONE, contestants.TWO
+    gains = [
+        (two.name, 0.2, {}, 3.0), (one.name, 0.2, {}, 1.0), (PAPER.name, 0.2, {}, 0.0),
+        ("unknown", 0.2, {}, 7.0), (one.name, 0.1, {}, 1.0),
+    ]  # fmt: skip
+    data = results(tmp_path / "lab.json", gains)
+    head, _, _, _, *lines = report.question(data, "20", 0.2, "searches").splitlines()
+    assert head == f"Base: {two.name}, 24.00 dB"
+    [line] = lines
+    assert line.startswith(f"| {one.name} | 22.00 | -2.00 ± 0.00 (0 of 4) | -2.0 ± 0.0 |")
+    assert report.question(data, "20", 0.1, "searches") == "", "no base"
+    assert report.question(data, "20", 0.2, "blocks") == "", "only the base"
 
 
 def test_recall_by_step_is_a_mean_over_the_layers(tmp_path):

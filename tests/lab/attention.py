@@ -78,7 +78,10 @@ class Run:
         self.tails: dict[int, Tail | None] = {}
         self.orders: dict[int, torch.Tensor | None] = {}
         self.founds: dict[int, dict] = {}
-        self.grade: dict[int, float] = {}
+        count = max(1, steps - first - 1)
+        grades = [rule.grades[i * len(rule.grades) // count] for i in range(count)]
+        self.grades = [grade * count / sum(grades) for grade in grades]
+        self.chosen: dict[int, float] = {}
         self.keys: dict[int, torch.Tensor] = {}
         self.kept_lse: dict[int, torch.Tensor] = {}
         self.held: dict[int, torch.Tensor] = {}
@@ -184,17 +187,21 @@ class Run:
 
     def prepare(self, layer, q, k, scale, fresh: bool) -> None:
         """Make sure that the layer has the mask of this step."""
-        rule, progress = self.rule, self.step - self.first - 1
-        part = progress * len(rule.grades) // max(1, self.steps - self.first - 1)
-        grade = rule.grades[min(part, len(rule.grades) - 1)]
+        rule, density = self.rule, self.wanted(layer)
         if rule.every_step:
             number_q, number_k = means(q, rule.block_q), means(k, rule.block_k)
             found = {"pooled": number_q @ number_k.mT * scale}
             found["threshold"] = found["pooled"]
-            return self.choose(layer, found, grade, q)
-        if fresh or self.grade.get(layer) != grade:
-            self.choose(layer, self.founds[layer], grade, q)
-            self.grade[layer] = grade
+            return self.choose(layer, found, density, q)
+        if fresh or self.chosen.get(layer) != density:
+            self.choose(layer, self.founds[layer], density, q)
+            self.chosen[layer] = density
+
+    def wanted(self, layer) -> float:
+        """The density of this step and layer."""
+        layers = self.rule.layers
+        weight = layers[layer % len(layers)] if layers else 1.0
+        return min(1.0, self.rule.density * self.grades[self.step - self.first - 1] * weight)
 
     def drifted(self, layer, k) -> bool:
         if not self.rule.drift:
@@ -222,11 +229,8 @@ class Run:
         masses = masses_with(q, k, lse, rule.block_q, rule.block_k, scale)
         return {"mass": masses, "lse": lse}
 
-    def choose(self, layer, found, grade, q) -> None:
-        rule = self.rule
-        weight = rule.layers[layer % len(rule.layers)] if rule.layers else 1.0
-        density = min(1.0, rule.density * grade * weight)
-        masses = found.get("mass")
+    def choose(self, layer, found, density, q) -> None:
+        rule, masses = self.rule, found.get("mass")
         if rule.score in STATIC:
             scores = static_scores(
                 rule.score, *self.spots, masses.shape, masses, *self.sinks, density, layer

@@ -7,6 +7,8 @@ a little where and when tokens lie, which keeps an order good for later steps. S
 then halved across their principal direction until blocks are left.
 """
 
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from itertools import pairwise
 
 import torch
@@ -55,9 +57,18 @@ def leading(x: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
     root = torch.linalg.cholesky(moment + 1e-4 * trace * torch.eye(x.shape[-1], device=x.device))
     x = x - x.mean(-2, keepdim=True)
     spread = root.mT @ (x.mT @ x / x.shape[-2]) @ root
-    # many small problems: a GPU would take them one after the other
-    directions = torch.linalg.eigh(spread.cpu())[1][..., -DIMENSIONS:].to(x.device)
-    return x @ (root @ directions)
+    return x @ (root @ eigenvectors(spread)[..., -DIMENSIONS:])
+
+
+def eigenvectors(x: torch.Tensor) -> torch.Tensor:
+    """Of symmetric [B, H, D, D]; a GPU would take so many small ones one after the other."""
+    found = threads().map(lambda one: torch.linalg.eigh(one)[1], x.cpu())
+    return torch.stack(list(found)).to(x.device)
+
+
+@cache
+def threads() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(8)
 
 
 def halved(x: torch.Tensor) -> torch.Tensor:

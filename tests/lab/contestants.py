@@ -1,4 +1,7 @@
-"""The contestants, by the question they answer; what lost earlier is told in README.md."""
+"""The contestants, by the question they answer; what lost earlier is told in README.md.
+
+In a group of `ABLATIONS` every rule is compared with the first one, its base.
+"""
 
 from rule import PAPER, Rule
 
@@ -48,45 +51,103 @@ EIGHT_FIRST = [
     ONE.but("queries half, searches at 0, 2, 4", again=(0.25, 0.5)),
     ONE.but("queries half, searches at 0, 1, 3", again=(0.125, 0.375)),
 ]
+LOW = [TWO, THREE, PAPER, SOL]
+
+EARLIER = TWO.but("queries half, second search at 0.45", again=(0.45,))
+QUALITY = TWO.but("queries half, 20 % dense", warmup=0.2)
 SEARCHES = [
+    TWO,
+    ONE,
+    THREE,
+    TWO.but("queries half, second search at 0.3", again=(0.3,)),
+    EARLIER,
+    TWO.but("queries half, second search at 0.8", again=(0.8,)),
+]
+DRIFT = [
+    TWO,
+    ONE.but("queries half, drift gate 1", drift=1.0),
+    ONE.but("queries half, drift gate 0.5", drift=0.5),
+    ONE.but("queries half, drift gate 0.25", drift=0.25),
+]
+CARRIED = [ONE, ONE.but("queries half, one search, pattern of another seed", carried=True)]
+LSE = [
+    PAPER,
     PAPER.but("paper, one search", again=()),
     PAPER.but("paper, later search with the cached LSE", lse="cached"),
     PAPER.but("paper, later search with the sparse pass's LSE", lse="sparse"),
-    ONE,
-    THREE,
-    ONE.but("drift gate 0.5", drift=0.5),
-    ONE.but("drift gate 0.25", drift=0.25),
-    ONE.but("one search, pattern of another seed", carried=True),
 ]
 PLACES = [
-    TWO.but("density rises", grades=(0.5, 1.0, 1.5)),
-    TWO.but("density falls", grades=(1.5, 1.0, 0.5)),
-    TWO.but("first layer double", layers=(2.0, 0.8, 0.8, 0.8, 0.8, 0.8)),
-    TWO.but("last layer double", layers=(0.8, 0.8, 0.8, 0.8, 0.8, 2.0)),
-    TWO.but("5 % dense", warmup=0.05),
-    TWO.but("20 % dense", warmup=0.2),
+    TWO,
+    TWO.but("queries half, density rises", grades=(0.5, 1.0, 1.5)),
+    TWO.but("queries half, density falls", grades=(1.5, 1.0, 0.5)),
+    TWO.but("queries half, first layer double", layers=(2.0, 0.8, 0.8, 0.8, 0.8, 0.8)),
+    TWO.but("queries half, last layer double", layers=(0.8, 0.8, 0.8, 0.8, 0.8, 2.0)),
+    TWO.but("queries half, both ends double", layers=(2.0, 0.5, 0.5, 0.5, 0.5, 2.0)),
+    TWO.but("queries half, first layer dense", layers=(5.0, 0.2, 0.2, 0.2, 0.2, 0.2)),
+    TWO.but("queries half, last layer dense", layers=(0.2, 0.2, 0.2, 0.2, 0.2, 5.0)),
+]
+WARMUP = [
+    TWO,
+    TWO.but("queries half, search in the very first step", warmup=0.0),
+    TWO.but("queries half, 5 % dense", warmup=0.05),
+    TWO.but("queries half, 20 % dense", warmup=0.2),
+    TWO.but("queries half, 30 % dense", warmup=0.3),
 ]
 BUDGETS = [
-    TWO.but("queries half, by mass", score="mass"),
+    TWO,
     TWO.but("queries half, mass target", budget="mass", score="mass"),
     TWO.but("queries half, share-of-error target", budget="mass"),
-    TWO.but("queries half, global", budget="global"),
     TWO.but("queries half, head-adaptive", head_adaptive=True),
+    TWO.but("queries half, head-adaptive error target", budget="mass", head_adaptive=True),
+    TWO.but("queries half, global", budget="global"),
 ]
-OTHERS = [
-    TWO.but("at 64x128", block_k=128),
-    TWO.but("at 64x32", block_k=32),
-    RODS.but("two searches, Hilbert", order="hilbert"),
-    TWO.but("queries half, frozen tail", tail="frozen"),
+PAPER_BUDGETS = [
+    PAPER,
+    PAPER.but("paper, even heads", head_adaptive=False),
+    PAPER.but("paper, mass target", head_adaptive=False, budget="mass"),
+    PAPER.but("paper, head-adaptive mass target", budget="mass"),
+    PAPER.but("paper, global", head_adaptive=False, budget="global"),
+]
+ROUTING = [
+    TWO,
+    TWO.but("queries half, by mass", score="mass"),
+    TWO.but("queries half, by missing mass", score="deficit"),
+]
+TAILS = [
+    TWO,
     TWO.but("queries half, query-weighted tail", tail="query weighted"),
-    RIVALS[-1],
-    PAPER.but("paper in INT8 and FP8", quantised="int8"),
-    TWO.but("queries half, in INT8 and FP8", quantised="int8"),
+    TWO.but("queries half, frozen tail", tail="frozen"),
+    TWO.but("queries half, no tail, by mass", tail="none", score="mass"),
 ]
+ORDERS = [
+    TWO,
+    PACK,
+    RODS,
+    RODS.but("two searches, 4x4x4 cubes", order="cubes 4x4x4"),
+    RODS.but("two searches, 8x4x2 cubes", order="cubes 8x4x2"),
+    RODS.but("two searches, Hilbert", order="hilbert"),
+    RODS.but("two searches, raster", order="raster"),
+]
+BLOCKS = [
+    TWO,
+    WIDE,
+    TWO.but("queries half, 64x128", block_k=128),
+    TWO.but("queries half, 64x32", block_k=32),
+    TWO.but("queries half, 128x32", block_q=128, block_k=32),
+]
+PRECISION = [TWO, TWO.but("queries half, in INT8 and FP8", quantised="int8")]
+PAPER_PRECISION = [PAPER, PAPER.but("paper, in INT8 and FP8", quantised="int8")]
 
+ABLATIONS = {
+    "searches": SEARCHES, "tails": TAILS, "orders": ORDERS, "budgets": BUDGETS, "places": PLACES,
+    "warmup": WARMUP, "routing": ROUTING, "precision": PRECISION, "carried": CARRIED,
+    "drift": DRIFT, "blocks": BLOCKS, "paper budgets": PAPER_BUDGETS, "lse": LSE,
+    "paper precision": PAPER_PRECISION,
+}  # fmt: skip
 GROUPS = {
     "decide": DECIDE, "rivals": RIVALS, "sol op": OP, "eight": EIGHT, "eight first": EIGHT_FIRST,
-    "one": [ONE], "low": [PAPER, THREE], "long": [PAPER, TWO, THREE, SOL],
-    "searches": SEARCHES, "places": PLACES, "budgets": BUDGETS, "others": OTHERS,
-    "ablations": [*SEARCHES, *PLACES, *BUDGETS, *OTHERS],
+    "one": [ONE], "low": LOW, "long": [PAPER, TWO, THREE, SOL],
+    "earlier": [EARLIER],
+    "quality": [QUALITY, QUALITY.but("queries half, 20 % dense, second search at 0.45", again=(0.45,))],
+    **ABLATIONS,
 }  # fmt: skip

@@ -4,6 +4,8 @@ Every function takes a (T, H, W) grid and returns its token numbers, first to la
 the raster number of the token at place i.
 """
 
+import math
+
 import torch
 
 
@@ -57,19 +59,34 @@ def hilbert(grid) -> torch.Tensor:
     return key.argsort()
 
 
+def cubes(grid, sides) -> torch.Tensor:
+    """Cubes of `sides` in raster order, raster order inside; the grid's border cuts them off.
+
+    So blocks of as many tokens are cubes only where the sides divide the grid.
+    """
+    inside, cube = torch.zeros(1, dtype=torch.long), torch.zeros(1, dtype=torch.long)
+    for place, n, side in zip(coordinates(grid), grid, sides, strict=True):
+        cube = cube * -(-n // side) + place // side
+        inside = inside * side + place % side
+    return (cube * math.prod(sides) + inside).flatten().argsort()
+
+
 def order_of(name: str, layout) -> torch.Tensor | None:
     """Order of a whole sequence, the same in every head; None is raster order, text where it is.
 
     Any other order moves text behind the video, so that blocks start where rods start.
 
     Args:
-        name: "raster", "hilbert" or "rods".
+        name: "raster", "hilbert", "rods" or "cubes TxHxW".
         layout: a `TokenLayout`.
     """
     if name == "raster":
         return None
     grid = (layout.frames, layout.height, layout.width)
-    video = {"hilbert": hilbert, "rods": rods}[name](grid)
+    if name.startswith("cubes "):
+        video = cubes(grid, [int(side) for side in name.split()[1].split("x")])
+    else:
+        video = {"hilbert": hilbert, "rods": rods}[name](grid)
     before = torch.arange(layout.before)
     after = torch.arange(layout.before + layout.video, layout.tokens)
     return torch.cat([video + layout.before, before, after])

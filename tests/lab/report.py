@@ -1,15 +1,15 @@
 """Tables and plots from the results of `run_lab.py`.
 
-    python tests/lab/report.py FOLDER/lab.json ... --out tests/lab/results
+    python tests/lab/report.py FILE.json ... --out tests/lab/results
 
-Rows of several files are joined. Prints one table per schedule and density (mean over models and
-seeds, standard error, paired difference to the paper's rule), and writes tables.md,
+Rows of several files are joined: a later one takes the place of an earlier one, and what a model
+did with other weights than in the last file that names its weights does not count. Prints one table
+per schedule and density (mean over models and seeds, standard error, paired difference to the
+paper's rule), one per question (to the question's base), and writes tables.md,
 quality_density.svg, quality_time.svg and quality_eight_steps.svg.
 """
 
 import argparse
-import json
-import statistics
 import sys
 from pathlib import Path
 
@@ -18,53 +18,12 @@ sys.path[:0] = [str(HERE.parents[1]), str(HERE)]
 
 import cost  # noqa: E402
 import svg  # noqa: E402
-from contestants import GROUPS, OP, SOL  # noqa: E402
-from rule import PAPER, Rule  # noqa: E402
+from contestants import ABLATIONS, GROUPS, OP, SOL  # noqa: E402
+from paired import error, load, mean, paired, rule_of, values  # noqa: E402
+from rule import PAPER  # noqa: E402
 
 OP_NAME = OP[1].name
 COLUMNS = ("psnr", "ssim", "features", "flicker", "task")
-
-
-def load(paths) -> dict:
-    """{(schedule, density, rule name): {model: row}} and everything else of the last file."""
-    found, rest, dense = {}, {}, []
-    for path in paths:
-        data = json.loads(Path(path).read_text())
-        for row in data["rows"]:
-            key = row["schedule"], row["density"], row["rule"]
-            found.setdefault(key, {})[row["model"]] = row
-        rest = {**data, "extra_ms": data.get("extra_ms") or rest.get("extra_ms") or {}}
-        dense += data["dense"]
-    return {**rest, "rows": found, "dense_rows": dense}
-
-
-def mean(values) -> float:
-    return statistics.fmean(values)
-
-
-def error(values) -> float:
-    """Standard error of a mean."""
-    return statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else float("nan")
-
-
-def values(rows: dict, column: str, models) -> list[float]:
-    return [x for model in models for x in rows[model][column] or []]
-
-
-def paired(rows: dict, base: dict, column: str) -> tuple[float, float, int]:
-    """Mean difference over the seeds of the models both have, its standard error, the pairs."""
-    models = sorted(set(rows) & set(base))
-    pairs = [
-        a - b
-        for model in models
-        for a, b in zip(rows[model][column] or [], base[model][column] or [], strict=True)
-    ]
-    return (mean(pairs), error(pairs), len(pairs)) if pairs else (float("nan"), float("nan"), 0)
-
-
-def rule_of(row: dict) -> Rule:
-    settings = {k: tuple(v) if isinstance(v, list) else v for k, v in row["settings"].items()}
-    return Rule(row["rule"], density=row["density"], **settings)
 
 
 def table(data: dict, schedule: str, density: float, against: str = PAPER.name) -> str:
@@ -82,13 +41,8 @@ def table(data: dict, schedule: str, density: float, against: str = PAPER.name) 
     for name, rows in group.items():
         have = [model for model in models if model in rows]
         psnr = values(rows, "psnr", have)
-        each = [
-            "{:+.1f} ± {:.1f}".format(*paired({m: rows[m]}, {m: base[m]}, "psnr")[:2])
-            if base and m in rows and m in base else ""
-            for m in models
-        ]  # fmt: skip
-        gain = paired(rows, base, "psnr") if base else (0.0, 0.0, 0)
-        cells = [f"{mean(psnr):.2f} ± {error(psnr):.2f}", "{:+.2f} ± {:.2f}".format(*gain[:2])]
+        gain = paired(rows, base or {}, "psnr")
+        cells = [f"{mean(psnr):.2f} ± {error(psnr):.2f}", gain.text() + gain.wins_text()]
         for column, digits in (("ssim", 3), ("features", 4), ("flicker", 2), ("task", 3)):
             seen = values(rows, column, have)
             cells.append(f"{mean(seen):.{digits}f}" if seen else "")
@@ -98,11 +52,48 @@ def table(data: dict, schedule: str, density: float, against: str = PAPER.name) 
             ms = cost.call_ms(rule, data["extra_ms"])
             run = cost.run_seconds(rule, schedule, data["extra_ms"])
         recall = mean([rows[m]["recall"] for m in have])
-        cells[2:2] = each
+        cells[2:2] = by_model(rows, base or {}, models)
         cells += [f"{recall:.3f}" if recall == recall else "", f"{ms:.1f}" if ms else ""]
         cells.append(f"{run:.0f}" if run else "")
-        ranked.append((-gain[0], f"| {name} | " + " | ".join(cells) + " |"))
+        ranked.append((-gain.mean if gain.pairs else 0.0, f"| {name} | {' | '.join(cells)} |"))
     return "\n".join(lines + [line for _, line in sorted(ranked)])
+
+
+def by_model(rows: dict, base: dict, models) -> list[str]:
+    """PSNR differences."""
+    both = set(rows) & set(base)
+    return [paired({m: rows[m]}, base, "psnr").text(1) if m in both else "" for m in models]
+
+
+def question(data: dict, schedule: str, density: float, group: str) -> str:
+    """The rules of an ablation against its first one, "" where fewer than two ran."""
+    rows = {n: found for (s, d, n), found in data["rows"].items() if (s, d) == (schedule, density)}
+    base, *others = (rule.name for rule in ABLATIONS[group])
+    others = [name for name in others if name in rows]
+    if base not in rows or not others:
+        return ""
+    models = sorted(rows[base])
+    psnr = mean(values(rows[base], "psnr", models))
+    lines = [
+        f"Base: {base}, {psnr:.2f} dB\n",
+        f"| rule | PSNR dB | to the base | {' | '.join(models)} | SSIM | flicker | task | searches "
+        "| s a run |",
+        "| --- |" + " --- |" * (len(models) + 7),
+    ]
+    for name in others:
+        gain = paired(rows[name], rows[base], "psnr")
+        # a mean over fewer models would not be comparable
+        every = set(models) <= set(rows[name])
+        cells = [f"{mean(values(rows[name], 'psnr', models)):.2f}" if every else ""]
+        cells += [gain.text() + gain.wins_text(), *by_model(rows[name], rows[base], models)]
+        for column, digits in (("ssim", 3), ("flicker", 2), ("task", 3)):
+            cells.append(paired(rows[name], rows[base], column).text(digits))
+        row = next(iter(rows[name].values()))
+        layers = len(row["recall_by_layer"]) or 1
+        run = cost.run_seconds(rule_of(row), schedule, data["extra_ms"])
+        cells += [f"{1 + row['searches'] / layers:.1f}", f"{run:.0f}" if run else ""]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def equal_time(data: dict, against=(PAPER.name, SOL.name, OP_NAME)) -> str:
@@ -121,10 +112,10 @@ def equal_time(data: dict, against=(PAPER.name, SOL.name, OP_NAME)) -> str:
             if name not in against or other in against or s != schedule or not price or not run:
                 continue
             if density != d and 0.91 <= run / price <= 1.06:
-                gain, spread, pairs = paired(found, rows, "psnr")
+                gain = paired(found, rows, "psnr")
                 lines.append(
                     f"| {s} | {name}, {density:g}, {price:.0f} | {other}, {d:g}, {run:.0f} "
-                    f"| {gain:+.2f} ± {spread:.2f} ({pairs} pairs) |"
+                    f"| {gain.text()}{gain.wins_text()} |"
                 )
     return "\n".join(lines)
 
@@ -138,16 +129,31 @@ def tasks(data: dict) -> str:
         "| --- |" + " --- |" * (len(models) + 3),
     ]
     for (schedule, density, name), rows in sorted(data["rows"].items()):
-        have = [m for m in models if m in rows and rows[m]["task"] and dense.get((schedule, m))]
-        if len(have) < len(models):
+        base = {m: {"task": dense.get((schedule, m))} for m in models}
+        gap = paired(rows, base, "task")
+        if not gap.pairs:
             continue
-        cells = [f"{mean(rows[m]['task']):.2f} ({mean(dense[schedule, m]):.2f})" for m in models]
-        gap = [
-            a - b for m in models for a, b in zip(rows[m]["task"], dense[schedule, m], strict=True)
-        ]
-        cells.append(f"{mean(gap):+.3f} ± {error(gap):.3f}")
+        cells = [
+            f"{mean(rows[m]['task']):.2f} ({mean(base[m]['task']):.2f})"
+            if m in rows and rows[m]["task"] and base[m]["task"] else ""
+            for m in models
+        ]  # fmt: skip
+        cells.append(f"{gap.text(3)} ({gap.pairs})")
         lines.append(f"| {schedule} | {density:g} | {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def layers(data: dict, schedule: str = "20", density: float = 0.2) -> str:
+    """Share of the attention that the first mask holds, layer by layer."""
+    lines = []
+    for rule in GROUPS["decide"]:
+        rows = data["rows"].get((schedule, density, rule.name), {})
+        for model, row in sorted(rows.items()):
+            if held := [f"{x:.2f}" for x in row["recall_by_layer"].values()]:
+                lines.append(f"| {rule.name} | {model} | {' | '.join(held)} |")
+    count = max((line.count("|") - 3 for line in lines), default=0)
+    head = f"| rule | model | {' | '.join(map(str, range(count)))} |"
+    return "\n".join([head, "| --- | --- |" + " --- |" * count, *lines]) if lines else ""
 
 
 def recalls(data: dict) -> str:
@@ -210,9 +216,16 @@ def main():
     for schedule, density in sorted({(s, d) for s, d, _ in data["rows"] if d < 1}):
         parts.append(f"## Steps {schedule}, density {density:g}\n")
         parts.append(table(data, schedule, density) + "\n")
+    for group in ABLATIONS:
+        for schedule, density in sorted({(s, d) for s, d, _ in data["rows"] if d < 1}):
+            if found := question(data, schedule, density, group):
+                title = f"{group.capitalize()}: steps {schedule}, density {density:g}"
+                parts.append(f"## {title}\n\n{found}\n")
     if data["extra_ms"]:
         parts.append("## Equal time of a run\n\n" + equal_time(data) + "\n")
     parts.append("## The task read back (dense in brackets)\n\n" + tasks(data) + "\n")
+    if held := layers(data):
+        parts.append("## Recall by layer at the search: steps 20, density 0.2\n\n" + held + "\n")
     if held := recalls(data):
         parts.append("## Recall by step, of the masks as they age\n\n" + held + "\n")
     text = "\n".join(parts)

@@ -19,12 +19,13 @@ class Rule:
         budget: "top-k" (the same count in every row), "mass" (in every row the shortest prefix
             that reaches a share of the score), "global" (the best blocks of the whole layer, and
             in every row at least a quarter of the even share). All three keep equally many blocks.
-        head_adaptive: the paper's shift of budget between heads.
+        head_adaptive: the paper's shift of budget between heads; with "mass" the rows of a head
+            share what it has.
         again: shares of the schedule at which the mask is searched again.
         drift: search a layer again once its pooled keys moved by this share; 0 never.
         lse: where a later search takes its softmax denominators from: "exact", "cached" at the
             first search, "sparse" (of the sparse pass before, less the log of the recall).
-        grades: factors of the density over equal parts of the sparse steps, mean 1.
+        grades: relative densities over equal parts of the sparse steps; their mean is the rule's.
         layers: factors of the density over the layers, mean 1; empty for none.
         quantised: "" or "int8" (q and k in INT8, v in FP8, both only rounded).
         carried: take the mask that another prompt and seed found.

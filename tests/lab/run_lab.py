@@ -1,15 +1,16 @@
 """Compares ways to run sparse steps on whole generations of the lab's models.
 
     python tests/lab/run_lab.py --comfyui PATH --weights FOLDER --models tiny wan128 joint \
-        --jobs 20:0.2:decide 8:0.2:eight --out OUT
+        --jobs 20:0.2:decide 8:0.2:eight --out OUT/lab.json
 
 A job is SCHEDULE:DENSITY:GROUP, or SCHEDULE:DENSITY:GROUP:MODEL,MODEL; see SCHEDULES and
 `contestants.GROUPS`. Every contestant shares the dense steps and the search step of the dense
-generation with the same seed, and is compared with that generation. OUT/lab.json is rewritten after
+generation with the same seed, and is compared with that generation. The result is rewritten after
 every row; `report.py` makes tables and plots of it.
 """
 
 import argparse
+import hashlib
 import json
 import sys
 import time
@@ -17,7 +18,8 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
-PATHS = [str(ROOT), str(ROOT / "tests" / "tiny_model"), str(HERE)]
+TINY = ROOT / "tests" / "tiny_model"
+PATHS = [str(ROOT), str(TINY), str(HERE)]
 sys.path[:0] = [path for path in PATHS if path not in sys.path]
 
 import torch  # noqa: E402
@@ -28,12 +30,20 @@ from rule import SCHEDULES, first_search  # noqa: E402
 from tests.bench.record import facts  # noqa: E402
 
 
+def digest(name: str, folder: Path | None) -> str:
+    """What tells a model's weights from earlier ones."""
+    committed = name == "tiny"
+    path = TINY / "tiny_wan.safetensors" if committed else folder / f"{name}.safetensors"
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:12]
+
+
 class Lab:
     def __init__(self, options):
         self.options = options
         self.began = time.perf_counter()
         self.readers = Readers() if options.task else None
-        self.subjects, self.paths = {}, {}
+        self.subjects, self.paths, self.weights = {}, {}, {}
+        self.firsts = {}
         self.rows, self.dense, self.extras = [], [], {}
         self.done = set()
 
@@ -52,26 +62,30 @@ class Lab:
             spec = MODELS[name]
             subject = Subject(spec, options.comfyui, options.weights, options.seeds)
             self.subjects[name] = subject
+            self.weights[name] = digest(name, options.weights)
             print(f"{name}: {subject.layout.describe()}, {self.seconds():.0f} s", flush=True)
             if options.check:
                 apart = same_as_comfyui(subject, 4)
                 print(f"{name}: at most {apart:.1e} off ComfyUI's own sampling", flush=True)
         return self.subjects[name]
 
-    def path(self, name, schedule, firsts):
-        """The dense generation; the latest one is kept, because captures are large."""
+    def expect(self, schedule, rules, names):
+        """Have the dense generation look at every step at which one of the rules searches first."""
+        for name in names:
+            firsts = self.firsts.setdefault((name, schedule), set())
+            firsts |= {first_search(rule, schedule)[1] for rule in rules}
+
+    def path(self, name, schedule):
+        """The dense generation, with what it saw at the steps that `expect` named."""
         from generation import Path as DensePath
 
-        known = self.paths.get((name, schedule))
-        if known is None or not firsts <= set(known.captured):
+        if (name, schedule) not in self.paths:
             subject = self.subject(name)
-            if known is not None:
-                firsts = firsts | set(known.captured)
-            known = self.paths[name, schedule] = DensePath(subject, SCHEDULES[schedule][0], firsts)
-            row = {"model": name, "schedule": schedule, "task": self.read(subject, known.video)}
-            self.dense = [r for r in self.dense if (r["model"], r["schedule"]) != (name, schedule)]
-            self.dense.append(row)
-        return known
+            path = DensePath(subject, SCHEDULES[schedule][0], self.firsts[name, schedule])
+            self.paths[name, schedule] = path
+            task = self.read(subject, path.video)
+            self.dense.append({"model": name, "schedule": schedule, "task": task})
+        return self.paths[name, schedule]
 
     def read(self, subject, videos):
         return self.readers.read(subject.scenes, videos) if self.readers else None
@@ -84,13 +98,12 @@ class Lab:
             if self.out_of_time():
                 return
             if path is None:
-                firsts = {first_search(r, schedule)[1] for r in rules}
-                path = self.path(name, schedule, firsts)
+                path = self.path(name, schedule)
             began = self.seconds()
             try:
                 videos, run = path.run(rule, first_search(rule, schedule)[1], record)
                 row = self.row(name, schedule, rule, path, videos, run)
-            except (RuntimeError, ValueError) as error:
+            except Exception as error:
                 # one contestant must not cost the others their turn
                 print(f"{name} {schedule} {rule.name}: {error}", flush=True)
                 continue
@@ -146,6 +159,7 @@ class Lab:
 
         result = {
             "what": "whole generations against the dense one of the same seed, one value per seed",
+            "weights": self.weights,
             "rows": [settled(row) for row in self.rows],
             "dense": [settled(row) for row in self.dense],
             "prompts": {name: subject.prompts for name, subject in self.subjects.items()},
@@ -154,8 +168,11 @@ class Lab:
             "seconds": round(self.seconds(), 1),
             **facts(),
         }
-        self.options.out.mkdir(parents=True, exist_ok=True)
-        (self.options.out / "lab.json").write_text(json.dumps(result) + "\n")
+        out = self.options.out
+        out.parent.mkdir(parents=True, exist_ok=True)
+        new = out.with_suffix(".new")
+        new.write_text(json.dumps(result) + "\n")
+        new.replace(out)  # at no time half of a file
 
 
 def main():
@@ -164,7 +181,7 @@ def main():
     parser.add_argument("--weights", type=Path, help="folder of the models that are not committed")
     parser.add_argument("--models", nargs="+", default=["tiny"])
     parser.add_argument("--jobs", nargs="+", default=["20:0.2:decide"])
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True, help="file of the results")
     parser.add_argument("--seeds", type=int, default=8)
     parser.add_argument("--seconds", type=float, default=1e9, help="stop after this long")
     parser.add_argument("--task", action=argparse.BooleanOptionalAction, default=True)
@@ -174,11 +191,16 @@ def main():
     options = parser.parse_args()
     torch.set_float32_matmul_precision("high")
     lab = Lab(options)
+    jobs = []
+    for job in options.jobs:
+        schedule, density, group, *only = job.split(":")
+        names = only[0].split(",") if only else options.models
+        jobs.append((schedule, float(density), group, names))
+        lab.expect(schedule, GROUPS[group], names)
     try:
-        for number, job in enumerate(options.jobs):
-            schedule, density, group, *only = job.split(":")
-            for name in only[0].split(",") if only else options.models:
-                lab.job(name, schedule, float(density), GROUPS[group], group in options.record)
+        for number, (schedule, density, group, names) in enumerate(jobs):
+            for name in names:
+                lab.job(name, schedule, density, GROUPS[group], group in options.record)
             if number == 0 and options.costs:
                 import cost
 

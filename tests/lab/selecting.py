@@ -16,6 +16,15 @@ def best_in_rows(scores, budgets, sink_k):
     return rank < budgets
 
 
+def best_of_heads(key, budgets, least: int, sink_q, sink_k):
+    """Keep the blocks of largest `key` in a head, `budgets` [B, H] a row on average."""
+    sure = best_in_rows(key, least, sink_k) & ~sink_q[:, None]
+    ranked = key.masked_fill(sink_q[:, None], float("-inf")).masked_fill(sure, float("inf"))
+    rank = ranked.flatten(2).argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
+    count = budgets * int((~sink_q).sum())
+    return (rank < count[..., None]).view_as(key)
+
+
 def best_of_layer(key, budget: int, least: int, sink_q, sink_k):
     """Keep the blocks of largest `key` in a layer, `budget` a row on average and `least` at least.
 
@@ -59,7 +68,12 @@ def select(rule, scores, masses, sink_q, sink_k, density: float):
         keep = best_in_rows(scores, budget, sink_k)
     shift = budget_shift(budget, num_k, sinks) if rule.head_adaptive else 0
     if shift:
-        keep = best_in_rows(scores, head_budgets(recall(masses, keep), budget, shift), sink_k)
+        budgets = head_budgets(recall(masses, keep), budget, shift)
+        if rule.budget == "mass":
+            least = min(int(budgets.min()), sinks + 1)
+            keep = best_of_heads(-share_before(scores), budgets, least, sink_q, sink_k)
+        else:
+            keep = best_in_rows(scores, budgets, sink_k)
     return keep | sink_q[:, None]
 
 
