@@ -72,14 +72,13 @@ class DenseSteps:
             out [B, H, L, D], lse [B, H, L].
         """
         choice, wish = self.choice, self.low_precision
-        found = None
+        name, found = "own", None
+        if choice.has_candidates(backend, key_bias) and wish.serves(
+            backend, q, k, v, allowed=low_precision
+        ):
+            name = choice.choose_with_lse(backend, q, k, v, scale=scale, precision=wish.precision)
+            self.statistics.dense_choice = choice.describe(name)
         with self.timed("dense", q):
-            if choice.has_candidates(backend, key_bias) and wish.serves(
-                backend, q, k, v, allowed=low_precision
-            ):
-                name = choice.choose_with_lse(
-                    backend, q, k, v, scale=scale, precision=wish.precision
-                )
-                if name not in EXACT:
-                    found = wish.attend(backend, q, k, v, scale=scale)
+            if name not in EXACT:
+                found = wish.attend(backend, q, k, v, scale=scale)
             return found or choice.with_lse(backend, q, k, v, scale=scale, key_bias=key_bias)

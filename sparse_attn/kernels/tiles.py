@@ -54,7 +54,7 @@ SHARED_MEMORY = {
 #   masses from INT8: 4 consumers 114.8, 3 of them 120.2; every eighth exponential as a polynomial 116.1
 #   low precision, INT8 scores, 1.28 for quantising not included: sparse at 0.2 39.2, 64 rows 44.6,
 #   dense 196.5; with P V summed in float32 48.2, 54.4 and 232.8; two consumers that exponentiate by
-#   turns 41.8, 45.6 and 196.5. Leaving all exponentials out would save 7 %: it draws 684 of 700 W
+#   turns 41.8, 45.6 and 196.5
 #   low precision, 2026-11-24: sparse at 0.2 39.0, with a tail 44.7, with a key bias on the last 200
 #   keys 39.7, 64 rows 43.0; with one loop for all tiles, which looked for a bias in every turn and
 #   always rescaled the sums, 39.5, 49.7, 45.3 and 42.2
