@@ -47,12 +47,9 @@ class DenseSteps:
         """
         backend, _ = self.backends.of(q, k, v)
         choice, wish = self.choice, self.low_precision
-        quantised = choice.has_candidates(backend, key_bias) and wish.serves(
-            backend, q, k, v, allowed=low_precision
-        )
         name = choice.choose(
             backend, q, k, v, scale=scale, host=host, key_bias=key_bias,
-            precision=wish.precision if quantised else None,
+            precision=self._precision(backend, q, k, v, key_bias, low_precision),
         )  # fmt: skip
         self.statistics.dense_choice = choice.describe(name)
         if name == "host":
@@ -71,14 +68,23 @@ class DenseSteps:
         Returns:
             out [B, H, L, D], lse [B, H, L].
         """
-        choice, wish = self.choice, self.low_precision
-        name, found = "own", None
-        if choice.has_candidates(backend, key_bias) and wish.serves(
-            backend, q, k, v, allowed=low_precision
-        ):
-            name = choice.choose_with_lse(backend, q, k, v, scale=scale, precision=wish.precision)
-            self.statistics.dense_choice = choice.describe(name)
+        choice, found = self.choice, None
+        precision = self._precision(backend, q, k, v, key_bias, low_precision)
+        exact = precision is None
+        if not exact:
+            name = choice.choose_with_lse(backend, q, k, v, scale=scale, precision=precision)
+            exact = name in EXACT
         with self.timed("dense", q):
-            if name not in EXACT:
-                found = wish.attend(backend, q, k, v, scale=scale)
+            if not exact:
+                # it may be the run's only dense step
+                self.statistics.dense_choice = choice.describe(name)
+                found = self.low_precision.attend(backend, q, k, v, scale=scale)
             return found or choice.with_lse(backend, q, k, v, scale=scale, key_bias=key_bias)
+
+    def _precision(self, backend, q, k, v, key_bias, allowed: bool) -> str | None:
+        """The low precision that may stand for election in this call, or None."""
+        wish = self.low_precision
+        serves = self.choice.has_candidates(backend, key_bias) and wish.serves(
+            backend, q, k, v, allowed=allowed
+        )
+        return wish.precision if serves else None

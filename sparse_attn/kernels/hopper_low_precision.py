@@ -417,14 +417,16 @@ def hopper_low_precision_kernel(
             [
                 (_consume, (
                     q_tiles, k_ring, v_ring, q_ready, k_ready, k_free, v_ready, v_free,
-                    p_list, num_tiles, num_pairs, all_pairs, Lq, Lk, H, i_b, i_h, first_q, num_rows, Nk,
+                    p_list, num_tiles, num_pairs, all_pairs,
+                    Lq, Lk, H, i_b, i_h, first_q, num_rows, Nk,
                     out, lse, key_bias, bias_tiles, q_scale, q_shift, k_scale, v_scale, v_mean,
                     p_words, num_listed, p_order,
                     0, D, BLOCK_K, LISTED, HAS_BIAS, HAS_TAIL, HAS_ORDER, STAGES,
                 )),
                 (_consume, (
                     q_tiles, k_ring, v_ring, q_ready, k_ready, k_free, v_ready, v_free,
-                    p_list, num_tiles, num_pairs, all_pairs, Lq, Lk, H, i_b, i_h, first_q, num_rows, Nk,
+                    p_list, num_tiles, num_pairs, all_pairs,
+                    Lq, Lk, H, i_b, i_h, first_q, num_rows, Nk,
                     out, lse, key_bias, bias_tiles, q_scale, q_shift, k_scale, v_scale, v_mean,
                     p_words, num_listed, p_order,
                     1, D, BLOCK_K, LISTED, HAS_BIAS, HAS_TAIL, HAS_ORDER, STAGES,
@@ -444,7 +446,8 @@ def hopper_low_precision_kernel(
             [
                 (_consume, (
                     q_tiles, k_ring, v_ring, q_ready, k_ready, k_free, v_ready, v_free,
-                    p_list, num_tiles, num_pairs, all_pairs, Lq, Lk, H, i_b, i_h, first_q, num_rows, Nk,
+                    p_list, num_tiles, num_pairs, all_pairs,
+                    Lq, Lk, H, i_b, i_h, first_q, num_rows, Nk,
                     out, lse, key_bias, bias_tiles, q_scale, q_shift, k_scale, v_scale, v_mean,
                     p_words, num_listed, p_order,
                     0, D, BLOCK_K, LISTED, HAS_BIAS, HAS_TAIL, HAS_ORDER, STAGES,
