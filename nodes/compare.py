@@ -5,7 +5,7 @@ import math
 import torch
 from comfy_api.latest import io, ui
 
-from ..sparse_attn.likeness import mean_squared_error, psnr, ssim
+from ..sparse_attn.video_metrics import mean_squared_error, psnr, ssim
 
 AMPLIFIED = 8
 # a number that every node downstream can take, for videos without any difference

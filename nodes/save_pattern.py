@@ -4,7 +4,7 @@ from functools import partial
 
 from comfy_api.latest import io, ui
 
-from ..sparse_attn.host.patterns import save_after_run
+from ..sparse_attn.host.pattern_requests import save_after_run
 from .pattern_files import FOLDER, checked_name, free_path
 from .pattern_schema import pattern_schema
 

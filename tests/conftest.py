@@ -4,7 +4,10 @@ from importlib.util import find_spec
 
 import pytest
 import torch
-from host_fixtures import comfy_server, comfyui, load, loaded_models, model_paths  # noqa: F401
+
+from tests.host.host_fixtures import comfy_server, comfyui, load, loaded_models, model_paths  # noqa: F401
+
+TILES = "tests.backends.test_tiles"
 
 # must be decided before triton is imported: without a GPU every kernel runs interpreted
 if not torch.cuda.is_available():
@@ -15,14 +18,14 @@ if not torch.cuda.is_available():
 def pytest_collection_finish(session):
     """Let the compiler work through what `test_tiles` asks of it while other tests run."""
     modules = {item.module.__name__: item.module for item in session.items}
-    wanted = "test_tiles" in modules and len(modules) > 1 and find_spec("triton")
+    wanted = TILES in modules and len(modules) > 1 and find_spec("triton")
     if wanted and not session.config.option.collectonly:
-        modules["test_tiles"].PROCESSES.begin(at_a_time=1)
+        modules[TILES].PROCESSES.begin(at_a_time=1)
 
 
 def pytest_sessionfinish(session):
-    if "test_tiles" in sys.modules:
-        sys.modules["test_tiles"].PROCESSES.end()
+    if TILES in sys.modules:
+        sys.modules[TILES].PROCESSES.end()
 
 
 @pytest.fixture

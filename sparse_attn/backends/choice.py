@@ -2,7 +2,8 @@
 
 from types import ModuleType
 
-from . import eager, triton_backend
+from . import triton_backend
+from .torch import attention as eager
 
 # fastest first; each has `why_not`, `dense_attention`, `block_masses`, `unpack_mask`, `arrange`,
 # `pooled_masses`, `sparse_attention`, `why_not_low_precision`, `ONE_PASS_SEARCH` and, where it

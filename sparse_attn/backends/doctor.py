@@ -4,11 +4,12 @@ import time
 
 import torch
 
-from . import attention, reference
-from .block_mask import BlockMask
-from .dense_choice import cudnn_serves, torch_cudnn
-from .token_layout import TokenLayout
-from .token_order import rods
+from ..block_mask import BlockMask
+from ..orders.position import rods
+from ..run.dense import cudnn_serves, torch_cudnn
+from ..token_layout import TokenLayout
+from . import choice as attention
+from . import reference
 
 # a kernel may err this many times as much as torch does in the same dtype
 FACTOR = 4.0

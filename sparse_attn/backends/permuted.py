@@ -10,8 +10,8 @@ from functools import lru_cache
 import torch
 import torch.nn.functional as F
 
-from .token_layout import TokenLayout
-from .token_order import rods
+from ..orders.position import rods
+from ..token_layout import TokenLayout
 
 # tokens per mean: the key block of the mask
 BLOCK = 64

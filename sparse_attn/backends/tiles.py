@@ -5,7 +5,7 @@ from functools import cache
 
 import torch
 
-from . import inputs
+from . import launch as inputs
 
 
 @dataclass(frozen=True)
@@ -109,11 +109,7 @@ def _capability(device: torch.device) -> tuple[int, int]:
 @cache
 def _has_hopper_kernels() -> bool:
     try:
-        from . import (  # noqa: F401
-            hopper_attention,
-            hopper_block_masses,
-            hopper_low_precision,
-        )
+        from .hopper import attention, block_masses, quantised_attention  # noqa: F401
     except (ImportError, AttributeError):
         # Gluon is younger than the oldest Triton served
         return False

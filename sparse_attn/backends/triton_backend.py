@@ -1,7 +1,7 @@
 """The backend of Triton kernels, for GPUs."""
 
-from . import kernels
-from .arranged import Arranged, arranged
+from . import triton as kernels
+from .permuted import Arranged, arranged
 
 # the dense kernel writes masses in the same pass when it knows an earlier LSE
 ONE_PASS_SEARCH = True
@@ -17,7 +17,7 @@ def why_not(q, k, v, block_q: int, block_k: int) -> str | None:
 
 def why_not_low_precision(q, k, v, block_q: int, block_k: int, precision: str) -> str | None:
     """Say why the kernels cannot serve the call in `precision`, or None when they can."""
-    kernel = kernels.available()["low_precision_attention"]
+    kernel = kernels.available()["quantised_attention"]
     if isinstance(kernel, str):
         return kernel
     return kernel.why_not(q, k, v, block_q, block_k, precision)
@@ -25,9 +25,7 @@ def why_not_low_precision(q, k, v, block_q: int, block_k: int, precision: str) -
 
 def low_precision_attention(q, k, v, **options):
     """(out, lse) of the whole sequence, or of the key blocks that `kv_indices` lists."""
-    return kernels.available()["low_precision_attention"].low_precision_attention(
-        q, k, v, **options
-    )
+    return kernels.available()["quantised_attention"].low_precision_attention(q, k, v, **options)
 
 
 def dense_attention(q, k, v, **options):
@@ -44,7 +42,7 @@ def pooled_masses(q, k_mean, log_sizes, lse, **options):
 
 def arrange(q, k, v, order, key_bias=None) -> Arranged:
     """Put tokens in `order` and the means of their blocks behind them."""
-    kernel = kernels.available()["arrange"]
+    kernel = kernels.available()["permute"]
     return arranged(q, k, v, order, key_bias, arrange=kernel.arrange)
 
 
@@ -53,5 +51,5 @@ def unpack_mask(bits, num_k: int, more: int = 0):
 
 
 def sparse_attention(q, k, v, kv_indices, kv_num_blocks, **options):
-    kernel = kernels.available()["sparse_attention"]
+    kernel = kernels.available()["attention"]
     return kernel.sparse_attention(q, k, v, kv_indices, kv_num_blocks, **options)

@@ -8,14 +8,15 @@ import comfy.patcher_extension
 import torch
 
 from ..config import AdaSpaConfig
-from ..estimate import estimate, too_short
-from ..run_handle import RunHandle
-from ..run_state import RunState
+from ..run.estimate import estimate, too_short
+from ..run.handle import RunHandle
+from ..run.state import RunState
 from ..schedule import plan
-from . import messages, patterns
+from . import pattern_requests as patterns
+from . import status as messages
 from .families import family_of
 from .override import CAPTURED, CONTEXT, ModelCall, attention_override, captured
-from .progress import progress_of
+from .sigmas import progress_of
 
 KEY = "adaspa"
 OVERRIDE = "optimized_attention_override"

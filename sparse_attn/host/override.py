@@ -8,8 +8,8 @@ from typing import NamedTuple
 
 import torch
 
-from ..pattern import LayerName
-from ..run_state import Call, RunState
+from ..patterns.pattern import LayerName
+from ..run.state import Call, RunState
 from ..schedule import StepKind
 from ..token_layout import TokenLayout
 from .families import Family

@@ -7,11 +7,11 @@ handle would outlive the node that set it in ComfyUI's cache.
 from collections.abc import Callable
 from pathlib import Path
 
-from .. import pattern as files
-from ..pattern import CarriedPattern
-from ..run_handle import RunHandle
-from ..run_report import gib
-from . import messages
+from ..patterns import pattern as files
+from ..patterns.pattern import CarriedPattern
+from ..run.handle import RunHandle
+from ..run.report import gib
+from . import status as messages
 
 HANDLE, BEGIN, SAVE = "adaspa", "adaspa_begin", "adaspa_save"
 

@@ -2,7 +2,7 @@
 
 import logging
 
-from ..run_statistics import RunStatistics
+from ..run.statistics import RunStatistics
 
 log = logging.getLogger("adaspa")
 

@@ -8,16 +8,16 @@ from typing import NamedTuple
 
 import torch
 
-from .arranged import Arranged
-from .block_mask import BlockMask
-from .config import AdaSpaConfig
+from ..backends.permuted import Arranged
+from ..backends.torch.tail_error import rows_of, tail_error
+from ..block_mask import BlockMask
+from ..config import AdaSpaConfig
+from ..orders.choice import find_order
+from ..orders.position import in_raster
+from ..run.layers import Call
+from ..run.precision import LowPrecision
 from .fused_online_search import fused_online_search
-from .layer_state import Call
-from .low_precision import LowPrecision
 from .lse_cached_search import lse_cached_search
-from .order_choice import find_order
-from .tail_error import rows_of, tail_error
-from .token_order import in_raster
 
 
 class Found(NamedTuple):

@@ -2,7 +2,7 @@
 
 import torch
 
-from .block_mask import BlockMask
+from ..block_mask import BlockMask
 
 # share of 1 by which an evenly spread, never repeating sequence moves on
 GOLDEN = 0.6180339887498949

@@ -2,15 +2,15 @@
 
 import torch
 
-from . import kernels
-from .block_mask import BlockMask
-from .config import AdaSpaConfig
+from ..backends import triton as kernels
+from ..backends.torch.row_wise_top_k import row_budget, row_wise_top_k
+from ..block_mask import BlockMask
+from ..config import AdaSpaConfig
+from ..token_layout import TokenLayout
 from .head_adaptive import budget_shift, head_budgets
 from .recall import recall
-from .row_wise_recall import row_wise_recall
-from .row_wise_top_k import row_budget, row_wise_top_k
+from .recall_target import row_wise_recall
 from .text_sink import count_sinks, sink_blocks
-from .token_layout import TokenLayout
 
 
 def select(
@@ -50,7 +50,7 @@ def select(
 
 def _keep_best(scores, masses, budgets, largest_budget, sink_k, sink_q):
     """Row-wise top-k and its recall, by the kernel where it serves."""
-    kernel = kernels.kernel_for("top_blocks", scores)
+    kernel = kernels.kernel_for("row_wise_top_k", scores)
     if kernel is not None:
         return kernel.top_blocks(scores, masses, budgets, sink_k, sink_q)
     keep = row_wise_top_k(scores, budgets, largest_budget, sink_k, sink_q)

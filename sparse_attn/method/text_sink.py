@@ -2,7 +2,7 @@
 
 import torch
 
-from .token_layout import TokenLayout
+from ..token_layout import TokenLayout
 
 
 def sink_blocks(layout: TokenLayout, block_size: int, device=None) -> torch.Tensor:

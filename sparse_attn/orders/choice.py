@@ -7,9 +7,9 @@ blocks tell: the order wins that leaves the smaller tail error.
 
 import torch
 
-from .similar_order import similar_order
-from .tail_error import tail_error
-from .token_order import in_rods, rods
+from ..backends.torch.tail_error import tail_error
+from .position import in_rods, rods
+from .similarity import similar_order
 
 SAMPLED_BLOCKS = 24
 

@@ -5,7 +5,7 @@ from functools import lru_cache
 
 import torch
 
-from .token_layout import TokenLayout
+from ..token_layout import TokenLayout
 
 # frames and rows of a rod: 64 of its tokens are a cube of 4 x 4 x 4
 FRAMES, ROWS = 4, 4

@@ -13,9 +13,9 @@ from itertools import pairwise
 
 import torch
 
-from . import kernels
-from .arranged import BLOCK
-from .token_layout import TokenLayout
+from ..backends import triton as kernels
+from ..backends.permuted import BLOCK
+from ..token_layout import TokenLayout
 
 # leading directions of the queries, and as many of the keys
 DIRECTIONS = 16
@@ -46,7 +46,7 @@ def similar_order(q: torch.Tensor, k: torch.Tensor, layout: TokenLayout) -> torc
     order = torch.empty(B, H, L, dtype=torch.int32, device=q.device)
     order[..., video:] = torch.cat([before, after])
     # float32; without a kernel the same again in the order of the nodes, and as much of sorting
-    each = 12 if kernels.kernel_for("halve", places[None]) is None else 4
+    each = 12 if kernels.kernel_for("pca_tree", places[None]) is None else 4
     heads = max(1, WORKSPACE_BYTES // (video * (2 * DIRECTIONS + PLACE_COLUMNS) * each))
     for b in range(B):
         for i in range(0, H, heads):
@@ -57,7 +57,7 @@ def similar_order(q: torch.Tensor, k: torch.Tensor, layout: TokenLayout) -> torc
 
 def _halve(features) -> torch.Tensor:
     """[h, V] order of [h, V, F] features, by the kernel where it serves."""
-    kernel = kernels.kernel_for("halve", features)
+    kernel = kernels.kernel_for("pca_tree", features)
     if kernel is not None:
         return kernel.halve(features)
     return _Halving(features.shape[1], features.device).order(features)

@@ -9,9 +9,9 @@ from typing import NamedTuple
 
 import torch
 
-from .config import BLOCK_SIZES
-from .token_layout import TokenLayout
-from .token_order import rods
+from ..config import BLOCK_SIZES
+from ..orders.position import rods
+from ..token_layout import TokenLayout
 
 FORMAT, VERSION = "adaspa pattern", 2
 # what stands for skipped blocks -> the order of the video's tokens: (t, h, w), as every model of

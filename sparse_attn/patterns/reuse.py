@@ -4,14 +4,14 @@ from typing import NamedTuple
 
 import torch
 
-from .block_mask import BlockMask
-from .config import AdaSpaConfig
-from .layer_state import Call, LayerState
-from .order_choice import biased_video
+from ..block_mask import BlockMask
+from ..config import AdaSpaConfig
+from ..method.recall import sample_rows, sampled_recall
+from ..orders.choice import biased_video
+from ..orders.position import is_shared, rods
+from ..run.layers import Call, LayerState
+from ..run.statistics import block_map
 from .pattern import CarriedLayer, CarriedPattern
-from .recall import sample_rows, sampled_recall
-from .run_statistics import block_map
-from .token_order import is_shared, rods
 
 # a carried mask may hold this much less of a layer than when it was found
 RECALL_LOSS = 0.05

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .schedule import Schedule, StepKind
+from ..schedule import Schedule, StepKind
 
 # share of the free GPU memory that the cache may take before "auto" moves it to the CPU
 GPU_SHARE = 0.2

@@ -5,10 +5,10 @@ from types import ModuleType
 
 import torch
 
-from .attention import Backends
-from .dense_choice import EXACT, DenseChoice
-from .low_precision import LowPrecision
-from .run_statistics import RunStatistics
+from ..backends.choice import Backends
+from .dense import EXACT, DenseChoice
+from .precision import LowPrecision
+from .statistics import RunStatistics
 
 
 class DenseSteps:

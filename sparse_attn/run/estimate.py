@@ -2,15 +2,15 @@
 
 from dataclasses import dataclass
 
-from .arranged import pseudo_blocks
-from .config import AdaSpaConfig
-from .memory import predict
-from .row_wise_top_k import row_budget
-from .run_report import gib
-from .schedule import Schedule, StepKind
-from .text_sink import count_sinks
-from .token_layout import TokenLayout
-from .token_order import in_rods
+from ..backends.permuted import pseudo_blocks
+from ..backends.torch.row_wise_top_k import row_budget
+from ..config import AdaSpaConfig
+from ..method.text_sink import count_sinks
+from ..orders.position import in_rods
+from ..schedule import Schedule, StepKind
+from ..token_layout import TokenLayout
+from .cache import predict
+from .report import gib
 
 # masses need q @ k.T, one of the two products of attention
 SEARCH_WORK = 0.5

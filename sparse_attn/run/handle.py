@@ -2,11 +2,11 @@
 
 from collections import deque
 
-from .config import AdaSpaConfig
-from .dense_choice import DenseChoice
-from .pattern import CarriedPattern
-from .run_state import RunState
-from .run_statistics import RunStatistics
+from ..config import AdaSpaConfig
+from ..patterns.pattern import CarriedPattern
+from .dense import DenseChoice
+from .state import RunState
+from .statistics import RunStatistics
 
 RUNS_KEPT = 4
 

@@ -7,13 +7,13 @@ from types import ModuleType
 
 import torch
 
-from .attention import Backends
-from .block_mask import BlockMask
-from .memory import Cache
-from .pattern import LayerName
-from .run_statistics import RunStatistics
-from .token_layout import TokenLayout
-from .token_order import is_shared
+from ..backends.choice import Backends
+from ..block_mask import BlockMask
+from ..orders.position import is_shared
+from ..patterns.pattern import LayerName
+from ..token_layout import TokenLayout
+from .cache import Cache
+from .statistics import RunStatistics
 
 
 @dataclass(frozen=True)

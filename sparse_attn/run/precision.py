@@ -4,7 +4,7 @@ from types import ModuleType
 
 import torch
 
-from .run_statistics import RunStatistics
+from .statistics import RunStatistics
 
 NOT_ALLOWED = "the model asks for full precision there (`low_precision_attention`)"
 OUT_OF_MEMORY = "out of memory while quantising"

@@ -5,8 +5,8 @@ from collections.abc import Callable
 
 import torch
 
-from .layer_state import Call, LayerState
-from .run_statistics import Pattern, RunStatistics
+from .layers import Call, LayerState
+from .statistics import Pattern, RunStatistics
 
 NOT_A_NUMBER = "NaN or infinity in q, k or v"
 

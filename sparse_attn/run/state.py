@@ -7,23 +7,25 @@ from contextlib import nullcontext
 
 import torch
 
-from . import attention, selection, serving
-from .arranged import prepare
-from .carrying import SAMPLED_ROWS, fitting_mask, pattern_of
-from .config import AdaSpaConfig
-from .dense_choice import DenseChoice
+from ..backends import choice as attention
+from ..backends.permuted import prepare
+from ..config import AdaSpaConfig
+from ..method import block_scores as serving
+from ..method import selection
+from ..method.recall import sample_rows, sampled_recall
+from ..orders.position import in_rods
+from ..patterns.pattern import CarriedPattern
+from ..patterns.reuse import SAMPLED_ROWS, fitting_mask, pattern_of
+from ..schedule import Schedule, StepKind
+from ..token_layout import TokenLayout
+from .cache import Cache, predict
+from .dense import DenseChoice
 from .dense_steps import DenseSteps
-from .findings import NOT_A_NUMBER, Findings
-from .layer_state import Call, Layers
-from .low_precision import LowPrecision
-from .memory import Cache, predict
-from .pattern import CarriedPattern
-from .recall import sample_rows, sampled_recall
-from .run_statistics import RunStatistics, block_map
-from .schedule import Schedule, StepKind
-from .stopwatch import Stopwatch
-from .token_layout import TokenLayout
-from .token_order import in_rods
+from .layers import Call, Layers
+from .precision import LowPrecision
+from .readback import NOT_A_NUMBER, Findings
+from .statistics import RunStatistics, block_map
+from .timer import Stopwatch
 
 OUT_OF_MEMORY = "out of memory while searching"
 SPARSE_OUT_OF_MEMORY = "out of memory in a sparse step"

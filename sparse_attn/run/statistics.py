@@ -7,8 +7,8 @@ from statistics import median
 
 import torch
 
-from . import run_report
-from .schedule import Schedule, StepKind
+from ..schedule import Schedule, StepKind
+from . import report as run_report
 
 # a map of more blocks than this is averaged down for the report
 MAP_SIZE = 96

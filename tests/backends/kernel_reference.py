@@ -3,7 +3,7 @@
 import torch
 import torch.nn.functional as F
 
-from sparse_attn import reference
+from sparse_attn.backends import reference
 
 
 def attention(q, k, v, scale, key_bias=None, keep=None):

@@ -3,15 +3,15 @@ import torch
 
 pytest.importorskip("triton")
 
-import kernel_reference as reference
 from close import assert_as_accurate_as, assert_within
 
+from sparse_attn.backends.reference import expand_blocks
+from sparse_attn.backends.tiles import Tile
+from sparse_attn.backends.triton.attention import sparse_attention
+from sparse_attn.backends.triton.permute import arrange
+from sparse_attn.backends.triton.unpack_mask import unpack_mask
 from sparse_attn.block_mask import BlockMask
-from sparse_attn.kernels.arrange import arrange
-from sparse_attn.kernels.sparse_attention import sparse_attention
-from sparse_attn.kernels.tiles import Tile
-from sparse_attn.kernels.unpack_mask import unpack_mask
-from sparse_attn.reference import expand_blocks
+from tests.backends import kernel_reference as reference
 
 # B, H, Lq, Lk, D, block_q, block_k
 CASES = [

@@ -3,11 +3,11 @@ import torch
 
 pytest.importorskip("triton")
 
-import kernel_reference as reference
 from close import assert_within
 
-from sparse_attn.kernels.block_masses import block_masses, finished
-from sparse_attn.kernels.tiles import Tile
+from sparse_attn.backends.tiles import Tile
+from sparse_attn.backends.triton.block_masses import block_masses, finished
+from tests.backends import kernel_reference as reference
 
 # B, H, Lq, Lk, D, block_q, block_k
 CASES = [

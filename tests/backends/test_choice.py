@@ -3,7 +3,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from sparse_attn import attention, eager, triton_backend
+from sparse_attn.backends import choice as attention
+from sparse_attn.backends import triton_backend
+from sparse_attn.backends.torch import attention as eager
 
 NEEDED = {
     "why_not", "dense_attention", "block_masses", "unpack_mask", "sparse_attention",

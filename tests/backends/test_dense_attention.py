@@ -3,10 +3,10 @@ import torch
 
 pytest.importorskip("triton")
 
-import kernel_reference as reference
 from close import assert_as_accurate_as, assert_within
 
-from sparse_attn.kernels.dense_attention import dense_attention
+from sparse_attn.backends.triton.dense_attention import dense_attention
+from tests.backends import kernel_reference as reference
 
 # B, H, Lq, Lk, D, block_q, block_k
 CASES = [

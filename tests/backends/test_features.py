@@ -4,9 +4,8 @@ from close import assert_within
 
 pytest.importorskip("triton")
 
-import kernel_reference as reference
-
-from sparse_attn.kernels.features import features
+from sparse_attn.backends.triton.features import features
+from tests.backends import kernel_reference as reference
 
 # B, H, V, D, layout
 CASES = [

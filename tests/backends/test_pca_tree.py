@@ -3,10 +3,10 @@ import torch
 
 pytest.importorskip("triton")
 
-from sparse_attn.kernels import halve as module
-from sparse_attn.kernels import kernel_for
-from sparse_attn.kernels.halve import MAX_FEATURES, halve
-from sparse_attn.similar_order import _Halving
+from sparse_attn.backends.triton import kernel_for
+from sparse_attn.backends.triton import pca_tree as module
+from sparse_attn.backends.triton.pca_tree import MAX_FEATURES, halve
+from sparse_attn.orders.similarity import _Halving
 
 CASES = [
     # heads, tokens, features
@@ -76,7 +76,7 @@ def test_serves_gpus_alone():
     """Interpreted kernels take tensors of a CPU too, but hours for those of a video."""
     features = made(1, 150, 5)
     assert module.why_not(features) is None or torch.cuda.is_available()
-    assert kernel_for("halve", features) is None
+    assert kernel_for("pca_tree", features) is None
 
 
 def test_refuses_more_features_than_a_program_holds(device):

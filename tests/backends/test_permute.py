@@ -3,9 +3,8 @@ import torch
 
 pytest.importorskip("triton")
 
-import kernel_reference as reference
-
-from sparse_attn.kernels.arrange import arrange
+from sparse_attn.backends.triton.permute import arrange
+from tests.backends import kernel_reference as reference
 
 # B, H, L, D, layout
 CASES = [

@@ -2,11 +2,12 @@ import pytest
 import torch
 from close import assert_within
 
-from sparse_attn import eager, reference
-from sparse_attn.arranged import block_sizes, plain_bias, prepare, pseudo_blocks
-from sparse_attn.reference import in_order
+from sparse_attn.backends import reference
+from sparse_attn.backends.permuted import block_sizes, plain_bias, prepare, pseudo_blocks
+from sparse_attn.backends.reference import in_order
+from sparse_attn.backends.torch import attention as eager
+from sparse_attn.orders.position import rods
 from sparse_attn.token_layout import TokenLayout
-from sparse_attn.token_order import rods
 
 CPU = torch.device("cpu")
 # 7 blocks of which the last holds 20 tokens; and whole blocks only

@@ -1,11 +1,12 @@
-import kernel_reference as reference
 import pytest
 import torch
 
+from tests.backends import kernel_reference as reference
+
 pytest.importorskip("triton")
 
-from sparse_attn.kernels.block_masses import block_masses
-from sparse_attn.kernels.pooled_masses import pooled_masses
+from sparse_attn.backends.triton.block_masses import block_masses
+from sparse_attn.backends.triton.pooled_masses import pooled_masses
 
 # B, H, Lq, Nk, D, block_q
 CASES = [

@@ -3,9 +3,8 @@ import torch
 
 pytest.importorskip("triton")
 
-import kernel_reference as reference
-
-from sparse_attn.kernels.quantise import PAD, TILE, key_order, quantise, rotation
+from sparse_attn.backends.triton.quantise import PAD, TILE, key_order, quantise, rotation
+from tests.backends import kernel_reference as reference
 
 
 def run(q, k, v, dtype=torch.int8, ordered=False, scale=0.1):

@@ -3,16 +3,16 @@ import torch
 
 pytest.importorskip("triton")
 
-import kernel_reference as reference
 from close import assert_within
 
-from sparse_attn.arranged import plain_bias, with_bias
+from sparse_attn.backends.permuted import plain_bias, with_bias
+from sparse_attn.backends.reference import expand_blocks
+from sparse_attn.backends.triton.permute import arrange
+from sparse_attn.backends.triton.quantise import TILE, quantise
+from sparse_attn.backends.triton.quantised_attention import low_precision_attention
+from sparse_attn.backends.triton.unpack_mask import unpack_mask
 from sparse_attn.block_mask import BlockMask
-from sparse_attn.kernels.arrange import arrange
-from sparse_attn.kernels.low_precision_attention import low_precision_attention
-from sparse_attn.kernels.quantise import TILE, quantise
-from sparse_attn.kernels.unpack_mask import unpack_mask
-from sparse_attn.reference import expand_blocks
+from tests.backends import kernel_reference as reference
 
 # B, H, Lq, Lk, D, block_q, block_k
 CASES = [

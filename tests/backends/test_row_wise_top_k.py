@@ -1,8 +1,9 @@
 import pytest
 import torch
 
-from sparse_attn import reference, row_wise_top_k
-from sparse_attn.row_wise_top_k import row_budget
+from sparse_attn.backends import reference
+from sparse_attn.backends.torch import row_wise_top_k
+from sparse_attn.backends.torch.row_wise_top_k import row_budget
 
 BUDGETS = [
     # density, key blocks, sinks, budget

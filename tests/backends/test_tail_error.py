@@ -2,11 +2,12 @@ import pytest
 import torch
 from close import assert_within
 
-from sparse_attn import eager, reference
-from sparse_attn import tail_error as module
-from sparse_attn.tail_error import deviation, rows_of, tail_error
+from sparse_attn.backends import reference
+from sparse_attn.backends.torch import attention as eager
+from sparse_attn.backends.torch import tail_error as module
+from sparse_attn.backends.torch.tail_error import deviation, rows_of, tail_error
+from sparse_attn.orders.position import rods
 from sparse_attn.token_layout import TokenLayout
-from sparse_attn.token_order import rods
 
 CPU, SCALE = torch.device("cpu"), 0.25
 LAYOUTS = [TokenLayout(20, 4, 5, 15, 24), TokenLayout(0, 4, 8, 10), TokenLayout(0, 1, 2, 5)]

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 ARCHS = (80, 86, 89, 90, 100, 120)
 # the same instructions as 80 and the same shared memory as 120, so fewer kernels suffice
 LIKE_OTHERS = (86, 89)
@@ -84,7 +84,7 @@ def answers():
 
 @pytest.mark.parametrize("arch", ARCHS)
 def test_kernels_fit_the_card_and_use_its_tensor_cores(arch, answers):
-    from sparse_attn.kernels.tiles import SHARED_MEMORY
+    from sparse_attn.backends.tiles import SHARED_MEMORY
 
     limit = SHARED_MEMORY[divmod(arch, 10)]
     kernels = answers["compile", arch].result()
@@ -162,22 +162,22 @@ class Compiled:
 def compile_only(arch):
     """The launchers of this pack, made to compile for `arch` whatever tensors they are given."""
     fake_gpu(arch)
-    from sparse_attn.kernels import (
-        arrange,
+    from sparse_attn.backends import launch as inputs
+    from sparse_attn.backends import tiles
+    from sparse_attn.backends.triton import attention as sparse_attention
+    from sparse_attn.backends.triton import (
         block_masses,
         dense_attention,
         features,
-        halve,
-        inputs,
-        low_precision_attention,
         pooled_masses,
         quantise,
-        sparse_attention,
         tail_error,
-        tiles,
-        top_blocks,
         unpack_mask,
     )
+    from sparse_attn.backends.triton import pca_tree as halve
+    from sparse_attn.backends.triton import permute as arrange
+    from sparse_attn.backends.triton import quantised_attention as low_precision_attention
+    from sparse_attn.backends.triton import row_wise_top_k as top_blocks
 
     inputs.why_not_tensors = lambda *tensors: None
     inputs.INTERPRETED = True
@@ -219,11 +219,9 @@ def compile_only(arch):
         stands[name] = Compiled(getattr(halve, f"_{name}_kernel"))
         setattr(halve, f"_{name}_kernel", stands[name])
     if arch == 90:
-        from sparse_attn.kernels import (
-            hopper_attention,
-            hopper_block_masses,
-            hopper_low_precision,
-        )
+        from sparse_attn.backends.hopper import attention as hopper_attention
+        from sparse_attn.backends.hopper import block_masses as hopper_block_masses
+        from sparse_attn.backends.hopper import quantised_attention as hopper_low_precision
 
         kernel = Compiled(hopper_low_precision.hopper_low_precision_kernel)
         stands["hopper low precision"] = hopper_low_precision.hopper_low_precision_kernel = kernel
@@ -238,16 +236,16 @@ def call(kernel, B, H, L, D, block, bias=False, strided=False, **kwargs):
     """Call one launcher with tensors of a shape; their contents do not matter."""
     import torch
 
-    from sparse_attn.kernels.arrange import arrange
-    from sparse_attn.kernels.block_masses import block_masses
-    from sparse_attn.kernels.dense_attention import dense_attention
-    from sparse_attn.kernels.features import features
-    from sparse_attn.kernels.halve import halve
-    from sparse_attn.kernels.pooled_masses import pooled_masses
-    from sparse_attn.kernels.sparse_attention import sparse_attention
-    from sparse_attn.kernels.tail_error import tail_error
-    from sparse_attn.kernels.top_blocks import top_blocks
-    from sparse_attn.kernels.unpack_mask import unpack_mask
+    from sparse_attn.backends.triton.attention import sparse_attention
+    from sparse_attn.backends.triton.block_masses import block_masses
+    from sparse_attn.backends.triton.dense_attention import dense_attention
+    from sparse_attn.backends.triton.features import features
+    from sparse_attn.backends.triton.pca_tree import halve
+    from sparse_attn.backends.triton.permute import arrange
+    from sparse_attn.backends.triton.pooled_masses import pooled_masses
+    from sparse_attn.backends.triton.row_wise_top_k import top_blocks
+    from sparse_attn.backends.triton.tail_error import tail_error
+    from sparse_attn.backends.triton.unpack_mask import unpack_mask
 
     shape = (B, L, H, D) if strided else (B, H, L, D)
     q = torch.zeros(shape, dtype=torch.bfloat16)
@@ -302,8 +300,8 @@ def call_low_precision(arch, D, block, precision, listed=True, tail=False):
     """Call the plain kernel, and on Hopper the other one too."""
     import torch
 
-    from sparse_attn.kernels.low_precision_attention import PRECISIONS, low_precision_attention
-    from sparse_attn.kernels.quantise import quantise
+    from sparse_attn.backends.triton.quantise import quantise
+    from sparse_attn.backends.triton.quantised_attention import PRECISIONS, low_precision_attention
 
     q = torch.zeros(1, 2, 300, D, dtype=torch.bfloat16)
     k = torch.zeros(1, 2, 64 * 6 if tail else 300, D, dtype=torch.bfloat16)
@@ -318,7 +316,7 @@ def call_low_precision(arch, D, block, precision, listed=True, tail=False):
         lists["order"] = torch.arange(300, dtype=torch.int32).expand(1, 2, 300)
     low_precision_attention(q, k, k, scale=0.1, precision=precision, block_q=block, **lists)
     if arch == 90:
-        from sparse_attn.kernels import hopper_low_precision
+        from sparse_attn.backends.hopper import quantised_attention as hopper_low_precision
 
         dtype = PRECISIONS[precision]
         x = quantise(q, k, k, scale=0.1, dtype=dtype, values=True, ordered=True)
@@ -332,7 +330,7 @@ def compile_all(arch):
     from triton import knobs
 
     stands = compile_only(arch)
-    from sparse_attn.kernels import tiles
+    from sparse_attn.backends import tiles
 
     calls = [(name, 128, 64, False) for name in ("sparse", "dense")]
     if arch not in LIKE_OTHERS:
@@ -407,7 +405,8 @@ def count_variants(arch):
     stands = compile_only(arch)
     import torch
 
-    from sparse_attn.kernels import tiles, top_blocks
+    from sparse_attn.backends import tiles
+    from sparse_attn.backends.triton import row_wise_top_k as top_blocks
 
     counts = {}
     for kernel in ("sparse", "dense", "masses", "unpack"):

@@ -8,10 +8,11 @@ import pytest
 import torch
 from close import assert_as_accurate_as, assert_within
 
-from sparse_attn import eager, reference
+from sparse_attn.backends import reference
+from sparse_attn.backends.torch import attention as eager
 from sparse_attn.block_mask import BlockMask
 
-BENCH = Path(__file__).parent / "bench" / "bench_eager.py"
+BENCH = Path(__file__).parents[1] / "bench" / "bench_eager.py"
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 

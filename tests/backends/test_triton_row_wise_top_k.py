@@ -3,8 +3,8 @@ import torch
 
 pytest.importorskip("triton")
 
-from sparse_attn import reference
-from sparse_attn.kernels.top_blocks import MAX_BLOCKS, top_blocks
+from sparse_attn.backends import reference
+from sparse_attn.backends.triton.row_wise_top_k import MAX_BLOCKS, top_blocks
 
 
 def scores_of(shape, seed=0):

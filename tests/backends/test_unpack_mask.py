@@ -3,7 +3,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from sparse_attn.kernels.unpack_mask import CHUNK, unpack_mask
+from sparse_attn.backends.triton.unpack_mask import CHUNK, unpack_mask
 
 
 def pack(keep):

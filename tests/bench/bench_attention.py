@@ -19,9 +19,9 @@ sys.path.insert(0, str(ROOT))
 import torch  # noqa: E402
 from torch.nn.attention import SDPBackend, sdpa_kernel  # noqa: E402
 
-from sparse_attn.kernels.block_masses import block_masses  # noqa: E402
-from sparse_attn.kernels.dense_attention import dense_attention  # noqa: E402
-from sparse_attn.kernels.sparse_attention import sparse_attention  # noqa: E402
+from sparse_attn.backends.triton.attention import sparse_attention  # noqa: E402
+from sparse_attn.backends.triton.block_masses import block_masses  # noqa: E402
+from sparse_attn.backends.triton.dense_attention import dense_attention  # noqa: E402
 from tests.bench.bookkeeping_contestants import enter_bookkeeping, python_ms  # noqa: E402
 from tests.bench.contest import (  # noqa: E402
     CUDNN,

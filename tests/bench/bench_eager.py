@@ -22,7 +22,8 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from sparse_attn import eager, reference
+from sparse_attn.backends import reference
+from sparse_attn.backends.torch import attention as eager
 from sparse_attn.block_mask import BlockMask
 
 HEADS, TOKENS, HEAD_DIM, BLOCK = 4, 8320, 64, 64

@@ -20,10 +20,10 @@ sys.path.insert(0, str(ROOT))
 import torch  # noqa: E402
 from torch.nn.attention import SDPBackend, sdpa_kernel  # noqa: E402
 
-from sparse_attn import triton_backend  # noqa: E402
-from sparse_attn.kernels import quantise  # noqa: E402
+from sparse_attn.backends import triton_backend  # noqa: E402
+from sparse_attn.backends.triton import quantise  # noqa: E402
+from sparse_attn.orders.position import rods  # noqa: E402
 from sparse_attn.token_layout import TokenLayout  # noqa: E402
-from sparse_attn.token_order import rods  # noqa: E402
 from tests.bench.bench_tail import DIM, HEADS, LAYOUT, median_ms, random_mask  # noqa: E402
 from tests.bench.contest import random_lists  # noqa: E402
 from tests.bench.record import facts  # noqa: E402

@@ -26,7 +26,7 @@ import comfy.model_management  # noqa: E402
 import torch  # noqa: E402
 
 from sparse_attn.config import AdaSpaConfig  # noqa: E402
-from sparse_attn.dense_choice import DenseChoice, cudnn_serves  # noqa: E402
+from sparse_attn.run.dense import DenseChoice, cudnn_serves  # noqa: E402
 from tests.bench.real_stacks import STACKS  # noqa: E402
 from tests.bench.record import facts  # noqa: E402
 from tests.bench.stack_runs import StackRuns  # noqa: E402

@@ -20,9 +20,9 @@ import torch  # noqa: E402
 from torch.nn.attention import SDPBackend, sdpa_kernel  # noqa: E402
 from triton.testing import do_bench  # noqa: E402
 
-from sparse_attn import triton_backend  # noqa: E402
+from sparse_attn.backends import triton_backend  # noqa: E402
+from sparse_attn.backends.triton.permute import arrange  # noqa: E402
 from sparse_attn.block_mask import BlockMask  # noqa: E402
-from sparse_attn.kernels.arrange import arrange  # noqa: E402
 from sparse_attn.token_layout import TokenLayout  # noqa: E402
 from tests.bench.record import facts  # noqa: E402
 

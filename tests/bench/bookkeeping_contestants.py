@@ -5,9 +5,9 @@ from types import SimpleNamespace
 
 import torch
 
-from sparse_attn import triton_backend
+from sparse_attn.backends import triton_backend
 from sparse_attn.config import AdaSpaConfig
-from sparse_attn.run_state import Call, RunState
+from sparse_attn.run.state import Call, RunState
 from sparse_attn.schedule import Schedule, StepKind
 from sparse_attn.token_layout import TokenLayout
 

@@ -2,7 +2,7 @@
 
 import math
 
-from sparse_attn.kernels.low_precision_attention import low_precision_attention
+from sparse_attn.backends.triton.quantised_attention import low_precision_attention
 from tests.bench.contest import error_of, random_lists
 
 # relative L2 error on random data; on data like a model's it is less than half of this

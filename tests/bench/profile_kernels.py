@@ -26,11 +26,11 @@ sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
 
-from sparse_attn import kernels  # noqa: E402
-from sparse_attn.kernels.block_masses import block_masses  # noqa: E402
-from sparse_attn.kernels.dense_attention import dense_attention  # noqa: E402
-from sparse_attn.kernels.low_precision_attention import low_precision_attention  # noqa: E402
-from sparse_attn.kernels.sparse_attention import sparse_attention  # noqa: E402
+from sparse_attn.backends import triton as kernels  # noqa: E402
+from sparse_attn.backends.triton.attention import sparse_attention  # noqa: E402
+from sparse_attn.backends.triton.block_masses import block_masses  # noqa: E402
+from sparse_attn.backends.triton.dense_attention import dense_attention  # noqa: E402
+from sparse_attn.backends.triton.quantised_attention import low_precision_attention  # noqa: E402
 from tests.bench.contest import Contest, random_lists  # noqa: E402
 from tests.bench.record import facts  # noqa: E402
 

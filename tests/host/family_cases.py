@@ -3,9 +3,9 @@
 from dataclasses import dataclass, field
 
 import torch
-from host_fixtures import CROSS_ATTENTION
 
 from sparse_attn.token_layout import TokenLayout
+from tests.host.host_fixtures import CROSS_ATTENTION
 
 TEXT = 7
 

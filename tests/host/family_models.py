@@ -6,7 +6,8 @@ so the settings it would have read are given here; everything after that is Comf
 
 import pytest
 import torch
-from host_models import TEXT_DIM, random_weights
+
+from tests.host.host_models import TEXT_DIM, random_weights
 
 _WAN = {
     "image_model": "wan2.1", "dim": 256, "ffn_dim": 256, "num_heads": 2, "num_layers": 2,

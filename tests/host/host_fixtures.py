@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from host_models import TEXT_DIM, write_models
 
 from sparse_attn.config import AdaSpaConfig
+from tests.host.host_models import TEXT_DIM, write_models
 from tests.tools import comfy_inprocess
 from tests.tools.comfy_server import ComfyServer
 

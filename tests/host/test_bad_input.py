@@ -4,10 +4,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from host_fixtures import VIDEO, assert_same_video, calls, kept_dense, sample, sparse
 
 from sparse_attn.config import AdaSpaConfig, from_preset, parse_numbers
 from sparse_attn.host.override import LOWEST_BIAS, key_bias_of
+from tests.host.host_fixtures import VIDEO, assert_same_video, calls, kept_dense, sample, sparse
 
 
 @pytest.mark.parametrize(

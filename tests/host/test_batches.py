@@ -4,7 +4,9 @@ from inspect import signature
 
 import pytest
 import torch
-from host_fixtures import (
+
+from sparse_attn.run.state import RunState
+from tests.host.host_fixtures import (
     VIDEO,
     assert_other_video,
     assert_same_video,
@@ -13,8 +15,6 @@ from host_fixtures import (
     sample,
     sparse,
 )
-
-from sparse_attn.run_state import RunState
 
 
 @pytest.fixture

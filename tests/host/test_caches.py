@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from host_fixtures import assert_other_video, assert_same_video, calls, sample, sparse
 
-from sparse_attn.run_state import RunState
+from sparse_attn.run.state import RunState
+from tests.host.host_fixtures import assert_other_video, assert_same_video, calls, sample, sparse
 
 STEPS = 10
 ORDERS = ["before", "after"]

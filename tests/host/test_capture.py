@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from host_fixtures import assert_same_video, calls, kept_dense, sample, sparse
-from test_host_overrides import Override, with_override
 
 from sparse_attn.host import override
 from sparse_attn.host.override import CAPTURED
+from tests.host.host_fixtures import assert_same_video, calls, kept_dense, sample, sparse
+from tests.host.test_overrides import Override, with_override
 
 
 @pytest.fixture

@@ -2,7 +2,9 @@
 
 import pytest
 import torch
-from host_fixtures import (
+
+from sparse_attn.run.state import RunState
+from tests.host.host_fixtures import (
     CROSS_ATTENTION,
     VIDEO,
     VIDEO_15,
@@ -13,9 +15,7 @@ from host_fixtures import (
     sample,
     sparse,
 )
-from host_models import VISION_DIM
-
-from sparse_attn.run_state import RunState
+from tests.host.host_models import VISION_DIM
 
 STEPS = 3
 

@@ -7,14 +7,15 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from host_fixtures import assert_same_video, calls, kept_dense, sample, sparse
 
-from sparse_attn import eager, selection
+from sparse_attn.backends.torch import attention as eager
 from sparse_attn.block_mask import BlockMask
 from sparse_attn.config import AdaSpaConfig
-from sparse_attn.run_state import NOT_A_NUMBER, OUT_OF_MEMORY, Call, RunState
+from sparse_attn.method import selection
+from sparse_attn.run.state import NOT_A_NUMBER, OUT_OF_MEMORY, Call, RunState
 from sparse_attn.schedule import plan
 from sparse_attn.token_layout import TokenLayout
+from tests.host.host_fixtures import assert_same_video, calls, kept_dense, sample, sparse
 
 
 @pytest.fixture

@@ -5,9 +5,22 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from family_cases import CASES, TEXT, TEXT_MASK, VIDEO, Case, guided, ltx, ltx_2, noise, not_video
-from family_models import build
-from host_fixtures import (
+
+from sparse_attn.run.state import RunState
+from tests.host.family_cases import (
+    CASES,
+    TEXT,
+    TEXT_MASK,
+    VIDEO,
+    Case,
+    guided,
+    ltx,
+    ltx_2,
+    noise,
+    not_video,
+)
+from tests.host.family_models import build
+from tests.host.host_fixtures import (
     CROSS_ATTENTION,
     assert_other_video,
     assert_same_video,
@@ -15,9 +28,7 @@ from host_fixtures import (
     kept_dense,
     sparse,
 )
-from host_models import TEXT_DIM
-
-from sparse_attn.run_state import RunState
+from tests.host.host_models import TEXT_DIM
 
 STEPS = 2
 GUIDE_MASK = "an attention mask of guide frames, which splits the queries"

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from host_fixtures import (
+
+from tests.host.host_fixtures import (
     VIDEO,
     assert_other_video,
     assert_same_video,

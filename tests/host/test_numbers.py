@@ -4,11 +4,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from host_fixtures import VIDEO_15, assert_same_video, calls, sample, sparse
 
-from sparse_attn import eager, reference
-from sparse_attn.run_state import RunState
-from sparse_attn.token_order import is_shared
+from sparse_attn.backends import reference
+from sparse_attn.backends.torch import attention as eager
+from sparse_attn.orders.position import is_shared
+from sparse_attn.run.state import RunState
+from tests.host.host_fixtures import VIDEO_15, assert_same_video, calls, sample, sparse
 
 
 def tensors_of(run):
@@ -281,7 +282,7 @@ def test_fastest_dense_attention_gives_the_same_video(load):
 
 @pytest.mark.parametrize("fastest", ["host", "own"])
 def test_choice_of_dense_attention_lasts_over_runs(load, monkeypatch, fastest):
-    from sparse_attn import dense_choice
+    from sparse_attn.run import dense as dense_choice
 
     measured = []
 

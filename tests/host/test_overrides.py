@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from host_fixtures import assert_same_video, calls, kept_dense, sample, sparse
 
 from sparse_attn.host.override import attention_override
+from tests.host.host_fixtures import assert_same_video, calls, kept_dense, sample, sparse
 
 KEY = "optimized_attention_override"
 
@@ -83,7 +83,7 @@ def test_other_override_serves_hunyuan_without_knowing_output_shapes(load):
 
 
 def test_fallback_of_a_sparse_layer_reaches_the_other_override_in_its_own_shape(load, monkeypatch):
-    from sparse_attn import eager
+    from sparse_attn.backends.torch import attention as eager
 
     def out_of_memory(*args, **kwargs):
         raise torch.OutOfMemoryError("no room")

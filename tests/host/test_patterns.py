@@ -4,10 +4,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from host_fixtures import VIDEO, assert_same_video, calls, kept_dense, sample, sparse
-from test_host_server import graph, node, text_of
 
-from sparse_attn.pattern import load as read
+from sparse_attn.patterns.pattern import load as read
+from tests.host.host_fixtures import VIDEO, assert_same_video, calls, kept_dense, sample, sparse
+from tests.host.test_server import graph, node, text_of
 from tests.tools import comfy_inprocess
 from tests.tools.comfy_server import PromptFailed
 
@@ -265,7 +265,7 @@ def test_windows_neither_keep_nor_begin_with_a_pattern(comfyui):
 @pytest.fixture
 def said(monkeypatch):
     """What the node shows: (text, done)."""
-    from sparse_attn.host import messages
+    from sparse_attn.host import status as messages
 
     found = []
     monkeypatch.setattr(
@@ -363,7 +363,7 @@ def test_both_experts_on_a_server(comfy_server):
 
 
 def test_the_server_serves_a_help_page_for_every_node(comfy_server):
-    from test_web import WEB, fetch
+    from tests.web.test_web import WEB, fetch
 
     names = [name for name in comfy_server.object_info() if name.startswith("AdaSpa")]
     names = [name for name in names if "HostTest" not in name]

@@ -1,10 +1,10 @@
 """Low precision as the host sees it: who may ask for it, who may forbid it, what is shown."""
 
 import pytest
-from host_fixtures import assert_other_video, assert_same_video, calls, sample, sparse
 
-from sparse_attn import eager
-from sparse_attn.low_precision import NOT_ALLOWED
+from sparse_attn.backends.torch import attention as eager
+from sparse_attn.run.precision import NOT_ALLOWED
+from tests.host.host_fixtures import assert_other_video, assert_same_video, calls, sample, sparse
 
 
 @pytest.fixture

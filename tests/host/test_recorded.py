@@ -4,9 +4,10 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from family_cases import CASES, noise
-from family_models import build
-from host_fixtures import (
+
+from tests.host.family_cases import CASES, noise
+from tests.host.family_models import build
+from tests.host.host_fixtures import (
     assert_other_video,
     assert_same_video,
     calls,
@@ -170,7 +171,7 @@ def test_a_node_that_puts_itself_on_top_gets_what_is_not_ours(load, order):
 def test_what_outlives_a_block_is_allocated_outside_its_recording(load, monkeypatch):
     import comfy.model_prefetch
 
-    from sparse_attn.memory import Cache
+    from sparse_attn.run.cache import Cache
 
     depth, kept = [0], []
 
@@ -201,7 +202,7 @@ def test_what_outlives_a_block_is_allocated_outside_its_recording(load, monkeypa
 
 
 def test_blocks_that_a_newer_core_names_are_told_apart_by_name(comfyui):
-    from test_families import sample as sample_case
+    from tests.host.test_families import sample as sample_case
 
     case = CASES["minimax-references"]
     patcher = build(case.model)
@@ -236,7 +237,7 @@ def test_blocks_that_a_newer_core_names_are_told_apart_by_name(comfyui):
 @contextmanager
 def noted_keys(keys):
     """Collects the blocks of all calls that are ours."""
-    from sparse_attn.run_state import RunState
+    from sparse_attn.run.state import RunState
 
     attend = RunState.attend
 

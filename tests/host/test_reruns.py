@@ -1,10 +1,10 @@
 """One installation, many runs: nothing is carried from one to the next."""
 
 import torch
-from host_fixtures import assert_other_video, assert_same_video, calls, sample, sparse
 
-from sparse_attn.run_handle import RUNS_KEPT
-from sparse_attn.run_state import RunState
+from sparse_attn.run.handle import RUNS_KEPT
+from sparse_attn.run.state import RunState
+from tests.host.host_fixtures import assert_other_video, assert_same_video, calls, sample, sparse
 
 
 def test_new_seed_on_the_same_model_equals_a_fresh_model(load):

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from host_fixtures import VIDEO, assert_same_video, calls, conditioning, sample, sparse
 
 from sparse_attn.config import PRESETS
-from sparse_attn.run_state import RunState
+from sparse_attn.run.state import RunState
+from tests.host.host_fixtures import VIDEO, assert_same_video, calls, conditioning, sample, sparse
 
 
 @pytest.fixture

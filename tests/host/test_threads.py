@@ -5,9 +5,9 @@ import threading
 
 import pytest
 import torch
-from host_fixtures import assert_other_video, assert_same_video, calls, sample, sparse
 
-from sparse_attn.run_state import RunState
+from sparse_attn.run.state import RunState
+from tests.host.host_fixtures import assert_other_video, assert_same_video, calls, sample, sparse
 
 FIRST, SECOND = torch.device("cpu"), torch.device("cpu", 1)
 

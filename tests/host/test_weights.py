@@ -4,8 +4,9 @@ import json
 
 import pytest
 import torch
-from host_fixtures import assert_other_video, assert_same_video, calls, sparse
-from host_fixtures import sample as sample_more
+
+from tests.host.host_fixtures import assert_other_video, assert_same_video, calls, sparse
+from tests.host.host_fixtures import sample as sample_more
 
 FP8 = torch.float8_e4m3fn
 # self-attentions over the video in one call of the model

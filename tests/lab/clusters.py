@@ -14,7 +14,7 @@ from itertools import pairwise
 import torch
 from orders import coordinates
 
-from sparse_attn.similar_order import similar_order
+from sparse_attn.orders.similarity import similar_order
 
 DIMENSIONS = 16
 QUERIES = 0.5  # what queries count beside keys

@@ -134,7 +134,7 @@ def measure() -> dict[str, float]:
     from scores import means
     from sparse import kv_lists
 
-    from sparse_attn.kernels import available
+    from sparse_attn.backends.triton import available
 
     H, L, D, block = 24, 119040, 128, 64
     generator = torch.Generator("cuda").manual_seed(0)

@@ -8,7 +8,7 @@ from multiprocessing import get_context
 import torch
 import torch.nn.functional as F
 
-from sparse_attn.likeness import psnr, ssim
+from sparse_attn.video_metrics import psnr, ssim
 
 WORDS = ("shape", "direction", "speed")
 FLAT = 0.3  # feature norm of a faint edge; keeps noise in flat areas from counting as structure

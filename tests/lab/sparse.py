@@ -2,7 +2,8 @@
 
 import torch
 
-from sparse_attn import eager, kernels
+from sparse_attn.backends import triton as kernels
+from sparse_attn.backends.torch import attention as eager
 
 KERNEL_BLOCKS = (64, 128)
 CHUNK_BYTES = 3 << 29

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-TESTS = Path(__file__).resolve().parent
+TESTS = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(TESTS / "lab"), str(TESTS / "tiny_model")]
 
 import attention  # noqa: E402

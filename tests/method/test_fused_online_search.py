@@ -4,8 +4,9 @@ import pytest
 import torch
 from close import assert_as_accurate_as, assert_within
 
-from sparse_attn import eager, reference
-from sparse_attn.fused_online_search import fused_online_search
+from sparse_attn.backends import reference
+from sparse_attn.backends.torch import attention as eager
+from sparse_attn.method.fused_online_search import fused_online_search
 
 CASES = [
     # B, H, L, D, block_q, block_k

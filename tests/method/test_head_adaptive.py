@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from sparse_attn import reference
-from sparse_attn.head_adaptive import budget_shift, head_budgets
+from sparse_attn.backends import reference
+from sparse_attn.method.head_adaptive import budget_shift, head_budgets
 
 RECALLS = [
     ([0.9, 0.7, 0.95, 0.3], "two above, two give to two"),

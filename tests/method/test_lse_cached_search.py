@@ -2,11 +2,12 @@ import pytest
 import torch
 from close import assert_within
 
-from sparse_attn import eager, reference
+from sparse_attn.backends import reference
+from sparse_attn.backends.torch import attention as eager
 from sparse_attn.config import AdaSpaConfig
-from sparse_attn.lse_cached_search import lse_cached_search
-from sparse_attn.recall import recall
-from sparse_attn.selection import select
+from sparse_attn.method.lse_cached_search import lse_cached_search
+from sparse_attn.method.recall import recall
+from sparse_attn.method.selection import select
 from sparse_attn.token_layout import TokenLayout
 
 L, D, BLOCK, SCALE = 640, 64, 64, 64**-0.5

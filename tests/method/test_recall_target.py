@@ -3,10 +3,11 @@
 import pytest
 import torch
 
-from sparse_attn import reference, row_wise_recall
+from sparse_attn.backends import reference
 from sparse_attn.config import BLOCK_SIZES, AdaSpaConfig
-from sparse_attn.recall import recall
-from sparse_attn.selection import select
+from sparse_attn.method import recall_target as row_wise_recall
+from sparse_attn.method.recall import recall
+from sparse_attn.method.selection import select
 from sparse_attn.token_layout import TokenLayout
 
 LAYOUTS = [

@@ -7,10 +7,12 @@ import pytest
 import torch
 from close import assert_within
 
-from sparse_attn import eager, reference, serving
+from sparse_attn.backends import reference
+from sparse_attn.backends.reference import in_order
+from sparse_attn.backends.torch import attention as eager
 from sparse_attn.config import TOKEN_ORDERS, AdaSpaConfig
-from sparse_attn.layer_state import Call
-from sparse_attn.reference import in_order
+from sparse_attn.method import block_scores as serving
+from sparse_attn.run.layers import Call
 from sparse_attn.token_layout import TokenLayout
 
 LAYOUT, SCALE = TokenLayout(12, 5, 6, 14, 20), 0.25

@@ -1,10 +1,10 @@
 import pytest
 import torch
 
-from sparse_attn import reference
+from sparse_attn.backends import reference
+from sparse_attn.backends.torch.row_wise_top_k import row_budget
 from sparse_attn.config import BLOCK_SIZES, AdaSpaConfig
-from sparse_attn.row_wise_top_k import row_budget
-from sparse_attn.selection import pack, select
+from sparse_attn.method.selection import pack, select
 from sparse_attn.token_layout import TokenLayout
 
 LAYOUTS = [

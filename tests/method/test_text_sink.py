@@ -1,7 +1,7 @@
 import pytest
 
-from sparse_attn import reference
-from sparse_attn.text_sink import count_sinks, sink_blocks
+from sparse_attn.backends import reference
+from sparse_attn.method.text_sink import count_sinks, sink_blocks
 from sparse_attn.token_layout import TokenLayout
 
 LAYOUTS = [

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from sparse_attn.likeness import mean_squared_error, psnr, ssim
+from sparse_attn.video_metrics import mean_squared_error, psnr, ssim
 from tests.tools import comfy_inprocess
 
 

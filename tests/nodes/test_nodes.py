@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from host_fixtures import VIDEO, assert_same_video, sample
 
+from tests.host.host_fixtures import VIDEO, assert_same_video, sample
 from tests.tools import comfy_inprocess
 
 SOCKETS = {"AdaSpaAttention": ["model"], "AdaSpaReport": ["samples", "adaspa"]}

@@ -4,9 +4,9 @@ import inspect
 
 import pytest
 import torch
-from host_fixtures import calls, conditioning, sample
-from test_nodes import ADVANCED, WIDGETS
 
+from tests.host.host_fixtures import calls, conditioning, sample
+from tests.nodes.test_nodes import ADVANCED, WIDGETS
 from tests.tools import comfy_inprocess
 
 SETTINGS = {

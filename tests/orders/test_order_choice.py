@@ -5,12 +5,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from sparse_attn import eager
+from sparse_attn.backends.torch import attention as eager
 from sparse_attn.config import AdaSpaConfig
-from sparse_attn.order_choice import find_order
-from sparse_attn.similar_order import similar_order
+from sparse_attn.orders.choice import find_order
+from sparse_attn.orders.position import rods
+from sparse_attn.orders.similarity import similar_order
 from sparse_attn.token_layout import TokenLayout
-from sparse_attn.token_order import rods
 
 LAYOUT = TokenLayout(before=3, frames=8, height=16, width=16, after=7)
 CONFIG = AdaSpaConfig(sparsity=0.8, tail="pooled", token_order="similarity")

@@ -1,9 +1,9 @@
 import pytest
 import torch
 
-from sparse_attn.reference import in_order
+from sparse_attn.backends.reference import in_order
+from sparse_attn.orders.position import in_raster, in_rods, is_shared, rods
 from sparse_attn.token_layout import TokenLayout
-from sparse_attn.token_order import in_raster, in_rods, is_shared, rods
 
 CPU = torch.device("cpu")
 LAYOUTS = [

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from sparse_attn import kernels
-from sparse_attn import similar_order as module
-from sparse_attn.similar_order import similar_order
+from sparse_attn.backends import triton as kernels
+from sparse_attn.orders import similarity as module
+from sparse_attn.orders.similarity import similar_order
 from sparse_attn.token_layout import TokenLayout
 
 LAYOUT = TokenLayout(before=5, frames=5, height=9, width=14, after=20)
@@ -113,7 +113,7 @@ def test_kernels_find_blocks_as_alike_as_plain_torch_does(dim, monkeypatch):
         .cuda()
         for _ in range(2)
     )
-    assert kernels.kernel_for("halve", torch.zeros(1, 1, 40, device="cuda")) is not None
+    assert kernels.kernel_for("pca_tree", torch.zeros(1, 1, 40, device="cuda")) is not None
     assert kernels.kernel_for("features", q, k, torch.zeros(1, 16, device="cuda")) is not None
     order = similar_order(q, k, layout)
     monkeypatch.setattr(kernels, "kernel_for", lambda *args: None)

@@ -9,17 +9,17 @@ import torch
 from close import assert_within
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from test_run_state import BLOCKS, LAYOUT, SCALE, Backend, make_run, tensors  # noqa: F401
 
-from sparse_attn import carrying as carrying_module
-from sparse_attn import reference
+from sparse_attn.backends import reference
 from sparse_attn.block_mask import BlockMask
-from sparse_attn.carrying import RECALL_LOSS
-from sparse_attn.pattern import CarriedLayer, CarriedPattern, LayerName, load, save
-from sparse_attn.recall import sample_rows, sampled_recall
-from sparse_attn.run_report import carried_lines
-from sparse_attn.run_state import NOT_A_NUMBER, Call
+from sparse_attn.method.recall import sample_rows, sampled_recall
+from sparse_attn.patterns import reuse as carrying_module
+from sparse_attn.patterns.pattern import CarriedLayer, CarriedPattern, LayerName, load, save
+from sparse_attn.patterns.reuse import RECALL_LOSS
+from sparse_attn.run.report import carried_lines
+from sparse_attn.run.state import NOT_A_NUMBER, Call
 from sparse_attn.token_layout import TokenLayout
+from tests.run.test_run_state import BLOCKS, LAYOUT, SCALE, Backend, make_run, tensors  # noqa: F401
 
 NAME = LayerName("positive", "double", 0, 0)
 FAMILY = "Wan"

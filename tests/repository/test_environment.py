@@ -22,7 +22,7 @@ from tests.tools.lock import Held
 from tests.tools.mounts import link_pack
 from tests.tools.pip_runner import announced_download, explain
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 CUDA_NEEDS = ['nvidia-cudnn-cu13==9.20; platform_system == "Linux"', "filelock"]
 
 
@@ -383,7 +383,7 @@ def test_tests_of_the_host_are_found_by_their_names():
     tests = ROOT / "tests"
     named = {Path(file) for file in commands.host_tests()}
     asks = re.compile(r"def \w+\([^)]*\b(comfyui|load|comfy_server|model_paths)\b")
-    need = {file for file in tests.glob("test_*.py") if asks.search(file.read_text("utf-8"))}
+    need = {file for file in tests.rglob("test_*.py") if asks.search(file.read_text("utf-8"))}
     own = {
         "test_workflows",
         "test_workflow_subgraph",

@@ -11,7 +11,7 @@ except ModuleNotFoundError:
     # Python 3.10; pytest itself brings it there
     import tomli as tomllib
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 TOP = {
     "__init__.py", "nodes", "sparse_attn", "web", "workflows", "tests", "pyproject.toml",
     "README.md", "run.py", "LICENSE", "CHANGELOG.md",
@@ -80,23 +80,23 @@ def test_the_search_for_machine_paths_can_fail(text, found):
 
 # nouns of the published method -> the file in which a reader looks for them
 NOUNS = [
-    ("fused online search", "sparse_attn/fused_online_search.py"),
-    ("LSE-cached search", "sparse_attn/lse_cached_search.py"),
-    ("row-wise top-k", "sparse_attn/row_wise_top_k.py"),
-    ("text sink", "sparse_attn/text_sink.py"),
-    ("head-adaptive", "sparse_attn/head_adaptive.py"),
-    ("recall", "sparse_attn/recall.py"),
+    ("fused online search", "sparse_attn/method/fused_online_search.py"),
+    ("LSE-cached search", "sparse_attn/method/lse_cached_search.py"),
+    ("row-wise top-k", "sparse_attn/backends/torch/row_wise_top_k.py"),
+    ("text sink", "sparse_attn/method/text_sink.py"),
+    ("head-adaptive", "sparse_attn/method/head_adaptive.py"),
+    ("recall", "sparse_attn/method/recall.py"),
     ("block mask", "sparse_attn/block_mask.py"),
-    ("block masses", "sparse_attn/kernels/block_masses.py"),
-    ("dense attention", "sparse_attn/kernels/dense_attention.py"),
-    ("sparse attention", "sparse_attn/kernels/sparse_attention.py"),
+    ("block masses", "sparse_attn/backends/triton/block_masses.py"),
+    ("dense attention", "sparse_attn/backends/triton/dense_attention.py"),
+    ("sparse attention", "sparse_attn/backends/triton/attention.py"),
     ("token layout", "sparse_attn/token_layout.py"),
-    ("selection", "sparse_attn/selection.py"),
+    ("selection", "sparse_attn/method/selection.py"),
     ("schedule", "sparse_attn/schedule.py"),
     # no file of their own: the first line of the file that decides them says so
     ("warm-up", "sparse_attn/schedule.py"),
     ("search", "sparse_attn/schedule.py"),
-    ("memory", "sparse_attn/memory.py"),
+    ("memory", "sparse_attn/run/cache.py"),
 ]
 
 
@@ -108,7 +108,7 @@ def test_a_noun_of_the_method_is_found_by_file_name(noun, path):
 
 
 def test_every_function_of_the_method_has_a_reference():
-    text = (ROOT / "sparse_attn/reference.py").read_text()
+    text = (ROOT / "sparse_attn/backends/reference.py").read_text()
     for name in (
         "dense_attention", "sparse_attention", "block_masses", "recall", "row_wise_top_k",
         "head_sparsities", "sink_blocks",

@@ -1,9 +1,9 @@
 import pytest
 import torch
 
-from sparse_attn import memory
 from sparse_attn.block_mask import BlockMask
-from sparse_attn.memory import Cache, CacheSize, predict
+from sparse_attn.run import cache as memory
+from sparse_attn.run.cache import Cache, CacheSize, predict
 from sparse_attn.schedule import Schedule, StepKind
 
 KINDS = {"D": StepKind.DENSE, "S": StepKind.SEARCH, "s": StepKind.SPARSE}

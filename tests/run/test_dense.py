@@ -3,8 +3,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from sparse_attn import dense_choice
-from sparse_attn.dense_choice import MARGIN, PROBE_HEADS, DenseChoice
+from sparse_attn.run import dense as dense_choice
+from sparse_attn.run.dense import MARGIN, PROBE_HEADS, DenseChoice
 
 SCALE = 0.125
 

@@ -3,8 +3,8 @@
 import pytest
 
 from sparse_attn.config import AdaSpaConfig
-from sparse_attn.estimate import estimate, kept_share, too_short
-from sparse_attn.memory import predict
+from sparse_attn.run.cache import predict
+from sparse_attn.run.estimate import estimate, kept_share, too_short
 from sparse_attn.schedule import Schedule, StepKind
 from sparse_attn.token_layout import TokenLayout
 

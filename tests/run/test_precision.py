@@ -6,12 +6,13 @@ import torch
 pytest.importorskip("triton")
 
 from close import assert_within
-from test_run_state import KINDS, LAYOUT, L
 
-from sparse_attn import reference, run_state, triton_backend
+from sparse_attn.backends import reference, triton_backend
 from sparse_attn.config import AdaSpaConfig
-from sparse_attn.run_state import Call, RunState
+from sparse_attn.run import state as run_state
+from sparse_attn.run.state import Call, RunState
 from sparse_attn.schedule import Schedule
+from tests.run.test_run_state import KINDS, LAYOUT, L
 
 SCALE = 0.125
 

@@ -10,15 +10,18 @@ import pytest
 import torch
 from close import assert_within
 
-from sparse_attn import eager, reference, run_state, stopwatch
+from sparse_attn.backends import reference
+from sparse_attn.backends.torch import attention as eager
 from sparse_attn.config import BLOCK_SIZES, AdaSpaConfig
-from sparse_attn.dense_choice import DenseChoice
-from sparse_attn.low_precision import NOT_ALLOWED
-from sparse_attn.memory import Cache
-from sparse_attn.recall import recall
-from sparse_attn.run_state import NOT_A_NUMBER, OUT_OF_MEMORY, Call, RunState
+from sparse_attn.method.recall import recall
+from sparse_attn.method.selection import select
+from sparse_attn.run import state as run_state
+from sparse_attn.run import timer as stopwatch
+from sparse_attn.run.cache import Cache
+from sparse_attn.run.dense import DenseChoice
+from sparse_attn.run.precision import NOT_ALLOWED
+from sparse_attn.run.state import NOT_A_NUMBER, OUT_OF_MEMORY, Call, RunState
 from sparse_attn.schedule import Schedule, StepKind
-from sparse_attn.selection import select
 from sparse_attn.token_layout import TokenLayout
 
 KINDS = {"D": StepKind.DENSE, "S": StepKind.SEARCH, "s": StepKind.SPARSE}

@@ -3,16 +3,18 @@
 import pytest
 import torch
 from close import assert_within
-from test_run_state import SCALE, Backend, Host, exact_masses, schedule
 
-from sparse_attn import eager, reference, run_state
-from sparse_attn.carrying import ONE_ORDER
+from sparse_attn.backends import reference
+from sparse_attn.backends.torch import attention as eager
 from sparse_attn.config import TOKEN_ORDERS, AdaSpaConfig
-from sparse_attn.pattern import LayerName, load, save
-from sparse_attn.run_state import NOT_A_NUMBER, SPARSE_OUT_OF_MEMORY, Call, RunState
-from sparse_attn.selection import select
+from sparse_attn.method.selection import select
+from sparse_attn.orders.position import in_rods, rods
+from sparse_attn.patterns.pattern import LayerName, load, save
+from sparse_attn.patterns.reuse import ONE_ORDER
+from sparse_attn.run import state as run_state
+from sparse_attn.run.state import NOT_A_NUMBER, SPARSE_OUT_OF_MEMORY, Call, RunState
 from sparse_attn.token_layout import TokenLayout
-from sparse_attn.token_order import in_rods, rods
+from tests.run.test_run_state import SCALE, Backend, Host, exact_masses, schedule
 
 # grids that rods of 4 x 4 do not divide, text on both sides, a last block that is not full
 LAYOUT = TokenLayout(30, 5, 6, 21, 40)

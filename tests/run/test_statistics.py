@@ -1,14 +1,8 @@
 import pytest
 import torch
 
-from sparse_attn.run_report import gib, milliseconds, seconds
-from sparse_attn.run_statistics import (
-    MAP_SIZE,
-    Pattern,
-    RunStatistics,
-    Timing,
-    block_map,
-)
+from sparse_attn.run.report import gib, milliseconds, seconds
+from sparse_attn.run.statistics import MAP_SIZE, Pattern, RunStatistics, Timing, block_map
 from sparse_attn.schedule import Schedule, StepKind
 
 KINDS = {"D": StepKind.DENSE, "S": StepKind.SEARCH, "s": StepKind.SPARSE}

@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from sparse_attn import stopwatch
-from sparse_attn.stopwatch import Stopwatch
+from sparse_attn.run import timer as stopwatch
+from sparse_attn.run.timer import Stopwatch
 
 CPU = torch.device("cpu")
 

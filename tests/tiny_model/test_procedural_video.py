@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-TINY = Path(__file__).resolve().parent / "tiny_model"
+TINY = Path(__file__).resolve().parent
 sys.path.insert(0, str(TINY))
 
 import check_model  # noqa: E402

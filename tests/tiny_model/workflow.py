@@ -6,7 +6,7 @@ from pathlib import Path
 FOLDER = Path(__file__).resolve().parent
 sys.path.insert(0, str(FOLDER.parent))
 
-from workflow_builder import NODES, Column, Graph  # noqa: E402
+from tests.workflows.workflow_builder import NODES, Column, Graph  # noqa: E402
 
 NODES |= {
     "AdaSpaTinyPrompt": ("", "text:STRING", "CONDITIONING:CONDITIONING"),

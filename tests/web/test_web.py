@@ -8,7 +8,7 @@ import pytest
 
 from sparse_attn.config import PRESET_FIELDS, PRESETS
 
-WEB = Path(__file__).resolve().parent.parent / "web"
+WEB = Path(__file__).resolve().parents[2] / "web"
 NODES = ("AdaSpaAttention", "AdaSpaReport")
 ATTENTION_SETTINGS = (
     "preset",

@@ -4,12 +4,12 @@ import json
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent / "tiny_model"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "tiny_model"))
 
 from workflow import FOLDER, graph
-from workflow_builder import NODES, pairs
 
 from sparse_attn.config import PRESETS, from_preset, parse_numbers
+from tests.workflows.workflow_builder import NODES, pairs
 
 
 def test_file_is_what_the_script_writes():

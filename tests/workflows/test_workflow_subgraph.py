@@ -5,10 +5,11 @@ import json
 import uuid
 
 import pytest
-from test_workflows import BOXED, FILES, get, values_of
-from workflow_builder import pairs
-from workflow_flat import ENTRY, EXIT, unfold
-from workflow_nodes import NODES
+
+from tests.workflows.test_workflows import BOXED, FILES, get, values_of
+from tests.workflows.workflow_builder import pairs
+from tests.workflows.workflow_flat import ENTRY, EXIT, unfold
+from tests.workflows.workflow_nodes import NODES
 
 
 @pytest.fixture

@@ -10,14 +10,14 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from PIL import Image
-from workflow_builder import TITLE_HEIGHT, VERSIONS, pairs
-from workflow_flat import levels, unfold
-from workflow_graphs import WORKFLOWS, graphs
-from workflow_nodes import NODES
-from workflow_thumbnails import HEIGHT, MOST_BYTES, WIDTH, draw
 
 from sparse_attn.config import AdaSpaConfig, from_preset
 from sparse_attn.schedule import plan
+from tests.workflows.workflow_builder import TITLE_HEIGHT, VERSIONS, pairs
+from tests.workflows.workflow_flat import levels, unfold
+from tests.workflows.workflow_graphs import WORKFLOWS, graphs
+from tests.workflows.workflow_nodes import NODES
+from tests.workflows.workflow_thumbnails import HEIGHT, MOST_BYTES, WIDTH, draw
 
 FILES = {path.stem: path for path in sorted(WORKFLOWS.glob("*.json"))}
 # nodes of ours and how many models each serves

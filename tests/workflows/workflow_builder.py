@@ -6,7 +6,7 @@ What the graphs contain is in workflow_graphs.py, the sockets of a node in workf
 import json
 import uuid
 
-from workflow_nodes import NODES
+from tests.workflows.workflow_nodes import NODES
 
 VERSIONS = {"adaspa": "0.1.0", "comfy-core": "0.30.0"}
 

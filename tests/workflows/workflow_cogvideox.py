@@ -1,7 +1,7 @@
 """The graph of CogVideoX 1.5 5B. In ComfyUI's format it is published as VOID, which repaints video."""
 
-from workflow_builder import Column, Graph
-from workflow_parts import (
+from tests.workflows.workflow_builder import Column, Graph
+from tests.workflows.workflow_parts import (
     HUB,
     LOADERS,
     MEMORY,

@@ -1,4 +1,4 @@
-"""The graphs in workflows/. `python tests/workflow_graphs.py` writes them.
+"""The graphs in workflows/. `python tests/workflows/workflow_graphs.py` writes them.
 
 Loaders, file names and sampler settings are the ones that ComfyUI's own templates use for these
 models; a test compares the files with what this writes.
@@ -6,15 +6,17 @@ models; a test compares the files with what this writes.
 
 from pathlib import Path
 
-import workflow_cogvideox
-import workflow_ltx
-import workflow_minimax
-import workflow_silent
-import workflow_wan
-import workflow_wan_single
-from workflow_builder import Graph
+from tests.workflows import (
+    workflow_cogvideox,
+    workflow_ltx,
+    workflow_minimax,
+    workflow_silent,
+    workflow_wan,
+    workflow_wan_single,
+)
+from tests.workflows.workflow_builder import Graph
 
-WORKFLOWS = Path(__file__).resolve().parent.parent / "workflows"
+WORKFLOWS = Path(__file__).resolve().parents[2] / "workflows"
 
 FAMILIES = (
     workflow_wan,

@@ -1,7 +1,7 @@
 """The graphs of LTX-2.3, which makes video and sound together, in two stages."""
 
-from workflow_builder import Column, Graph
-from workflow_parts import (
+from tests.workflows.workflow_builder import Column, Graph
+from tests.workflows.workflow_parts import (
     GROUP_GAP,
     HUB,
     LIVING_PICTURE,

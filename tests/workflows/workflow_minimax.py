@@ -1,7 +1,7 @@
 """The graphs of MiniMax-H3, which makes video and sound together."""
 
-from workflow_builder import Column, Graph
-from workflow_parts import (
+from tests.workflows.workflow_builder import Column, Graph
+from tests.workflows.workflow_parts import (
     HUB,
     LIVING_PICTURE,
     LOADERS,

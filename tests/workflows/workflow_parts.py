@@ -5,10 +5,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from workflow_builder import Column, Graph, name_of
+from tests.workflows.workflow_builder import Column, Graph, name_of
 
 HUB = "https://huggingface.co/Comfy-Org"
-RESULTS = Path(__file__).resolve().parent / "bench" / "results"
+RESULTS = Path(__file__).resolve().parents[1] / "bench" / "results"
 
 SEED = 20250301
 GROUP_GAP = 100

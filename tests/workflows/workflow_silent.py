@@ -1,7 +1,7 @@
 """The graphs of HunyuanVideo 1.5 and Kandinsky 5."""
 
-from workflow_builder import Column, Graph
-from workflow_parts import (
+from tests.workflows.workflow_builder import Column, Graph
+from tests.workflows.workflow_parts import (
     HUB,
     LIVING_PICTURE,
     LOADERS,

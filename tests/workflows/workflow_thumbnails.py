@@ -1,4 +1,4 @@
-"""The pictures beside the graphs in workflows/. `python tests/workflow_thumbnails.py` draws them.
+"""The pictures beside the graphs in workflows/. `python tests/workflows/workflow_thumbnails.py` draws them.
 
 Each shows its graph, with our nodes lit, and a block pattern made up by a formula. Nothing in them
 is the output of a model.
@@ -8,8 +8,9 @@ from zlib import crc32
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
-from workflow_builder import TITLE_HEIGHT, Graph
-from workflow_graphs import WORKFLOWS, graphs
+
+from tests.workflows.workflow_builder import TITLE_HEIGHT, Graph
+from tests.workflows.workflow_graphs import WORKFLOWS, graphs
 
 WIDTH, HEIGHT = 720, 405
 MOST_BYTES = 30_000

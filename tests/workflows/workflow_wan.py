@@ -1,7 +1,7 @@
 """The graphs of Wan 2.2 14B with its two experts, one of them long, in context windows."""
 
-from workflow_builder import GAP, Column, Graph
-from workflow_parts import (
+from tests.workflows.workflow_builder import GAP, Column, Graph
+from tests.workflows.workflow_parts import (
     AVOID,
     BALANCED,
     BY_FOURS,

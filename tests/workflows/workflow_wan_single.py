@@ -1,7 +1,7 @@
 """The graphs of Wan models that are one model: 2.2 5B and VACE."""
 
-from workflow_builder import Column, Graph, Subgraph
-from workflow_parts import (
+from tests.workflows.workflow_builder import Column, Graph, Subgraph
+from tests.workflows.workflow_parts import (
     AVOID,
     GROUP_GAP,
     LOADERS,
@@ -17,7 +17,7 @@ from workflow_parts import (
     video_out,
     where,
 )
-from workflow_wan import WAN, WAN_21, text_and_vae
+from tests.workflows.workflow_wan import WAN, WAN_21, text_and_vae
 
 MARKET = (
     "A baker in a flour-dusted apron sets warm loaves on a wooden stall. Steam rises, a cat jumps "

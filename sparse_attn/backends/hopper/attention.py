@@ -19,7 +19,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from .hopper_ops import (
+from ..triton.softmax import LN_2, LOG2_E
+from .pipeline import (
     LOG2_TILE,
     STRIP,
     TILE,
@@ -36,7 +37,6 @@ from .hopper_ops import (
     tile_first,
     wait_for,
 )
-from .tile_ops import LN_2, LOG2_E
 
 # a row whose LSE fell by more than this (in log2) must not swamp its block row
 MAX_DRIFT = gl.constexpr(16.0)

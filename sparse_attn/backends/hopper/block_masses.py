@@ -12,7 +12,8 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma_wait
 
-from .hopper_ops import (
+from ..triton.softmax import LOG2_E
+from .pipeline import (
     STRIP,
     TILE,
     add_bias,
@@ -24,7 +25,6 @@ from .hopper_ops import (
     store_masses,
     wait_for,
 )
-from .tile_ops import LOG2_E
 
 # [warp, row, tile] as the threads of a warpgroup hold the rows of a score tile
 STRIP_LAYOUT = gl.constexpr(gl.BlockedLayout([1, 1, 2], [1, 8, 4], [4, 1, 1], [2, 1, 0]))

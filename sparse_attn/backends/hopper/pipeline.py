@@ -8,8 +8,8 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from . import inputs
-from .tile_ops import LOG2_E
+from .. import launch as inputs
+from ..triton.softmax import LOG2_E
 
 DTYPES = {
     torch.bfloat16: gl.bfloat16,

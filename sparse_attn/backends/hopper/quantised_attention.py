@@ -20,7 +20,20 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma_wait
 
-from .hopper_low_precision_ops import (
+from ..triton.softmax import LN_2
+from .pipeline import (
+    LOG2_TILE,
+    TILE,
+    bias_tiles,
+    is_listed,
+    load_pair,
+    load_queries,
+    source,
+    tail_words,
+    tile_first,
+    wait_for,
+)
+from .quantised_ops import (
     biased_scores,
     first_biased,
     halves,
@@ -37,19 +50,6 @@ from .hopper_low_precision_ops import (
     start_values,
     weights,
 )
-from .hopper_ops import (
-    LOG2_TILE,
-    TILE,
-    bias_tiles,
-    is_listed,
-    load_pair,
-    load_queries,
-    source,
-    tail_words,
-    tile_first,
-    wait_for,
-)
-from .tile_ops import LN_2
 
 # log2(448): the largest weight of a row becomes the largest number of FP8 (e4m3)
 WEIGHT_SHIFT = gl.constexpr(8.807354922057604)

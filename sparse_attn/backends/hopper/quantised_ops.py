@@ -4,8 +4,8 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma
 
-from .hopper_ops import TILE, tile_first
-from .tile_ops import LOG2_E
+from ..triton.softmax import LOG2_E
+from .pipeline import TILE, tile_first
 
 PACK = gl.constexpr("""{
 .reg .b16 low, high;

@@ -12,8 +12,8 @@ all it takes, no weight of a single token.
 
 import torch
 
-from . import kernels
-from .arranged import BLOCK, block_sizes
+from .. import triton as kernels
+from ..permuted import BLOCK, block_sizes
 
 WORKSPACE_BYTES = 256 << 20
 

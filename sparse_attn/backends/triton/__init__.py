@@ -4,9 +4,8 @@ from functools import cache
 from importlib import import_module
 
 NAMES = (
-    "sparse_attention", "dense_attention", "block_masses", "unpack_mask",
-    "low_precision_attention", "arrange", "pooled_masses", "top_blocks", "features", "halve",
-    "tail_error",
+    "attention", "dense_attention", "block_masses", "unpack_mask", "quantised_attention",
+    "permute", "pooled_masses", "row_wise_top_k", "features", "pca_tree", "tail_error",
 )  # fmt: skip
 
 
@@ -42,4 +41,4 @@ def why_not(q, k, v, block_q: int, block_k: int) -> str | None:
     modules = _modules()
     if isinstance(modules, str):
         return modules
-    return modules["sparse_attention"].why_not(q, k, v, block_q, block_k)
+    return modules["attention"].why_not(q, k, v, block_q, block_k)

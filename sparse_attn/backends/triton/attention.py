@@ -13,8 +13,9 @@ import torch
 import triton
 import triton.language as tl
 
-from . import inputs, tiles
-from .tile_ops import LOG2_E, attend_pair, load_rows, store_rows
+from .. import launch as inputs
+from .. import tiles
+from .softmax import LOG2_E, attend_pair, load_rows, store_rows
 
 SIZES = [
     "stride_qb", "stride_qh", "stride_ql", "stride_kb", "stride_kh", "stride_kl",
@@ -161,7 +162,7 @@ def sparse_attention(
     if out.numel() == 0:
         return out, lse
     if tile.hopper:
-        from . import hopper_attention
+        from ..hopper import attention as hopper_attention
 
         with inputs.on_device(q):
             hopper_attention.launch(

@@ -10,10 +10,11 @@ import torch
 import triton
 import triton.language as tl
 
-from . import inputs, tiles
-from .low_precision_attention import eight_bit_scores
+from .. import launch as inputs
+from .. import tiles
 from .quantise import TILE, quantise
-from .tile_ops import LOG2_E, load_rows, mask_scores, raw_scores, weights
+from .quantised_attention import eight_bit_scores
+from .softmax import LOG2_E, load_rows, mask_scores, raw_scores, weights
 
 SIZES = [
     "stride_qb", "stride_qh", "stride_ql", "stride_kb", "stride_kh", "stride_kl",
@@ -160,7 +161,7 @@ def block_masses(
             # these make scores units of log2
             q, k, scales, scale = x.q, x.k, (x.q_scale, x.q_shift, x.k_scale), 1 / LOG2_E.value
         if tile.hopper:
-            from . import hopper_block_masses
+            from ..hopper import block_masses as hopper_block_masses
 
             hopper_block_masses.launch(
                 q, k, lse, masses, Lk, scale=scale, scales=scales, tile=tile, key_bias=key_bias

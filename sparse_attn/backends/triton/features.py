@@ -7,8 +7,8 @@ import torch
 import triton
 import triton.language as tl
 
-from . import inputs
-from .tile_ops import FLOAT32, load_rows
+from .. import launch as inputs
+from .softmax import FLOAT32, load_rows
 
 SIZES = [
     "stride_qb", "stride_qh", "stride_ql", "stride_kb", "stride_kh", "stride_kl", "H", "V",

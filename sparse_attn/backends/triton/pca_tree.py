@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from . import inputs
+from .. import launch as inputs
 
 BLOCK = 64
 SAMPLES = 128

@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from . import inputs
+from .. import launch as inputs
 
 SIZES = ["stride_b", "stride_h", "stride_l", "stride_ob", "stride_oh", "H", "L", "N", "rows"]
 # tokens per mean: the key block of the sparse kernel

@@ -8,8 +8,8 @@ import torch
 import triton
 import triton.language as tl
 
-from . import inputs
-from .tile_ops import LOG2_E, load_rows, raw_scores
+from .. import launch as inputs
+from .softmax import LOG2_E, load_rows, raw_scores
 
 SIZES = [
     "stride_qb", "stride_qh", "stride_ql", "stride_kb", "stride_kh", "stride_kl",

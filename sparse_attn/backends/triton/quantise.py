@@ -20,8 +20,8 @@ import torch
 import triton
 import triton.language as tl
 
-from . import inputs
-from .tile_ops import INTERPRETED, LOG2_E, load_rows, matmul
+from .. import launch as inputs
+from .softmax import INTERPRETED, LOG2_E, load_rows, matmul
 
 # keys that share a scale, and values of one transposed tile
 TILE = 64

@@ -9,10 +9,11 @@ import torch
 import triton
 import triton.language as tl
 
-from . import inputs, tiles
+from .. import launch as inputs
+from .. import tiles
+from .attention import checked_tail
 from .quantise import TILE, quantise, to_fp8
-from .sparse_attention import checked_tail
-from .tile_ops import INTERPRETED, LOG2_E, load_rows, mask_scores, matmul, store_rows
+from .softmax import INTERPRETED, LOG2_E, load_rows, mask_scores, matmul, store_rows
 
 PRECISIONS = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
 
@@ -232,7 +233,7 @@ def low_precision_attention(
             values=fp8_values, ordered=hopper, key_bias=key_bias,
         )  # fmt: skip
         if hopper:
-            from . import hopper_low_precision
+            from ..hopper import quantised_attention as hopper_low_precision
 
             hopper_low_precision.launch(
                 x, out, lse, Lk, block_q=block_q, block_k=block_k,

@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from . import inputs
+from .. import launch as inputs
 
 # scores a program can hold; longer rows are left to torch. Rows of up to 1,024, 2,048, 4,096 and
 # 8,192 have a binary each

@@ -8,8 +8,8 @@ import torch
 import triton
 import triton.language as tl
 
-from . import inputs
-from .tile_ops import load_rows, matmul
+from .. import launch as inputs
+from .softmax import load_rows, matmul
 
 BLOCK = 64
 # a strip of block pairs, and how much of it a program scores at once

@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from . import inputs
+from .. import launch as inputs
 
 # bits per turn of one warp. ms at 24 heads x 1860 x 1860 blocks, density 0.2 (H200, torch 2.11,
 # Triton 3.6, 2026-11-23): 256 bits 0.18, 512 0.16; 4 warps with 1024 0.23, 8 with 2048 0.28

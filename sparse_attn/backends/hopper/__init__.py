@@ -1,0 +1,1 @@
+"""The operations in Gluon, for Hopper cards."""

@@ -1,0 +1,1 @@
+"""Orders of the tokens: which of them share a block."""

@@ -1,0 +1,1 @@
+"""Patterns: masks that outlive the run that found them."""
