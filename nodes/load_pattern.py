@@ -3,7 +3,7 @@
 from comfy_api.latest import io, ui
 
 from ..sparse_attn.host.pattern_requests import begin_with
-from ..sparse_attn.patterns.pattern import load
+from ..sparse_attn.patterns.file import load
 from .pattern_files import listed
 from .pattern_schema import pattern_schema
 from .sockets import AdaSpaRun

@@ -7,7 +7,7 @@ handle would outlive the node that set it in ComfyUI's cache.
 from collections.abc import Callable
 from pathlib import Path
 
-from ..patterns import pattern as files
+from ..patterns import file as files
 from ..patterns.pattern import CarriedPattern
 from ..run.handle import RunHandle
 from ..run.report import gib

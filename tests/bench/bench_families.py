@@ -28,7 +28,7 @@ import torch  # noqa: E402
 
 from sparse_attn.config import AdaSpaConfig  # noqa: E402
 from sparse_attn.host import pattern_requests as patterns  # noqa: E402
-from sparse_attn.patterns import pattern as pattern_files  # noqa: E402
+from sparse_attn.patterns import file as pattern_files  # noqa: E402
 from tests.bench.real_stacks import STACKS  # noqa: E402
 from tests.bench.record import facts  # noqa: E402
 from tests.bench.stack_runs import StackRuns, relative  # noqa: E402

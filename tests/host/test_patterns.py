@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from sparse_attn.patterns.pattern import load as read
+from sparse_attn.patterns.file import load as read
 from tests.host.host_fixtures import VIDEO, assert_same_video, calls, kept_dense, sample, sparse
 from tests.host.test_server import graph, node, text_of
 from tests.tools import comfy_inprocess

@@ -29,7 +29,7 @@ def test_all_blocks_recall_everything_and_none_nothing():
 @pytest.mark.parametrize("ordered", [False, True], ids=["as it came", "in another order"])
 def test_a_sample_of_all_rows_is_the_recall(ordered):
     q, k = torch.randn(2, 2, 3, 200, 16)
-    bias = torch.zeros(2, 200)
+    bias = torch.randn(2, 200)
     bias[1, 150:] = -1e30
     keep = torch.rand(2, 3, 4, 4) < 0.5
     mask = BlockMask.from_dense(keep, block_q=64, block_k=64)
@@ -54,3 +54,13 @@ def test_nan_is_not_hidden_by_a_dropped_block():
     keep = torch.eye(3, dtype=torch.bool).logical_not().expand(1, 2, 3, 3)
     held = recall(masses, keep)
     assert held[0, 0].isnan() and held[0, 1] == pytest.approx(2 / 3)
+
+
+def test_a_sample_reaches_the_whole_video_and_keeps_no_step_with_its_lines():
+    rows = sample_rows(75_600, 64)
+    assert len(rows) == 64 and rows == sorted(set(rows))
+    gaps = [b - a for a, b in zip([0, *rows], [*rows, 75_600], strict=True)]
+    assert max(gaps) < 2 * 75_600 / 64
+    # lines of 80 tokens: even steps of 1,280 would meet one column of them
+    assert len({row % 80 for row in sample_rows(64 * 1280, 64)}) > 15
+    assert sample_rows(10, 64)[-1] < 10

@@ -9,7 +9,8 @@ from sparse_attn.backends.torch import attention as eager
 from sparse_attn.config import TOKEN_ORDERS, AdaSpaConfig
 from sparse_attn.method.selection import select
 from sparse_attn.orders.position import in_rods, rods
-from sparse_attn.patterns.pattern import LayerName, load, save
+from sparse_attn.patterns.file import load, save
+from sparse_attn.patterns.pattern import LayerName
 from sparse_attn.patterns.reuse import ONE_ORDER
 from sparse_attn.run import state as run_state
 from sparse_attn.run.state import NOT_A_NUMBER, SPARSE_OUT_OF_MEMORY, Call, RunState
