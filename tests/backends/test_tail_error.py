@@ -40,7 +40,7 @@ def for_kernel(layout, block_q, dim, dtype, device):
 
 
 def kernel(*tensors):
-    return pytest.importorskip("sparse_attn.kernels.tail_error").tail_error(*tensors)
+    return pytest.importorskip("sparse_attn.backends.triton.tail_error").tail_error(*tensors)
 
 
 @pytest.mark.parametrize("block_q", [64, 128])

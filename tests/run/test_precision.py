@@ -103,7 +103,7 @@ def test_a_dense_step_runs_in_low_precision_where_it_is_fastest(make_run, qkv, m
         assert list(candidates) == ["host", "cudnn", "own", "own int8"]
         return {name: 1.0 if name == "own int8" else 2.0 for name in candidates}
 
-    monkeypatch.setattr("sparse_attn.dense_choice.DenseChoice._measure", measure)
+    monkeypatch.setattr("sparse_attn.run.dense.DenseChoice._measure", measure)
     out = run.dense_steps.serve(*qkv, scale=SCALE, host=None)
     exact, _ = reference.dense_attention(*(x.double() for x in qkv), scale=SCALE)
     assert out.shape == exact.shape and relative_error(out, exact) < 0.15
