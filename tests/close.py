@@ -1,4 +1,10 @@
-"""How close is close enough: no worse than torch is, in the same dtype."""
+"""How close is close enough: no worse than torch is, in the same dtype, or what rounding may do.
+
+Libraries promise neither an order of sums nor equal bits at another shape, offset, batch or number
+of threads. Equal bits are asked of copies, of integers and of the same call made twice.
+"""
+
+import math
 
 import torch
 
@@ -32,3 +38,56 @@ def assert_within(name, out, exact, tolerance):
     assert torch.equal(torch.isnan(out), torch.isnan(exact)), f"{name}: NaN differ"
     error = (out[finite] - exact[finite]).abs().max().item() if finite.any() else 0.0
     assert error <= tolerance, f"{name}: error {error:.2e}, allowed {tolerance:.2e}"
+
+
+def rounding(operations):
+    """Relative error of so many float32 operations that follow one another, in any order.
+
+    n u / (1 - n u) with u = 2^-24 (Higham, Accuracy and Stability of Numerical Algorithms, 3.1);
+    a product of n terms has n operations, exp and log count as 4.
+    """
+    return operations * 2.0**-24 / (1 - operations * 2.0**-24)
+
+
+def products_within(a, b):
+    """[.., n, m]: how far float32 products of a [.., n, D] and b [.., D, m] may be off."""
+    return rounding(a.shape[-1]) * (a.double().abs() @ b.double().abs())
+
+
+def _weight_rounding(q, k, scale):
+    """Relative error of float32 weights exp(score - lse) of q and k [B, H, L, D].
+
+    Scores err by `rounding` of D products and a scale, times the largest sum of their absolute
+    values. The LSE takes that over, and the sum over all keys comes on top. Both are in the
+    exponent, where the LSE may be one more term of the product.
+    """
+    D, keys = q.shape[-1], k.shape[-2]
+    largest = scale * float((q.double().abs() @ k.double().abs().mT).max())
+    # the LSE is at most the largest score and the log of the number of keys
+    exponent = rounding(D + 4) * (2 * largest + math.log(keys))
+    return 2 * exponent + rounding(keys + 8)
+
+
+def mass_rounding(q, k, scale, block_q=64, block_k=64):
+    """Relative error of float32 block masses: that of the weights; columns are summed, then rows."""
+    return _weight_rounding(q, k, scale) + rounding(block_q + block_k + 8)
+
+
+def attention_rounding(q, k, v, scale):
+    """How far float32 attention over keys of any choice may be off: weights, and sums over keys."""
+    largest = float(v.abs().max())
+    return (_weight_rounding(q, k, scale) + rounding(k.shape[-2])) * largest
+
+
+def assert_same_choice(keep, expected, scores, error):
+    """Fail unless two choices of blocks differ only where rounding may decide.
+
+    Args:
+        keep, expected: [.., Nk] bool, rows that keep their blocks of highest score.
+        scores: [.., Nk] float64. error: [.., Nk], how far a score may be off.
+    """
+    assert torch.equal(keep.sum(-1), expected.sum(-1)), "other numbers of blocks"
+    infinity = float("inf")
+    gained = (scores + error).masked_fill(~(keep & ~expected), infinity).amin(-1)
+    lost = (scores - error).masked_fill(~(expected & ~keep), -infinity).amax(-1)
+    assert (gained >= lost).all(), f"{int((keep != expected).sum())} blocks are not those expected"

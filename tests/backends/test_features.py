@@ -1,6 +1,6 @@
 import pytest
 import torch
-from close import assert_within
+from close import assert_within, products_within
 
 pytest.importorskip("triton")
 
@@ -46,7 +46,14 @@ def test_matches_float64(case, dtype, device):
 def test_tokens_may_begin_anywhere_in_the_sequence(device):
     q, k, centres, directions, places = made(CASES[1], device)
     part = features(q[:, :, 7:99], k[:, :, 7:99], centres, directions, places[7:99])
-    assert torch.equal(part, features(q, k, centres, directions, places)[:, :, 7:99])
+    whole = features(q, k, centres, directions, places)[:, :, 7:99]
+    # both are off by what a product may be; places are copied
+    allowed = [
+        2 * products_within(x[:, :, 7:99].float() - c[:, :, None], w)
+        for x, c, w in zip((q, k), centres, directions, strict=True)
+    ]
+    allowed = torch.cat([*allowed, torch.zeros_like(part[..., 32:])], -1)
+    assert ((part - whole).abs() <= allowed).all()
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from close import assert_within, attention_rounding
 
 from sparse_attn.backends.torch import attention as eager
 from sparse_attn.block_mask import BlockMask
@@ -274,9 +275,12 @@ def test_two_devices_in_threads_do_not_disturb_each_other():
     for thread in threads:
         thread.join()
     assert len(shared.layers) == 6
+    # a new thread may have other threads of its own for a product, so another order of sums
     for name, outs in expected.items():
-        assert all(torch.equal(a, b) for a, b in zip(outs, found[name], strict=True))
-        assert len(outs) == len(found[name]) == 12
+        q, k, v = qkv(seed=10 * name)
+        for a, b in zip(outs, found[name], strict=True):
+            assert_within("out", b, a.double(), 2 * attention_rounding(q, k, v, 0.125))
+        assert len(outs) == 12
     assert len(shared.statistics.timing.search) == 6
     assert len(shared.statistics.timing.sparse) == 18
 

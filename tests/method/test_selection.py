@@ -1,9 +1,11 @@
 import pytest
 import torch
+from close import rounding
 
 from sparse_attn.backends import reference
 from sparse_attn.backends.torch.row_wise_top_k import row_budget
 from sparse_attn.config import BLOCK_SIZES, AdaSpaConfig
+from sparse_attn.method.head_adaptive import HIGH_RECALL, budget_shift
 from sparse_attn.method.selection import pack, select
 from sparse_attn.token_layout import TokenLayout
 
@@ -39,6 +41,10 @@ def naive_select(masses, layout, config):
             held = [
                 float((m * kept).sum() / m.sum()) for m, kept in zip(video, keep[b], strict=True)
             ]
+            apart = [x - y for i, x in enumerate(held) for y in (*held[:i], HIGH_RECALL)]
+            if budget_shift(budget, n, sum(sink)):
+                # sums of masses in another order do not decide which heads give
+                assert min(map(abs, apart)) > 4 * rounding(video[0].numel())
             for h, sparsity in enumerate(reference.head_sparsities(held, config.sparsity)):
                 low, high = min(n, sum(sink) + 1), n
                 room = min(budget // 2, budget - low, high - budget)

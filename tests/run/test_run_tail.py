@@ -2,11 +2,12 @@
 
 import pytest
 import torch
-from close import assert_within
+from close import assert_same_choice, assert_within, mass_rounding, rounding
 
 from sparse_attn.backends import reference
 from sparse_attn.backends.torch import attention as eager
 from sparse_attn.config import TOKEN_ORDERS, AdaSpaConfig
+from sparse_attn.method.recall import recall
 from sparse_attn.method.selection import select
 from sparse_attn.orders.position import in_rods, rods
 from sparse_attn.patterns.file import load, save
@@ -150,6 +151,18 @@ def test_a_sparse_step_adds_the_averages_of_what_it_skips(
     assert (out - truth).square().mean() < (bare - truth).square().mean()
 
 
+def score_rounding(q, k, v, masses):
+    """How far tail errors sqrt(M (M - P)) s + (M - P) |vm - o| may be off in float32.
+
+    M and P, which is at most M, are off by a share e of M, so their difference by 2 e M and its
+    root by sqrt(2 e M); s, |vm| and |o| are at most the longest value. The distance is the root of
+    a difference of squares, each a sum of D.
+    """
+    e, longest = mass_rounding(q, k, SCALE), v.norm(dim=-1).max()
+    apart = 2 * longest * (2 * rounding(v.shape[-1] + 4)) ** 0.5
+    return masses * ((2 * e) ** 0.5 * longest + 2 * e * 2 * longest + apart)
+
+
 @BOTH_ORDERS
 def test_a_search_keeps_the_blocks_whose_averages_err_most(make_run, token_order):
     run, qkv = make_run("Ss", token_order=token_order, sparsity=0.5), tensors()
@@ -159,7 +172,7 @@ def test_a_search_keeps_the_blocks_whose_averages_err_most(make_run, token_order
     scores = reference.tail_error(q, k, v, lse, block_q=64, block_k=64, scale=SCALE).float()
     masses = exact_masses(q, k)
     keep, held = select(masses, ARRANGED, run.state.config, scores)
-    assert torch.equal(run.keep, keep)
+    assert_same_choice(run.keep, keep, scores.double(), score_rounding(q, k, v, masses))
     by_mass, most = select(masses, ARRANGED, run.state.config)
     assert not torch.equal(keep, by_mass)
     # the recall shown is still one of masses
@@ -326,12 +339,14 @@ def test_a_recall_is_one_of_masses_and_sampled_in_the_masks_order(make_run):
     assert did[0] == ["arrange", "dense", "masses"], "no scores, the masses rank"
     q, k, _ = in_order(run, *tensors(0))
     keep, held = select(exact_masses(q, k), ARRANGED, run.state.config)
-    assert torch.equal(run.keep, keep) and (held >= 0.7).all()
+    assert (held >= 0.7).all() and abs(int(run.keep.sum()) - int(keep.sum())) <= H
+    true = recall(exact_masses(q, k), run.keep)
+    assert (true >= 0.7 - 2 * mass_rounding(q, k, SCALE)).all(), "with as few blocks as can be"
     run.state.end_step()
     ((step, sampled),) = run.state.statistics.samples.values()
     q, k, _ = in_order(run, *tensors(2))
     exact = reference.recall(
-        q.double(), k.double(), keep, block_q=64, block_k=64, scale=SCALE
+        q.double(), k.double(), run.keep, block_q=64, block_k=64, scale=SCALE
     )  # fmt: skip
     assert step == 2 and sampled == pytest.approx(exact[0].tolist(), abs=0.06)
 
