@@ -40,18 +40,8 @@ class AdaSpaAttention(io.ComfyNode):
         )
 
     @classmethod
-    def execute(
-        cls, model, preset, sparsity, block_size, warmup, search_points, head_adaptive=False,
-        dense_layers="", start_percent=0.0, end_percent=1.0, min_tokens=8192, cache="auto",
-        dense_attention="auto", enabled=True, precision="auto",
-        recall=0.0, tail="pooled", token_order="similarity",
-    ) -> io.NodeOutput:  # fmt: skip
-        config = config_of(
-            preset, sparsity, block_size, warmup, search_points, head_adaptive, dense_layers,
-            start_percent, end_percent, min_tokens, cache, dense_attention, enabled, precision, recall,
-            tail, token_order,
-        )  # fmt: skip
+    def execute(cls, model, **settings) -> io.NodeOutput:
+        config = config_of(**settings)
         patched, handle = install(model, config, cls.hidden.unique_id)
-        return io.NodeOutput(
-            patched, handle, ui=ui.PreviewText(status_of(config, preset, why_not(model)))
-        )
+        text = status_of(config, settings["preset"], why_not(model))
+        return io.NodeOutput(patched, handle, ui=ui.PreviewText(text))

@@ -3,207 +3,204 @@
 from comfy_api.latest import io
 
 from ..sparse_attn.config import (
-    BLOCK_SIZES,
-    CACHES,
-    DENSE_CHOICES,
+    CHOICES,
     MAX_RECALL,
     MAX_SPARSITY,
-    PRECISIONS,
+    PRESET_FIELDS,
     PRESETS,
-    TAILS,
-    TOKEN_ORDERS,
+    SEARCH_GAP,
     AdaSpaConfig,
     from_preset,
     parse_numbers,
 )
 
+# settings that a widget holds as text, and what stands between the commas
+LISTS = {"search_points": float, "dense_layers": int}
+
+
+def shown(config: AdaSpaConfig) -> dict:
+    """Every setting as its widget holds it."""
+    return {
+        name: ", ".join(map(str, value)) if name in LISTS else value
+        for name, value in vars(config).items()
+    }
+
+
+def shown_presets() -> dict[str, dict]:
+    """What each preset puts into the widgets that it decides."""
+    every = {name: shown(config) for name, config in PRESETS.items()}
+    return {name: {key: values[key] for key in PRESET_FIELDS} for name, values in every.items()}
+
 
 def setting_inputs() -> list[io.Input]:
     """The widgets, in the order that saved workflows rely on: new ones go last."""
+    first = next(iter(PRESETS))
+    defaults = {"preset": first, **shown(PRESETS[first])}
+    skipped = {name: f"{config.sparsity:.0%}" for name, config in PRESETS.items()}
+
+    def setting(kind, name, tooltip, **more):
+        if name in CHOICES:
+            more["options"] = list(CHOICES[name])
+        return kind.Input(name, default=defaults[name], tooltip=tooltip, **more)
+
     return [
-        io.Combo.Input(
+        setting(
+            io.Combo,
             "preset",
+            f"How much of the attention is skipped. Balanced ({skipped['Balanced']}) is for most "
+            f"videos, Quality ({skipped['Quality']}) stays closest to the dense video, Fast "
+            f"({skipped['Fast']}) saves the most time, Paper is the published method. Custom uses "
+            "the values below.",
             options=[*PRESETS, "Custom"],
-            default="Balanced",
-            tooltip="Quality stays closest to the dense video, Fast skips the most, Paper "
-            "is the published method. Custom uses the values below. On three small test models, 20 "
-            "steps: skipping 80 % came to 34.0 dB of the dense video and 90 % to 29.4, where the published "
-            "method came to 24.9 and 21.8; higher is closer.",
+            # for the interface, which shows them in the other widgets
+            extra_dict={"presets": shown_presets()},
         ),
-        io.Float.Input(
+        setting(
+            io.Float,
             "sparsity",
-            default=0.8,
+            "Share of attention blocks to skip (preset Custom). Higher is faster "
+            "and drifts further from the dense video; 0 skips nothing.",
             min=0.0,
             max=MAX_SPARSITY,
             step=0.01,
-            tooltip="Share of attention blocks to skip (preset Custom). Higher is faster "
-            "and drifts further from the dense video; 0 skips nothing.",
         ),
-        io.Combo.Input(
+        setting(
+            io.Combo,
             "block_size",
-            options=list(BLOCK_SIZES),
-            default="64",
-            tooltip="Tokens per block (preset Custom). 64 follows the picture most closely. "
+            "Tokens per block (preset Custom). 64 follows the picture most closely. "
             "128x64 takes 128 queries and 64 keys: faster and half the memory, a little less "
             "close. 128 needs a quarter of the memory.",
         ),
-        io.Float.Input(
+        setting(
+            io.Float,
             "warmup",
-            default=0.12,
+            "Share of the steps that run dense first (preset Custom), at least one of 5 and "
+            "more unless it is 0. They fix "
+            "the composition: more keeps the video closer to dense, less saves more time.",
             min=0.0,
             max=0.9,
             step=0.01,
-            tooltip="Share of the steps that run dense first (preset Custom), at least one of 5 and "
-            "more unless it is 0. They fix "
-            "the composition: more keeps the video closer to dense, less saves more time.",
         ),
-        io.String.Input(
+        setting(
+            io.String,
             "search_points",
-            default="0.45",
-            tooltip="When to look for the pattern again, as shares of the schedule such "
-            "as 0.45 (preset Custom). Empty looks once, after the warm-up. A search costs "
-            "a part of a dense step and holds more memory until then. It is left "
-            "out where the last search is less than 3 steps ago, and in the last step: there it "
-            "would take back too much of the time.",
+            "When to look for the pattern again, as shares of the schedule such "
+            f"as {defaults['search_points']} (preset Custom). Empty looks once, after the warm-up. "
+            "A search costs a part of a dense step and holds more memory until then. It is left "
+            f"out where the last search is less than {SEARCH_GAP} steps ago, and in the last step: "
+            "there it would take back too much of the time.",
         ),
-        io.Boolean.Input(
+        setting(
+            io.Boolean,
             "head_adaptive",
-            default=False,
-            advanced=True,
-            tooltip="Heads that concentrate keep fewer blocks and heads that do not keep "
+            "Heads that concentrate keep fewer blocks and heads that do not keep "
             "more, at the same total (preset Custom).",
+            advanced=True,
         ),
-        io.String.Input(
+        setting(
+            io.String,
             "dense_layers",
-            default="",
+            "Layers that always run dense, such as 0, 1, -1. Each costs its share of the speed.",
             advanced=True,
-            tooltip="Layers that always run dense, such as 0, 1, -1. Each costs its share "
-            "of the speed.",
         ),
-        io.Float.Input(
+        setting(
+            io.Float,
             "start_percent",
-            default=0.0,
+            "Steps before this share of the schedule run dense.",
             min=0.0,
             max=1.0,
             step=0.01,
             advanced=True,
-            tooltip="Steps before this share of the schedule run dense.",
         ),
-        io.Float.Input(
+        setting(
+            io.Float,
             "end_percent",
-            default=1.0,
+            "Steps from this share of the schedule on run dense. 0.9 can calm "
+            "flicker at the cost of speed.",
             min=0.0,
             max=1.0,
             step=0.01,
             advanced=True,
-            tooltip="Steps from this share of the schedule on run dense. 0.9 can calm "
-            "flicker at the cost of speed.",
         ),
-        io.Int.Input(
+        setting(
+            io.Int,
             "min_tokens",
-            default=8192,
+            "Shorter videos run dense: below this there is little to gain.",
             min=0,
             max=1 << 24,
             advanced=True,
-            tooltip="Shorter videos run dense: below this there is little to gain.",
         ),
-        io.Combo.Input(
+        setting(
+            io.Combo,
             "cache",
-            options=list(CACHES),
-            default="auto",
-            advanced=True,
-            tooltip="Where the pattern lives between steps. CPU frees GPU memory and "
+            "Where the pattern lives between steps. CPU frees GPU memory and "
             "copies it back ahead of time; auto moves it when memory is short.",
+            advanced=True,
         ),
-        io.Combo.Input(
+        setting(
+            io.Combo,
             "dense_attention",
-            options=list(DENSE_CHOICES),
-            default="auto",
-            advanced=True,
-            tooltip="Who runs the dense steps. Auto measures the exact ones on the first "
+            "Who runs the dense steps. Auto measures the exact ones on the first "
             "step and takes the fastest; host leaves them to ComfyUI's own setting.",
-        ),
-        io.Boolean.Input(
-            "enabled",
-            default=True,
             advanced=True,
-            tooltip="Off leaves the model as it is, for a comparison at the same seed.",
+        ),
+        setting(
+            io.Boolean,
+            "enabled",
+            "Off leaves the model as it is, for a comparison at the same seed.",
+            advanced=True,
         ),
         # the inputs from here on are younger than prompts that people saved: those lack them
-        io.Combo.Input(
+        setting(
+            io.Combo,
             "precision",
-            optional=True,
-            options=list(PRECISIONS),
-            default="auto",
-            advanced=True,
-            tooltip="Precision of the attention in sparse steps, and in dense ones where that is "
+            "Precision of the attention in sparse steps, and in dense ones where that is "
             "fastest: int8 and fp8 are faster and less exact, and a second search then measures in "
             "int8; the first never does. bf16, and auto for now, compute as the model does.",
-        ),
-        io.Float.Input(
-            "recall",
             optional=True,
-            default=0.0,
+            advanced=True,
+        ),
+        setting(
+            io.Float,
+            "recall",
+            "Ask for a recall instead of a sparsity: 0.95 keeps, in every head, the fewest "
+            "blocks that hold 95 % of the attention. How much that skips depends on the video. "
+            "0 is off. Not with head_adaptive or the preset Paper.",
+            optional=True,
             min=0.0,
             max=MAX_RECALL,
             step=0.005,
-            tooltip="Ask for a recall instead of a sparsity: 0.95 keeps, in every head, the fewest "
-            "blocks that hold 95 % of the attention. How much that skips depends on the video. "
-            "0 is off. Not with head_adaptive or the preset Paper.",
         ),
-        io.Combo.Input(
+        setting(
+            io.Combo,
             "tail",
-            optional=True,
-            options=list(TAILS),
-            default="pooled",
-            tooltip="Pooled lets the average of every skipped block stand in for it (preset "
+            "Pooled lets the average of every skipped block stand in for it (preset "
             "Custom): closer to the dense video, for about a seventh of a sparse call's time "
             "at 80 %. Needs blocks of 64 keys. None leaves skipped blocks out, as the paper does.",
-        ),
-        io.Combo.Input(
-            "token_order",
             optional=True,
-            options=list(TOKEN_ORDERS),
-            default="similarity",
-            advanced=True,
-            tooltip="What is put together in a block (preset Custom, only with a tail). Similarity "
+        ),
+        setting(
+            io.Combo,
+            "token_order",
+            "What is put together in a block (preset Custom, only with a tail). Similarity "
             "puts together what looks alike to the model, wherever it is in the video, in every "
             "part of the model for which that works better: closer to the dense video, slower "
             "searches, more memory. Position takes compact pieces of the video.",
+            optional=True,
+            advanced=True,
         ),
     ]
 
 
-def config_of(
-    preset, sparsity, block_size, warmup, search_points, head_adaptive=False, dense_layers="",
-    start_percent=0.0, end_percent=1.0, min_tokens=8192, cache="auto", dense_attention="auto",
-    enabled=True, precision="auto", recall=0.0, tail="pooled",
-    token_order="similarity",
-) -> AdaSpaConfig:  # fmt: skip
-    """Read the widgets; those with a default may be missing in workflows of earlier versions.
+def config_of(preset: str, **settings) -> AdaSpaConfig:
+    """Read the widgets; younger ones may be missing in workflows of earlier versions.
 
     Raises:
         ValueError: one sentence on the value that is wrong.
     """
-    return from_preset(
-        preset,
-        sparsity=sparsity,
-        block_size=block_size,
-        warmup=warmup,
-        search_points=parse_numbers(search_points, float, "search_points"),
-        head_adaptive=head_adaptive,
-        dense_layers=parse_numbers(dense_layers, int, "dense_layers"),
-        start_percent=start_percent,
-        end_percent=end_percent,
-        min_tokens=min_tokens,
-        cache=cache,
-        dense_attention=dense_attention,
-        enabled=enabled,
-        precision=precision,
-        recall=recall,
-        tail=tail,
-        token_order=token_order,
-    )
+    for name in LISTS.keys() & settings.keys():
+        settings[name] = parse_numbers(settings[name], LISTS[name], name)
+    return from_preset(preset, **settings)
 
 
 def status_of(config: AdaSpaConfig, preset: str, reason: str) -> str:

@@ -7,11 +7,16 @@ MAX_SPARSITY = 0.98
 LEAST_RECALL, MAX_RECALL = 0.1, 0.999
 # queries and keys per block, by what the node calls it
 BLOCK_SIZES = {"64": (64, 64), "128": (128, 128), "128x64": (128, 64)}
-CACHES = ("auto", "gpu", "cpu")
-DENSE_CHOICES = ("auto", "host")
-PRECISIONS = ("auto", "bf16", "int8", "fp8")
-TAILS = ("pooled", "none")
 TOKEN_ORDERS = ("similarity", "position")
+# what a setting may be; the first is what an error proposes
+CHOICES = {
+    "block_size": tuple(BLOCK_SIZES),
+    "cache": ("auto", "gpu", "cpu"),
+    "dense_attention": ("auto", "host"),
+    "precision": ("auto", "bf16", "int8", "fp8"),
+    "tail": ("pooled", "none"),
+    "token_order": TOKEN_ORDERS,
+}
 
 
 @dataclass(frozen=True)
@@ -71,11 +76,12 @@ class AdaSpaConfig:
                 f"`sparsity` must be from 0 to {MAX_SPARSITY}, got {self.sparsity}. "
                 "Try 0.8; 0 keeps every block."
             )
-        if self.block_size not in BLOCK_SIZES:
-            raise ValueError(
-                f"`block_size` must be one of {', '.join(BLOCK_SIZES)}, got {self.block_size}. "
-                "Try 64."
-            )
+        for name, choices in CHOICES.items():
+            value = getattr(self, name)
+            if value not in choices:
+                raise ValueError(
+                    f"`{name}` must be one of {', '.join(choices)}, got {value}. Try {choices[0]}."
+                )
         if not 0.0 <= self.warmup < 1.0:
             raise ValueError(
                 f"`warmup` must be a share of the schedule from 0 to below 1, got {self.warmup}. "
@@ -104,24 +110,6 @@ class AdaSpaConfig:
             )
         if self.min_tokens < 0:
             raise ValueError(f"`min_tokens` must be 0 or more, got {self.min_tokens}. Try 8192.")
-        if self.cache not in CACHES:
-            raise ValueError(f"`cache` must be one of {CACHES}, got {self.cache!r}. Try auto.")
-        if self.dense_attention not in DENSE_CHOICES:
-            raise ValueError(
-                f"`dense_attention` must be one of {DENSE_CHOICES}, got {self.dense_attention!r}. "
-                "Try auto."
-            )
-        if self.precision not in PRECISIONS:
-            raise ValueError(
-                f"`precision` must be one of {PRECISIONS}, got {self.precision!r}. Try auto."
-            )
-        if self.tail not in TAILS:
-            raise ValueError(f"`tail` must be one of {TAILS}, got {self.tail!r}. Try pooled.")
-        if self.token_order not in TOKEN_ORDERS:
-            raise ValueError(
-                f"`token_order` must be one of {TOKEN_ORDERS}, got {self.token_order!r}. "
-                "Try similarity."
-            )
         if not (self.recall == 0 or LEAST_RECALL <= self.recall <= MAX_RECALL):
             raise ValueError(
                 f"`recall` must be 0 or from {LEAST_RECALL} to {MAX_RECALL}, got {self.recall}. "

@@ -1,8 +1,9 @@
 // Greys out the widgets that the chosen preset decides, and shows the preset's values in them.
 
-import { PRESETS, presetValues } from "./presets.js";
-
-const CONTROLLED = Object.keys(PRESETS.Balanced);
+/** What each preset puts into which widgets, as the server declares it beside the preset's options. */
+export function presetsOf(node) {
+  return node.constructor?.nodeData?.input?.required?.preset?.[1]?.presets ?? {};
+}
 
 /** The name of the preset in force, or null when another node supplies it. */
 export function chosenPreset(node) {
@@ -11,8 +12,11 @@ export function chosenPreset(node) {
 }
 
 export function applyPreset(node) {
-  const values = presetValues(chosenPreset(node));
-  for (const name of CONTROLLED) {
+  const presets = presetsOf(node);
+  const chosen = chosenPreset(node);
+  // Custom, and a name from elsewhere, leave the values to the user
+  const values = Object.hasOwn(presets, chosen) ? presets[chosen] : null;
+  for (const name of new Set(Object.values(presets).flatMap(Object.keys))) {
     const widget = node.widgets?.find((candidate) => candidate.name === name);
     if (!widget) continue;
     if (values && widget.value !== values[name]) widget.value = values[name];

@@ -2,54 +2,20 @@ import json
 import re
 import urllib.error
 import urllib.request
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from sparse_attn.config import PRESET_FIELDS, PRESETS
+from sparse_attn.config import PRESET_FIELDS, PRESETS, SEARCH_GAP, from_preset, parse_numbers
 
 WEB = Path(__file__).resolve().parents[2] / "web"
 NODES = ("AdaSpaAttention", "AdaSpaReport")
-ATTENTION_SETTINGS = (
-    "preset",
-    "sparsity",
-    "block_size",
-    "warmup",
-    "search_points",
-    "head_adaptive",
-    "dense_layers",
-    "start_percent",
-    "end_percent",
-    "min_tokens",
-    "cache",
-    "dense_attention",
-    "enabled",
-    "precision",
-    "recall",
-    "tail",
-    "token_order",
-)
 
 
-def shown(config):
-    """The preset's fields as the node's widgets hold them."""
-    return {
-        "sparsity": config.sparsity,
-        "block_size": str(config.block_size),
-        "warmup": config.warmup,
-        "search_points": ", ".join(map(str, config.search_points)),
-        "head_adaptive": config.head_adaptive,
-        "tail": config.tail,
-        "token_order": config.token_order,
-    }
-
-
-def test_interface_and_python_agree_on_the_presets():
-    table = re.search(
-        r"export const PRESETS = (\{.*?\n\});", (WEB / "presets.js").read_text(), re.S
-    )
-    assert json.loads(table[1]) == {name: shown(config) for name, config in PRESETS.items()}
-    assert set(shown(PRESETS["Paper"])) == set(PRESET_FIELDS)
+def rows(path, name):
+    """Rows of a table of presets in a page."""
+    return re.findall(rf"^\| \**{name}\** \|(.*)$", path.read_text(encoding="utf-8"), re.M)
 
 
 def test_one_file_registers_and_the_others_only_export():
@@ -73,9 +39,29 @@ def test_no_markup_is_made_from_data():
         assert not found, f"{path.name}: {found[0]}"
 
 
-def test_help_explains_every_setting():
+@pytest.fixture(scope="module")
+def settings(comfy_server):
+    """The widgets of the main node, as the server declares them."""
+    info = json.loads(fetch(comfy_server, "/object_info/AdaSpaAttention"))["AdaSpaAttention"]
+    parts = info["input"]
+    inputs = {**parts["required"], **parts["optional"]}
+    return {name: options for name, (_, options) in inputs.items() if name != "model"}
+
+
+def test_interface_gets_the_presets_from_the_server(settings):
+    presets = settings["preset"]["presets"]
+    assert settings["preset"]["options"] == [*presets, "Custom"] == [*PRESETS, "Custom"]
+    for name, values in presets.items():
+        assert tuple(values) == PRESET_FIELDS and values.keys() < settings.keys()
+        numbers = {"search_points": parse_numbers(values["search_points"], float, "")}
+        assert from_preset("Custom", **{**values, **numbers}) == replace(
+            PRESETS[name], search_gap=SEARCH_GAP
+        )
+
+
+def test_help_explains_every_setting(settings):
     text = (WEB / "docs" / "AdaSpaAttention.md").read_text(encoding="utf-8")
-    for name in ATTENTION_SETTINGS:
+    for name in settings:
         assert f"**{name}**" in text, name
     for preset in (*PRESETS, "Custom"):
         assert f"**{preset}**" in text, preset
@@ -84,12 +70,24 @@ def test_help_explains_every_setting():
         assert f"**{name}**" in text, name
 
 
-def test_help_gives_the_numbers_of_the_presets():
+@pytest.mark.parametrize("page", ["web/docs/AdaSpaAttention.md", "README.md"])
+@pytest.mark.parametrize("name", PRESETS)
+def test_pages_give_the_numbers_of_the_presets(page, name):
+    config, (row,) = PRESETS[name], rows(WEB.parent / page, name)
+    for share in (config.sparsity, config.warmup):
+        assert f"{share:.0%}".replace("%", " %") in row
+
+
+def test_pages_give_the_search_points_of_the_presets():
     text = (WEB / "docs" / "AdaSpaAttention.md").read_text(encoding="utf-8")
-    for name, config in PRESETS.items():
-        row = re.search(rf"^\| \*\*{name}\*\* \|(.*)$", text, re.M)[1]
-        assert f"{config.sparsity:.0%}".replace("%", " %") in row, name
-        assert f"{config.warmup:.0%}".replace("%", " %") in row, name
+    found = re.search(
+        r"\*Balanced\* and \*Fast\* look again at (\S+), \*Quality\* at (\S+)\.", text
+    )
+    points = {name: config.search_points for name, config in PRESETS.items()}
+    assert points["Balanced"] == points["Fast"] == (float(found[1]),)
+    assert points["Quality"] == (float(found[2]),)
+    for name, (point,) in points.items():
+        assert f"{point:.0%}".replace("%", " %") in rows(WEB.parent / "README.md", name)[0]
 
 
 def test_help_counts_tokens_as_its_formulas_do():
@@ -127,11 +125,3 @@ def test_server_serves_scripts_and_help(comfy_server):
         assert text == (WEB / "docs" / f"{node}.md").read_text(encoding="utf-8")
     with pytest.raises(urllib.error.HTTPError):
         fetch(comfy_server, "/extensions/adaspa/docs/NoSuchNode.md")
-
-
-def test_settings_listed_here_are_those_of_the_server(comfy_server):
-    info = json.loads(fetch(comfy_server, "/object_info/AdaSpaAttention"))["AdaSpaAttention"]
-    names = [name for part in info["input"].values() for name in part]
-    assert [name for name in names if name not in ("model", "unique_id")][
-        : len(ATTENTION_SETTINGS)
-    ] == list(ATTENTION_SETTINGS)
