@@ -384,13 +384,8 @@ def test_tests_of_the_host_are_found_by_their_names():
     named = {Path(file) for file in commands.host_tests()}
     asks = re.compile(r"def \w+\([^)]*\b(comfyui|load|comfy_server|model_paths)\b")
     need = {file for file in tests.rglob("test_*.py") if asks.search(file.read_text("utf-8"))}
-    own = {
-        "test_workflows",
-        "test_workflow_subgraph",
-        "test_tiny_workflow",
-        "test_procedural_video",
-    }
-    assert {file.stem for file in need - named} <= own | {Path(__file__).stem}
+    own = {tests / "tiny_model" / "test_procedural_video.py", Path(__file__)}
+    assert {file for file in need - named if file.parent.name != "workflows"} <= own
     assert len(named) > 15 and all(file in need for file in named)
 
 

@@ -1,20 +1,26 @@
 """The graph whose loader, AdaSpa, sampler and report are one node."""
 
 import inspect
-import json
 import uuid
 
 import pytest
 
-from tests.workflows.test_workflows import BOXED, FILES, get, values_of
-from tests.workflows.workflow_builder import pairs
-from tests.workflows.workflow_flat import ENTRY, EXIT, unfold
-from tests.workflows.workflow_nodes import NODES
+from tests.workflows.stored_graphs import (
+    BOXED,
+    ENTRY,
+    EXIT,
+    FILES,
+    read,
+    unfold,
+    values_of,
+    widgets_of,
+)
+from tests.workflows.test_graphs_on_a_server import get
 
 
 @pytest.fixture
 def boxed():
-    return json.loads(FILES[BOXED].read_text(encoding="utf-8"))
+    return read(FILES[BOXED])
 
 
 def test_subgraph_and_the_node_that_stands_for_it_agree(boxed):
@@ -32,8 +38,7 @@ def test_subgraph_and_the_node_that_stands_for_it_agree(boxed):
         assert (links[link]["target_id"], links[link]["target_slot"]) == (EXIT, slot)
     inside = {str(node["id"]): node for node in inner["nodes"]}
     for number, widget in box["properties"]["proxyWidgets"]:
-        widgets = {name for name, _ in pairs(NODES[inside[number]["type"]][1])}
-        assert widget in widgets | {"control_after_generate"}
+        assert widget in [*widgets_of(inside[number]), "control_after_generate"]
     # an id twice would make one of the two nodes unreachable
     assert not {node["id"] for node in boxed["nodes"]} & {node["id"] for node in inner["nodes"]}
     kinds = [node["type"] for node in inner["nodes"]]

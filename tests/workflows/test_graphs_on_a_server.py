@@ -1,0 +1,130 @@
+"""The stored graphs against a running ComfyUI: it knows every node, and takes every value."""
+
+import json
+import urllib.request
+
+import pytest
+
+from tests.workflows.stored_graphs import (
+    FILES,
+    OURS,
+    SERVES,
+    UPLOADS,
+    nodes_of,
+    read,
+    unfold,
+    values_of,
+    widgets_of,
+)
+
+# the value of these widgets is a file, which a server lists only if it has it
+FILE_WIDGETS = (
+    "unet_name",
+    "ckpt_name",
+    "clip_name",
+    "clip_name1",
+    "clip_name2",
+    "text_encoder",
+    "vae_name",
+    "lora_name",
+    "model_name",
+)
+
+
+@pytest.fixture(params=FILES)
+def workflow(request):
+    """A workflow as it runs, with subgraphs unfolded."""
+    return unfold(read(FILES[request.param]))
+
+
+def fetch(server, path):
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    with opener.open(server.url + path, timeout=60) as response:
+        return response.read()
+
+
+def get(server, path):
+    return json.loads(fetch(server, path))
+
+
+@pytest.fixture(scope="module")
+def object_info(comfy_server):
+    return get(comfy_server, "/object_info")
+
+
+def declared(info):
+    """The inputs of a node type by name, in order: (type, options)."""
+    order = [name for part in ("required", "optional") for name in info["input"].get(part, {})]
+    inputs = {**info["input"].get("required", {}), **info["input"].get("optional", {})}
+    return {name: (inputs[name][0], (inputs[name] + [{}])[1]) for name in order}
+
+
+def options_of(kind, extra):
+    return kind if isinstance(kind, list) else extra.get("options")
+
+
+def test_server_knows_every_node_with_these_inputs(workflow, object_info):
+    for node in workflow["nodes"]:
+        if node["type"] == "MarkdownNote":  # lives in the interface only
+            continue
+        info = object_info[node["type"]]
+        inputs = declared(info)
+        names = [slot["name"] for slot in node["inputs"]]
+        assert set(names) <= set(inputs), node["type"]
+        assert set(info["input"].get("required", {})) <= set(names), node["type"]
+        for slot in node["inputs"]:
+            kind, _ = inputs[slot["name"]]
+            if "widget" not in slot:
+                assert slot["type"] == kind, (node["type"], slot["name"])
+        assert [out["type"] for out in node["outputs"]] == info["output"], node["type"]
+        assert [out["name"] for out in node["outputs"]] == info["output_name"], node["type"]
+
+
+def test_server_takes_every_widget_value(workflow, object_info):
+    for node in workflow["nodes"]:
+        if node["type"] == "MarkdownNote":
+            continue
+        inputs = declared(object_info[node["type"]])
+        for name, value in values_of(node).items():
+            if name in FILE_WIDGETS or (node["type"], name) in UPLOADS:
+                continue
+            kind, extra = inputs[name]
+            where = f"{node['type']} {name} {value!r}"
+            if options := options_of(kind, extra):
+                keys = [option["key"] if isinstance(option, dict) else option for option in options]
+                assert value in keys, where
+            elif kind in ("INT", "FLOAT", "FLOAT,INT"):
+                assert extra.get("min", value) <= value <= extra.get("max", value), where
+            elif kind == "BOOLEAN":
+                assert isinstance(value, bool), where
+            else:
+                assert kind == "STRING" and isinstance(value, str), where
+
+
+def test_widgets_stand_in_the_order_of_the_server(workflow, object_info):
+    """Values have no names in a file: one out of order would move all that follow."""
+    for node in workflow["nodes"]:
+        if node["type"] != "MarkdownNote":
+            order, widgets = list(declared(object_info[node["type"]])), widgets_of(node)
+            assert [name for name in order if name in widgets] == widgets, node["type"]
+        if node["type"] in OURS:
+            assert set(order) == {slot["name"] for slot in node["inputs"]}
+
+
+def test_values_of_our_nodes_are_the_defaults(workflow, object_info):
+    for node in nodes_of(workflow, *SERVES):
+        inputs = declared(object_info[node["type"]])
+        for name, value in values_of(node).items():
+            kind, extra = inputs[name]
+            assert value == extra.get("default", (options_of(kind, extra) or [None])[0]), name
+
+
+def test_template_browser_offers_the_files(comfy_server):
+    offered = get(comfy_server, "/workflow_templates")
+    (pack,) = [name for name, files in offered.items() if set(files) & set(FILES)]
+    assert sorted(offered[pack]) == list(FILES)
+    for name, path in FILES.items():
+        served = get(comfy_server, f"/api/workflow_templates/{pack}/{name}.json")
+        assert served == read(path)
+        picture = fetch(comfy_server, f"/api/workflow_templates/{pack}/{name}.jpg")
+        assert picture == path.with_suffix(".jpg").read_bytes()

@@ -1,0 +1,147 @@
+"""What the notes in the stored graphs say is what the code does and what was measured."""
+
+import json
+import re
+from dataclasses import replace
+from itertools import pairwise
+from types import SimpleNamespace
+
+import pytest
+
+from sparse_attn.config import AdaSpaConfig, from_preset
+from sparse_attn.schedule import plan
+from tests.workflows.stored_graphs import (
+    FILES,
+    ROOT,
+    even,
+    nodes_of,
+    notes,
+    presets_of_runs,
+    read,
+    runs,
+    straight,
+    unfold,
+    values_of,
+)
+
+RESULTS = ROOT / "tests" / "bench" / "results"
+
+
+@pytest.fixture(params=FILES)
+def workflow(request):
+    """A workflow as it runs, with subgraphs unfolded."""
+    return unfold(read(FILES[request.param]))
+
+
+def test_note_names_the_steps_that_the_schedule_gives(workflow):
+    for preset, (sigmas, progress) in zip(presets_of_runs(workflow), runs(workflow), strict=True):
+        schedule = plan(sigmas, progress, from_preset(preset))
+        assert schedule.describe().removeprefix("steps ") in notes(workflow)
+
+
+@pytest.mark.parametrize(
+    ("name", "steps", "config"),
+    [
+        ("minimax_h3_t2v", 6, from_preset("Balanced")),
+        ("minimax_h3_i2v", 6, from_preset("Balanced")),
+        ("wan2_1_vace_14b_reference_4_step_lora", 4, replace(from_preset("Balanced"), warmup=0.25)),
+    ],
+)
+def test_advice_of_the_note_does_what_it_says(name, steps, config):
+    workflow = read(FILES[name])
+    described = plan(even(steps), straight, config).describe().removeprefix("steps ")
+    if steps == 6:
+        assert f"6 steps it becomes {described};" in notes(workflow)
+    else:
+        assert described == "0 dense, 1 search, 2-3 sparse"
+        said = f"*warmup* {config.warmup}, which keeps the first step dense and searches in the"
+        assert said in notes(workflow)
+
+
+# edge of a token in pixels, latent frames of a length, distance between lengths
+FOURS = (16, lambda length: (length - 1) // 4 + 1, 4)
+SIZES = {
+    "VOIDInpaintConditioning": (16, lambda length: ((length - 1) // 4 + 1) // 2, 8),
+    "EmptyHunyuanLatentVideo": FOURS,
+    "EmptyHunyuanVideo15Latent": FOURS,
+    "EmptyLTXVLatentVideo": (32, lambda length: (length - 1) // 8 + 1, 8),
+    "HunyuanVideo15ImageToVideo": FOURS,
+    "Kandinsky5ImageToVideo": FOURS,
+    "MiniMaxH3ImageToVideo": (32, lambda length: (length - 5) // 17 * 5 + 2, 17),
+    "Wan22ImageToVideoLatent": (32, *FOURS[1:]),
+    "WanImageToVideo": FOURS,
+    "WanVaceToVideo": (16, lambda length: (length - 1) // 4 + 2, 4),
+}
+
+
+def sizes(workflow):
+    """(width, height, length, rule) of every video that is sampled."""
+    (node,) = nodes_of(workflow, *SIZES)
+    width, height, length = (values_of(node)[name] for name in ("width", "height", "length"))
+    for window in nodes_of(workflow, "WanContextWindowsManual"):
+        length = values_of(window)["context_length"]
+    yield width, height, length, SIZES[node["type"]]
+    if nodes_of(workflow, "LTXVLatentUpsampler"):
+        yield 2 * width, 2 * height, length, SIZES[node["type"]]
+
+
+def test_note_counts_the_tokens_of_this_video(workflow):
+    for width, height, length, (pixels, frames, step) in sizes(workflow):
+        plane = (width // pixels) * (height // pixels)
+        assert width % pixels == height % pixels == 0
+        assert f"{plane * frames(length):,} tokens" in notes(workflow)
+        assert plane * frames(length) > AdaSpaConfig().min_tokens
+        assert f"{AdaSpaConfig().min_tokens:,} tokens" in notes(workflow)
+        lengths = range(length % step or step, length + 1, step)
+        begins = next(n for n in lengths if plane * frames(n) >= AdaSpaConfig().min_tokens)
+        assert f"At {width} x {height} that is passed from {begins} frames on" in notes(workflow)
+
+
+def test_note_says_what_was_measured(workflow):
+    results = json.loads((RESULTS / "families_h200.json").read_text("utf-8"))
+    stacks = results["stacks"].values()
+    named = [stack for stack in stacks if f" layers of {stack['model']} at " in notes(workflow)]
+    (stack,) = named
+    said = (
+        f"at {stack['tokens']:,} tokens ({stack['video']}) took {stack['seconds']['dense']:.2f} s"
+    )
+    assert said in notes(workflow)
+    assert f"and {stack['seconds']['sparse_0.2']:.2f} s in a sparse one" in notes(workflow)
+    assert stack["hardware"] in notes(workflow) and not stack["errors"]
+    results = json.loads((RESULTS / "tiny_model_presets_h200.json").read_text("utf-8"))
+    (tiny,) = [row for row in results["rows"] if row["preset"] == "Balanced"]
+    dense, sparse = (1000 * tiny[f"{kind}_call_seconds"] for kind in ("dense", "sparse"))
+    said = f"At {tiny['tokens']:,} tokens, with the tiny demo model, one attention took"
+    assert f"{said} {dense:.1f} ms dense and {sparse:.1f} ms sparse" in notes(workflow)
+
+
+def test_long_video_is_cut_into_the_windows_that_the_note_counts(comfyui):
+    from comfy.context_windows import ContextSchedules, get_matching_context_schedule
+
+    workflow = read(FILES["wan2_2_14b_t2v_long_context_windows"])
+    first, second = (values_of(n) for n in nodes_of(workflow, "WanContextWindowsManual"))
+    assert first == second
+    # windows that moved would need a search at every step
+    assert first["context_schedule"] == ContextSchedules.STATIC_STANDARD
+    (size,) = nodes_of(workflow, "EmptyHunyuanLatentVideo")
+    length = values_of(size)["length"]
+    handler = SimpleNamespace(
+        context_length=(first["context_length"] - 1) // 4 + 1,
+        context_overlap=first["context_overlap"] // 4,
+    )
+    schedule = get_matching_context_schedule(first["context_schedule"])
+    windows = schedule.func((length - 1) // 4 + 1, handler, {})
+    starts = [window[0] for window in windows]
+    # evenly, so that no two overlap more than they say
+    assert len({b - a for a, b in pairwise(starts)}) == 1
+    assert f"{length} frames long" in notes(workflow)
+    assert f"{len(windows)} windows of {first['context_length']} frames" in notes(workflow)
+    assert f"by {first['context_overlap']};" in notes(workflow)
+    assert length > 4 * first["context_length"]
+
+
+def test_prompts_avoid_what_a_note_cannot_show(workflow):
+    for node in nodes_of(workflow, "MarkdownNote"):
+        text = node["widgets_values"][0]
+        # a single line break inside a paragraph would be shown as one
+        assert not re.search(r"[^\n\-]\n[^\n\-#]", text), text
