@@ -6,6 +6,8 @@ import torch
 
 # byte i of an integer, 0 or 1, times this is bit i of the highest byte
 GATHER = 0x0102040810204080
+# a map of more blocks than this is averaged down for people
+MAP_SIZE = 96
 
 
 @dataclass(frozen=True)
@@ -60,5 +62,26 @@ class BlockMask:
         counts = (counts + (counts >> 4)) & 0x0F
         return counts.sum((-1, -2)) / (self.bits.shape[-2] * self.num_k)
 
+    def block_map(self) -> torch.Tensor:
+        """The kept share of each cell of the batch's first row, times 255; [H, rows, columns] uint8.
+
+        A side has at most MAP_SIZE cells; the map is on the mask's device.
+        """
+        keep = self.with_bits(self.bits[:1]).to_dense()[0]
+        rows, columns = (_cells(blocks, keep.device) for blocks in keep.shape[-2:])
+        # counts, exact in half precision for any video that fits a GPU
+        dtype = torch.float16 if keep.device.type == "cuda" else torch.float32
+        counts = rows.to(dtype) @ (keep.to(dtype) @ columns.to(dtype).T)
+        sizes = rows.sum(1, keepdim=True) * columns.sum(1)
+        return (counts.float() / sizes * 255).round().to(torch.uint8)
+
     def with_bits(self, bits: torch.Tensor) -> "BlockMask":
         return replace(self, bits=bits)
+
+
+def _cells(blocks: int, device) -> torch.Tensor:
+    """[cells, blocks] bool: which blocks make up each of at most MAP_SIZE cells of a side."""
+    cells = min(blocks, MAP_SIZE)
+    first = torch.arange(cells, device=device)[:, None] * blocks
+    block = torch.arange(blocks, device=device)
+    return (block >= first // cells) & (block * cells < first + blocks)

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from sparse_attn.block_mask import BlockMask
+from sparse_attn.block_mask import MAP_SIZE, BlockMask
 
 
 def random_keep(num_k, density=0.3, seed=0):
@@ -49,3 +49,26 @@ def test_other_bits_keep_the_geometry():
     other = mask.with_bits(torch.zeros_like(mask.bits))
     assert not other.to_dense().any() and other.to_dense().shape == mask.to_dense().shape
     assert (other.num_k, other.block_q, other.block_k) == (9, 64, 128)
+
+
+def block_map(keep):
+    return BlockMask.from_dense(keep, block_q=64, block_k=64).block_map()
+
+
+def test_a_small_map_is_exact():
+    keep = torch.rand(2, 2, 5, 5) < 0.5
+    assert torch.equal(block_map(keep), keep[0].to(torch.uint8) * 255)
+
+
+def test_a_map_of_tall_blocks_has_fewer_rows_than_columns():
+    keep = torch.rand(2, 2, 3, 5) < 0.5
+    assert torch.equal(block_map(keep), keep[0].to(torch.uint8) * 255)
+    assert block_map(torch.ones(1, 1, 90, 180, dtype=torch.bool)).shape == (1, 90, MAP_SIZE)
+
+
+def test_a_large_map_is_averaged():
+    size = 2 * MAP_SIZE
+    keep = torch.zeros(1, 1, size, size, dtype=torch.bool)
+    keep[..., ::2, ::2] = True
+    cells = block_map(keep)
+    assert cells.shape == (1, MAP_SIZE, MAP_SIZE) and (cells == 64).all()

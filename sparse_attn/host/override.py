@@ -2,14 +2,14 @@
 
 from collections import Counter
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import NamedTuple
 
 import torch
 
-from ..patterns.pattern import LayerName
-from ..run.state import Call, RunState
+from ..call import Call, LayerName
+from ..run.state import RunState
 from ..schedule import StepKind
 from ..token_layout import TokenLayout
 from .families import Family
@@ -110,10 +110,13 @@ def attention_override(
         context.run.statistics.kept_dense[reason] += 1
         return original()
 
+    q4, k4, v4 = (x if skip_reshape else to_heads(x, heads) for x in (q, k, v))
+
     def dense_rows(rows: slice):
         """The host's attention on some rows of the batch, in [B, H, L, D]."""
 
-        def dense(q, k, v):
+        def dense(heads=None):
+            q, k, v = (x[rows, :heads] for x in (q4, k4, v4))
             part = mask if mask is None or mask.shape[0] == 1 or mask.ndim < 3 else mask[rows]
             out = target(
                 q, k, v, q.shape[1], mask=part, attn_precision=attn_precision, skip_reshape=True,
@@ -123,19 +126,18 @@ def attention_override(
 
         return dense
 
-    q4, k4, v4 = (x if skip_reshape else to_heads(x, heads) for x in (q, k, v))
     scale = kwargs.get("scale") or q4.shape[-1] ** -0.5
     low_precision = False not in (
         kwargs.get("low_precision_attention"), options.get("low_precision_attention")
     )  # fmt: skip
     run, step = context.run, context.step
+    whole = Call(
+        q4, k4, v4, scale, context.layout, step, dense_rows(slice(None)), bias, low_precision
+    )
     if context.foretell is not None:
         context.foretell(q4, len(q4) // len(options["uuids"]))
     if run.schedule.kind(step) is StepKind.DENSE and not run.wants_lse(step, q4, k4, v4):
-        out = run.dense_steps.serve(
-            q4, k4, v4, scale=scale, key_bias=bias, host=dense_rows(slice(None)),
-            low_precision=low_precision,
-        )  # fmt: skip
+        out = run.dense_steps.serve(whole)
         if out is None:
             with run.timed("dense", q):
                 return original()
@@ -143,19 +145,12 @@ def attention_override(
 
     outs = []
     for rows, key, layer, role in conditionings(context, block, options, q4):
-        call = Call(
-            key=key,
-            layer=layer,
-            role=role,
-            step=step,
-            layout=context.layout,
-            scale=scale,
-            dense=dense_rows(rows),
+        call = replace(
+            whole, q=q4[rows], k=k4[rows], v=v4[rows], dense=dense_rows(rows),
             key_bias=None if bias is None else bias[rows],
-            name=name_of(block, role, options),
-            low_precision=low_precision,
-        )
-        outs.append(run.attend(call, q4[rows], k4[rows], v4[rows]))
+            layer=layer, role=role, key=key, name=name_of(block, role, options),
+        )  # fmt: skip
+        outs.append(run.attend(call))
     out = outs[0] if len(outs) == 1 else torch.cat(outs)
     return from_heads(out, skip_output_reshape)
 

@@ -11,10 +11,10 @@ import torch
 from ..backends.permuted import Arranged
 from ..backends.torch.tail_error import rows_of, tail_error
 from ..block_mask import BlockMask
+from ..call import Call
 from ..config import AdaSpaConfig
 from ..orders.choice import find_order
 from ..orders.position import in_raster
-from ..run.layers import Call
 from ..run.precision import LowPrecision
 from .fused_online_search import fused_online_search
 from .lse_cached_search import lse_cached_search
@@ -40,7 +40,7 @@ class Found(NamedTuple):
 
 
 def search_dense(
-    backend, dense_with_lse, q, k, v, call: Call, config: AdaSpaConfig, *, previous_lse=None
+    backend, dense_with_lse, call: Call, config: AdaSpaConfig, *, previous_lse=None
 ) -> Found:
     """Answer with dense attention, and search on the way.
 
@@ -48,7 +48,7 @@ def search_dense(
         dense_with_lse: dense_with_lse(q, k, v, key_bias) -> (out, lse).
         previous_lse: [B, H, L] float32 of an earlier step, or None.
     """
-    bias, arranged = call.key_bias, None
+    q, k, v, bias, arranged = call.q, call.k, call.v, call.key_bias, None
     if config.pooled:
         order, similar = find_order(backend, q, k, v, call, config)
         if previous_lse is not None:
@@ -71,13 +71,14 @@ def search_dense(
 
 
 def search_again(
-    backend, q, k, v, lse, call: Call, config: AdaSpaConfig, *, int8=False
+    backend, lse, call: Call, config: AdaSpaConfig, *, int8=False
 ) -> Found:  # fmt: skip
     """Search with the `lse` [B, H, L] of an earlier step, for the price of QK^T alone.
 
     Args:
         int8: measure with INT8 q and k, where the backend can.
     """
+    q, k, v = call.q, call.k, call.v
     options = {"scale": call.scale, "int8": int8, **config.blocks}
     if not config.pooled:
         return Found(lse_cached_search(backend, q, k, lse, key_bias=call.key_bias, **options))
@@ -110,7 +111,7 @@ def _scores(arranged: Arranged, masses, pooled):
 
 
 def sparse(
-    backend, mask: BlockMask, q, k, v, call: Call, low_precision: LowPrecision, *, order=None
+    backend, mask: BlockMask, call: Call, low_precision: LowPrecision, *, order=None
 ):  # fmt: skip
     """Attend what a mask keeps and, with an `order`, the means of what it skips.
 
@@ -120,6 +121,7 @@ def sparse(
     Returns:
         out: [B, H, L, D]. lse: [B, H, L] float32, or None where the backend does not tell it.
     """
+    q, k, v = call.q, call.k, call.v
     blocks = {"block_q": mask.block_q, "block_k": mask.block_k, "scale": call.scale}
     serves = low_precision.serves(
         backend, q, k, v, mask.block_q, mask.block_k, call.low_precision

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import torch
 
+from ..call import LayerName
 from ..config import BLOCK_SIZES
 from ..orders.position import rods
 from ..token_layout import TokenLayout
-from .pattern import CarriedLayer, CarriedPattern, LayerName
+from .pattern import CarriedLayer, CarriedPattern
 
 FORMAT, VERSION = "adaspa pattern", 2
 # what stands for skipped blocks -> the order of the video's tokens: (t, h, w), as every model of

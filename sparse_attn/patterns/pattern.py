@@ -1,20 +1,11 @@
 """Carried patterns: the masks of one run, for another run of the same sequence."""
 
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
 
 import torch
 
+from ..call import LayerName
 from ..token_layout import TokenLayout
-
-
-class LayerName(NamedTuple):
-    """One attention layer of one conditioning, under a name that means the same in every run."""
-
-    role: str
-    block_type: str
-    block_index: int
-    occurrence: int
 
 
 @dataclass(frozen=True)

@@ -5,12 +5,12 @@ from typing import NamedTuple
 import torch
 
 from ..block_mask import BlockMask
+from ..call import Call
 from ..config import AdaSpaConfig
 from ..method.recall import sample_rows, sampled_recall
 from ..orders.choice import biased_video
 from ..orders.position import is_shared, rods
-from ..run.layers import Call, LayerState
-from ..run.statistics import block_map
+from ..run.layers import LayerState
 from .pattern import CarriedLayer, CarriedPattern
 
 # a carried mask may hold this much less of a layer than when it was found
@@ -42,18 +42,16 @@ class FittingMask(NamedTuple):
 
 
 def fitting_mask(
-    pattern: CarriedPattern, family: str, config: AdaSpaConfig, call: Call, q, k
+    pattern: CarriedPattern, family: str, config: AdaSpaConfig, call: Call
 ) -> FittingMask | str:
     """Find the mask of a layer, if it holds here what it held when it was found.
 
     Reads one number from the device, once per layer and run: the choice is due in this call.
 
-    Args:
-        q, k: [B, H, L, D].
-
     Returns:
         The mask, or the reason why there is none.
     """
+    q, k = call.q, call.k
     layer, reason = pattern.find(
         call.name,
         family=family,
@@ -81,7 +79,7 @@ def fitting_mask(
         held = sampled_recall(
             q, k, mask, rows, scale=call.scale, key_bias=call.key_bias, order=order
         )
-        cells = block_map(mask.with_bits(mask.bits[:1]).to_dense()[0])
+        cells = mask.block_map()
     except torch.OutOfMemoryError:
         return "out of memory while measuring the recall"
     # not (a >= b): also where it is NaN

@@ -1,7 +1,7 @@
-"""One attention call, and what a run remembers of its layers."""
+"""What a run remembers of its layers."""
 
 import threading
-from collections.abc import Callable, Hashable
+from collections.abc import Hashable
 from dataclasses import dataclass
 from types import ModuleType
 
@@ -9,39 +9,11 @@ import torch
 
 from ..backends.choice import Backends
 from ..block_mask import BlockMask
+from ..call import Call, LayerName
 from ..orders.position import is_shared
-from ..patterns.pattern import LayerName
 from ..token_layout import TokenLayout
 from .cache import Cache
 from .statistics import RunStatistics
-
-
-@dataclass(frozen=True)
-class Call:
-    """One attention call of one conditioning.
-
-    Args:
-        key: names the layer within the run: device, conditioning, context window, block.
-        layer: number of the layer, from 0.
-        role: which conditioning, for people: "positive" or "negative".
-        step: number of the step within this run, from 0.
-        scale: multiplies q @ k.T.
-        key_bias: [B, L] float32 added to the logits of every query, or None.
-        dense: dense(q, k, v) -> [B, H, L, D], the attention the host would have run.
-        name: names the layer in every run; None where its mask means nothing to another run.
-        low_precision: whether the host lets this call run in low precision.
-    """
-
-    key: Hashable
-    layer: int
-    role: str
-    step: int
-    layout: TokenLayout
-    scale: float
-    dense: Callable
-    key_bias: torch.Tensor | None = None
-    name: LayerName | None = None
-    low_precision: bool = True
 
 
 @dataclass
@@ -96,7 +68,7 @@ class Layers(dict[Hashable, LayerState]):
         self._last_key = None
         self._lock = threading.Lock()
 
-    def of(self, call: Call, q, k, v) -> LayerState:
+    def of(self, call: Call) -> LayerState:
         """The state of the layer that makes a call, made at its first one."""
         with self._lock:
             if self._last_key is not None:
@@ -104,7 +76,7 @@ class Layers(dict[Hashable, LayerState]):
             self._last_key = call.key
             state = self.get(call.key)
             if state is None:
-                backend, why = self.backends.of(q, k, v)
+                backend, why = self.backends.of(call.q, call.k, call.v)
                 self.statistics.backend = why
                 state = LayerState(backend, stays_dense="" if backend else why)
                 state.name, state.layout = call.name, call.layout

@@ -5,7 +5,8 @@ from collections.abc import Callable
 
 import torch
 
-from .layers import Call, LayerState
+from ..call import Call
+from .layers import LayerState
 from .statistics import Pattern, RunStatistics
 
 NOT_A_NUMBER = "NaN or infinity in q, k or v"

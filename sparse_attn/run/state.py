@@ -9,6 +9,7 @@ import torch
 
 from ..backends import choice as attention
 from ..backends.permuted import prepare
+from ..call import Call
 from ..config import AdaSpaConfig
 from ..method import block_scores as serving
 from ..method import selection
@@ -21,10 +22,10 @@ from ..token_layout import TokenLayout
 from .cache import Cache, predict
 from .dense import DenseChoice
 from .dense_steps import DenseSteps
-from .layers import Call, Layers
+from .layers import Layers
 from .precision import LowPrecision
 from .readback import NOT_A_NUMBER, Findings
-from .statistics import RunStatistics, block_map
+from .statistics import RunStatistics
 from .timer import Stopwatch
 
 OUT_OF_MEMORY = "out of memory while searching"
@@ -82,52 +83,42 @@ class RunState:
 
     # ---- what a call does
 
-    def attend(self, call: Call, q, k, v) -> torch.Tensor:
-        """Serve one attention call of a step that is not plainly dense.
-
-        Args:
-            q, k, v: [B, H, L, D], one conditioning.
-
-        Returns:
-            [B, H, L, D].
-        """
-        state = self.layers.of(call, q, k, v)
+    def attend(self, call: Call) -> torch.Tensor:
+        """Serve one conditioning's call of a step that is not plainly dense; [B, H, L, D]."""
+        state = self.layers.of(call)
         kind = self.schedule.kind(call.step)
         if state.stays_dense:
             self.statistics.kept_dense[state.stays_dense] += 1
-            return self._dense(call, q, k, v)
+            return self._dense(call)
         if self.config.pooled and state.mask is None:
             with self.outlives_block():
-                prepare(call.layout, len(q), q.device)
+                prepare(call.layout, len(call.q), call.q.device)
         if kind is StepKind.DENSE:
-            return self._dense_with_lse(call, state, q, k, v)
+            return self._dense_with_lse(call, state)
         if state.mask is None and self.carried is not None:
-            self._carry(call, state, q, k)
+            self._carry(call, state)
         if state.mask is None:
-            return self._search_dense(call, state, q, k, v)
+            return self._search_dense(call, state)
         if state.searched_at < self.schedule.search_due(call.step):
             if state.lse is not None:
-                self._search_again(call, state, q, k, v)
+                self._search_again(call, state)
             elif state.carried or self.config.recall:
                 # a carried mask has left no LSE, and a recall is asked for of exact masses
-                return self._search_dense(call, state, q, k, v)
-        return self._sparse(call, state, q, k, v)
+                return self._search_dense(call, state)
+        return self._sparse(call, state)
 
-    def _dense(self, call, q, k, v):
-        with self.timed("dense", q):
-            return call.dense(q, k, v)
+    def _dense(self, call):
+        with self.timed("dense", call.q):
+            return call.dense()
 
-    def _dense_with_lse(self, call, state, q, k, v):
-        out, lse = self.dense_steps.serve_with_lse(
-            state.backend, q, k, v, scale=call.scale, key_bias=call.key_bias,
-            low_precision=call.low_precision,
-        )  # fmt: skip
+    def _dense_with_lse(self, call, state):
+        out, lse = self.dense_steps.serve_with_lse(state.backend, call)
         with self.outlives_block():
             state.lse = self.cache.keep(lse)
         self.layers.count_held()
         return out
 
-    def _search_dense(self, call, state, q, k, v):
+    def _search_dense(self, call, state):
         """Answer with dense attention, and search on the way."""
 
         def dense_with_lse(q, k, v, key_bias):
@@ -136,12 +127,12 @@ class RunState:
                     state.backend, q, k, v, scale=call.scale, key_bias=key_bias
                 )
 
-        previous = None if state.lse is None else self.cache.fetch(state.lse, q.device)
+        previous = None if state.lse is None else self.cache.fetch(state.lse, call.q.device)
         state.lse = found = None
         try:
-            with self.timed("search", q):
+            with self.timed("search", call.q):
                 found = serving.search_dense(
-                    state.backend, dense_with_lse, q, k, v, call, self.config,
+                    state.backend, dense_with_lse, call, self.config,
                     previous_lse=previous,
                 )  # fmt: skip
                 # one pass knows its rows' LSE only when it ends, and takes the earlier one's
@@ -152,20 +143,20 @@ class RunState:
         if found is None:
             # outside the handler, whose traceback holds the memory that the dense pass needs
             if state.mask is None:
-                return self._give_up(call, state, q, k, v)
+                return self._give_up(call, state)
             self._keep_earlier(call, state)
-            return self._sparse(call, state, q, k, v)
+            return self._sparse(call, state)
         if self._wants_lse_after(call.step):
             with self.outlives_block():
                 state.lse = self.cache.keep(found.lse)
         self.layers.count_held()
-        return self._checked(call, state, found.out, None, q, k, v)
+        return self._checked(call, state, found.out, None)
 
-    def _carry(self, call, state, q, k):
+    def _carry(self, call, state):
         """Begin with the carried mask, if it holds here what it held when it was found."""
         statistics = self.statistics
-        with self.timed("carry", q):
-            found = fitting_mask(self.carried, statistics.model, self.config, call, q, k)
+        with self.timed("carry", call.q):
+            found = fitting_mask(self.carried, statistics.model, self.config, call)
         if isinstance(found, str):
             with self._lock:
                 statistics.not_carried[found] += 1
@@ -184,27 +175,32 @@ class RunState:
         self.findings.add_mask(call, state, found.recall, found.block_map, exact=False)
         self.layers.count_held()
 
-    def _search_again(self, call, state, q, k, v):
+    def _search_again(self, call, state):
         int8 = self.low_precision.searches(
-            state.backend, q, k, v, **self.config.blocks, allowed=call.low_precision
+            state.backend,
+            call.q,
+            call.k,
+            call.v,
+            **self.config.blocks,
+            allowed=call.low_precision,
         )
-        found = self._found_again(call, state, q, k, v, int8=int8)
+        found = self._found_again(call, state, int8=int8)
         if not found and int8:
             # quantised copies may be what memory has no room for
             self.statistics.not_low_precision[OUT_OF_MEMORY] += 1
-            found = self._found_again(call, state, q, k, v, int8=False)
+            found = self._found_again(call, state, int8=False)
         if not found:
             self._keep_earlier(call, state)
         if not self.schedule.searches_after(call.step):
             state.lse = None
 
-    def _found_again(self, call, state, q, k, v, *, int8: bool) -> bool:
+    def _found_again(self, call, state, *, int8: bool) -> bool:
         """Search with the kept LSE; False where memory runs out."""
         try:
-            with self.timed("search_again", q):
-                lse = self.cache.fetch(state.lse, q.device)
+            with self.timed("search_again", call.q):
+                lse = self.cache.fetch(state.lse, call.q.device)
                 found = serving.search_again(
-                    state.backend, q, k, v, lse, call, self.config, int8=int8
+                    state.backend, lse, call, self.config, int8=int8
                 )  # fmt: skip
                 self._adopt(call, state, found, exact=False)
         except torch.OutOfMemoryError:
@@ -218,33 +214,39 @@ class RunState:
         self.statistics.warn(f"{OUT_OF_MEMORY}: layer {call.layer} kept its earlier pattern")
         state.searched_at = call.step
 
-    def _sparse(self, call, state, q, k, v):
+    def _sparse(self, call, state):
         out = lse = mask = order = None
         try:
-            with self.timed("sparse", q):
-                mask, order = self.layers.held(state, q.device)
-                self.layers.prefetch_next(call, q.device)
+            with self.timed("sparse", call.q):
+                mask, order = self.layers.held(state, call.q.device)
+                self.layers.prefetch_next(call, call.q.device)
                 out, lse = serving.sparse(
-                    state.backend, mask, q, k, v, call, self.low_precision, order=order
+                    state.backend, mask, call, self.low_precision, order=order
                 )
         except torch.OutOfMemoryError:
             pass
         if out is None:
-            return self._give_up(call, state, q, k, v, SPARSE_OUT_OF_MEMORY)
+            return self._give_up(call, state, SPARSE_OUT_OF_MEMORY)
         if self.config.recall and self.schedule.is_last_sparse(call.step):
-            self._sample(call, state, mask, order, q, k)
-        return self._checked(call, state, out, lse, q, k, v)
+            self._sample(call, state, mask, order)
+        return self._checked(call, state, out, lse)
 
-    def _sample(self, call, state, mask, order, q, k):
+    def _sample(self, call, state, mask, order):
         """Measure what the mask still holds, as late as it is used, in the step's first call."""
         if state.sampled_at == call.step:
             return
         state.sampled_at = call.step
         rows = sample_rows(call.layout.tokens, SAMPLED_ROWS)
         try:
-            with self.timed("sample", q):
+            with self.timed("sample", call.q):
                 held = sampled_recall(
-                    q, k, mask, rows, scale=call.scale, key_bias=call.key_bias, order=order
+                    call.q,
+                    call.k,
+                    mask,
+                    rows,
+                    scale=call.scale,
+                    key_bias=call.key_bias,
+                    order=order,
                 )
         except torch.OutOfMemoryError:
             self.statistics.warn(f"out of memory while sampling the recall of layer {call.layer}")
@@ -264,24 +266,24 @@ class RunState:
         state.density, state.recall = mask.density().mean(0), recall.mean(0)
         state.similar = None if found.similar is None else found.similar.float().mean(0)
         state.carried = False
-        self.findings.add_mask(call, state, state.recall, block_map(keep[0]), exact=exact)
+        self.findings.add_mask(call, state, state.recall, mask.block_map(), exact=exact)
 
-    def _checked(self, call, state, out, lse, q, k, v):
+    def _checked(self, call, state, out, lse):
         """Answer NaN with the dense result: at once on a CPU, from the next step on a GPU."""
         probe = (out if lse is None else lse).sum(dtype=torch.float32)
-        if q.device.type == "cuda":
+        if call.q.device.type == "cuda":
             self.findings.add_probe(call, state, probe)
             return out
         if torch.isfinite(probe):
             return out
-        return self._give_up(call, state, q, k, v, NOT_A_NUMBER)
+        return self._give_up(call, state, NOT_A_NUMBER)
 
-    def _give_up(self, call, state, q, k, v, reason=OUT_OF_MEMORY):
+    def _give_up(self, call, state, reason=OUT_OF_MEMORY):
         state.give_up(reason)
         step = self.schedule.first_step + call.step
         self.statistics.warn(f"{reason}: the layers concerned run dense from step {step}")
         self.statistics.kept_dense[reason] += 1
-        return self._dense(call, q, k, v)
+        return self._dense(call)
 
     # ---- the run
 

@@ -10,9 +10,6 @@ import torch
 from ..schedule import Schedule, StepKind
 from . import report as run_report
 
-# a map of more blocks than this is averaged down for the report
-MAP_SIZE = 96
-
 
 @dataclass
 class Pattern:
@@ -238,21 +235,3 @@ class RunStatistics:
             "kept_dense": dict(self.kept_dense),
             "warnings": list(self.warnings),
         }
-
-
-def block_map(keep: torch.Tensor) -> torch.Tensor:
-    """Average [H, Nq, Nk] bool down to at most MAP_SIZE cells a side; uint8, on the same device."""
-    rows, columns = (_cells(blocks, keep.device) for blocks in keep.shape[-2:])
-    # counts, exact in half precision for any video that fits a GPU
-    dtype = torch.float16 if keep.device.type == "cuda" else torch.float32
-    counts = rows.to(dtype) @ (keep.to(dtype) @ columns.to(dtype).T)
-    sizes = rows.sum(1, keepdim=True) * columns.sum(1)
-    return (counts.float() / sizes * 255).round().to(torch.uint8)
-
-
-def _cells(blocks: int, device) -> torch.Tensor:
-    """[cells, blocks] bool: which blocks make up each of at most MAP_SIZE cells of a side."""
-    cells = min(blocks, MAP_SIZE)
-    first = torch.arange(cells, device=device)[:, None] * blocks
-    block = torch.arange(blocks, device=device)
-    return (block >= first // cells) & (block * cells < first + blocks)

@@ -6,8 +6,9 @@ from types import SimpleNamespace
 import torch
 
 from sparse_attn.backends import triton_backend
+from sparse_attn.call import Call
 from sparse_attn.config import AdaSpaConfig
-from sparse_attn.run.state import Call, RunState
+from sparse_attn.run.state import RunState
 from sparse_attn.schedule import Schedule, StepKind
 from sparse_attn.token_layout import TokenLayout
 
@@ -32,17 +33,13 @@ class LayerRun:
         self.run = RunState(config, Schedule(tuple(kinds), 0, 4, (1.0, 0.7, 0.4, 0.1)))
         layout = TokenLayout(TEXT, 1, 1, q.shape[2] - TEXT)
 
-        def dense(q, k, v):
+        def dense(heads=None):
             return torch.nn.functional.scaled_dot_product_attention(q, k, v, scale=scale)
 
         self.calls = [
-            Call(
-                key=0, layer=0, role="positive", step=step, layout=layout, scale=scale, dense=dense
-            )
-            for step in range(3)
+            Call(q, k, v, scale, layout, step, dense, role="positive", key=0) for step in range(3)
         ]
-        self.inputs = q, k, v
-        self.run.attend(self.calls[0], *self.inputs)
+        self.run.attend(self.calls[0])
         (self.state,) = self.run.layers.values()
         if not kernels:
             self._take_away_kernels()
@@ -75,7 +72,7 @@ class LayerRun:
         return self._attend(2)
 
     def _attend(self, step):
-        out = self.run.attend(self.calls[step], *self.inputs)
+        out = self.run.attend(self.calls[step])
         self.run.findings.clear()
         return out
 

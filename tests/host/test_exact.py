@@ -1,5 +1,7 @@
 """What must come out exactly: everything kept, padded text left out, text rows, declined calls."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -128,15 +130,15 @@ def test_padded_text_is_never_read(load, monkeypatch):
     attend = RunState.attend
     compared = []
 
-    def poisoned(self, call, q, k, v):
-        out = attend(self, call, q, k, v)
+    def poisoned(self, call):
+        out = attend(self, call)
         assert (call.key_bias[:, 12 - PADDED : 12] < -1e9).all()
-        k, v = k.clone(), v.clone()
+        k, v = call.k.clone(), call.v.clone()
         k[..., 12 - PADDED : 12, :] = 40.0
         v[..., 12 - PADDED : 12, :] = 1e4
         # the same call again: a search has its mask now, so both kinds are seen
-        again = attend(self, call, q, k, v)
-        exact = call.dense(q, k, v)
+        again = attend(self, replace(call, k=k, v=v))
+        exact = call.dense()
         for rows in (slice(0, 12), slice(12, None)):
             reference = again if call.step else exact
             error = (out - reference)[..., rows, :].abs().max().item()
@@ -154,11 +156,11 @@ def test_text_rows_equal_dense_at_high_sparsity(load, monkeypatch):
     attend = RunState.attend
     errors = []
 
-    def compared(self, call, q, k, v):
-        out = attend(self, call, q, k, v)
+    def compared(self, call):
+        out = attend(self, call)
         if call.step:
             text = call.layout.before
-            error = (out - call.dense(q, k, v)).abs().amax((0, 1, 3))
+            error = (out - call.dense()).abs().amax((0, 1, 3))
             errors.append((error[:text].max().item(), error[text:].max().item()))
         return out
 

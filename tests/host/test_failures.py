@@ -3,6 +3,7 @@
 import gc
 import threading
 import weakref
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -11,9 +12,10 @@ from close import assert_within, attention_rounding
 
 from sparse_attn.backends.torch import attention as eager
 from sparse_attn.block_mask import BlockMask
+from sparse_attn.call import Call
 from sparse_attn.config import AdaSpaConfig
 from sparse_attn.method import selection
-from sparse_attn.run.state import NOT_A_NUMBER, OUT_OF_MEMORY, Call, RunState
+from sparse_attn.run.state import NOT_A_NUMBER, OUT_OF_MEMORY, RunState
 from sparse_attn.schedule import plan
 from sparse_attn.token_layout import TokenLayout
 from tests.host.host_fixtures import assert_same_video, calls, kept_dense, sample, sparse
@@ -168,12 +170,12 @@ def settings(**fields):
     return AdaSpaConfig(**{"min_tokens": 0, "warmup": 0.0, "sparsity": 0.5, **fields})
 
 
-def direct_call(step, key="layer", dense=None, tokens=288):
-    def host(q, k, v):
-        return torch.nn.functional.scaled_dot_product_attention(q, k, v, scale=0.125)
+def direct_call(step, qkv, key="layer", dense=None):
+    def host(heads=None):
+        return torch.nn.functional.scaled_dot_product_attention(*qkv, scale=0.125)
 
-    layout = TokenLayout(0, tokens // 96, 8, 12)
-    return Call(key, 0, "positive", step, layout, 0.125, dense or host)
+    layout = TokenLayout(0, 3, 8, 12)
+    return Call(*qkv, 0.125, layout, step, dense or host, role="positive", key=key)
 
 
 def qkv(seed=0):
@@ -193,15 +195,15 @@ def test_memory_of_a_failed_search_is_free_before_the_dense_fallback(monkeypatch
 
     alive = []
 
-    def dense(q, k, v):
+    def dense(heads=None):
         alive.extend(ref() is not None for ref in large)
-        return v
+        return torch.zeros(1, 2, 288, 64)
 
     if where == "masses":
         monkeypatch.setattr(eager, "block_masses", short)
     else:
         monkeypatch.setattr(selection, "select", short)
-    direct_run().attend(direct_call(0, dense=dense), *qkv())
+    direct_run().attend(direct_call(0, qkv(), dense=dense))
     assert alive == [False]
 
 
@@ -217,11 +219,11 @@ def test_bad_numbers_give_the_dense_result_and_are_reported(step, bad):
         q, k, v = qkv(now)
         if now == step:
             q[0, 1, 100] = bad
-        call = direct_call(now)
-        out = run.attend(call, q, k, v)
+        call = direct_call(now, (q, k, v))
+        out = run.attend(call)
         if now >= step:
-            assert torch.equal(out.isnan(), call.dense(q, k, v).isnan())
-            torch.testing.assert_close(out, call.dense(q, k, v), equal_nan=True)
+            assert torch.equal(out.isnan(), call.dense().isnan())
+            torch.testing.assert_close(out, call.dense(), equal_nan=True)
     run.end()
     statistics = run.statistics
     assert statistics.kept_dense == {NOT_A_NUMBER: 4 - step}
@@ -235,13 +237,15 @@ def test_bad_numbers_give_the_dense_result_and_are_reported(step, bad):
 def test_nan_in_one_layer_leaves_the_other_layers_sparse(load, monkeypatch, step):
     attend = RunState.attend
 
-    def poisoned(self, call, q, k, v):
+    def poisoned(self, call):
         if call.layer == 1 and call.step == step and call.role == "positive":
-            q = q.clone()
+            sound, q = call.dense(), call.q.clone()
             q[..., 100, 0] = float("nan")
-            assert torch.equal(attend(self, call, q, k, v).isnan(), call.dense(q, k, v).isnan())
-            return call.dense(k, k, v)
-        return attend(self, call, q, k, v)
+            broken = direct_call(step, (q, call.k, call.v)).dense
+            call = replace(call, q=q, dense=broken)
+            assert torch.equal(attend(self, call).isnan(), broken().isnan())
+            return sound
+        return attend(self, call)
 
     monkeypatch.setattr(RunState, "attend", poisoned)
     model, handle = sparse(load("wan_h64"))
@@ -262,7 +266,7 @@ def test_two_devices_in_threads_do_not_disturb_each_other():
             q, k, v = qkv(seed=10 * name)
             for layer in range(3):
                 key = (f"device {name}", layer)
-                into.append(run.attend(direct_call(step, key), q, k, v))
+                into.append(run.attend(direct_call(step, (q, k, v), key)))
 
     expected = {}
     for name in (1, 2):
@@ -288,7 +292,7 @@ def test_two_devices_in_threads_do_not_disturb_each_other():
 def test_masks_of_the_threads_are_their_own():
     run = direct_run()
     for name in (1, 2):
-        run.attend(direct_call(0, (f"device {name}", 0)), *qkv(seed=10 * name))
+        run.attend(direct_call(0, qkv(seed=10 * name), (f"device {name}", 0)))
     first, second = (state.mask for state in run.layers.values())
     assert isinstance(first, BlockMask)
     assert not torch.equal(first.bits, second.bits)

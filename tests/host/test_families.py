@@ -94,9 +94,9 @@ def test_keeping_every_block_equals_dense(patcher, case, monkeypatch):
     layouts = set()
     attend = RunState.attend
 
-    def noted(self, call, q, k, v):
+    def noted(self, call):
         layouts.add(call.layout)
-        return attend(self, call, q, k, v)
+        return attend(self, call)
 
     monkeypatch.setattr(RunState, "attend", noted)
     expected = sample(patcher(case.model), case)
@@ -112,10 +112,10 @@ def test_extra_tokens_stay_exact_at_high_sparsity(patcher, case, tail, monkeypat
     attend = RunState.attend
     extra, video = [], []
 
-    def compared(self, call, q, k, v):
-        out = attend(self, call, q, k, v)
+    def compared(self, call):
+        out = attend(self, call)
         if call.step:
-            dense = call.dense(q, k, v)
+            dense = call.dense()
             error = (out - dense).abs().amax((0, 1, 3)) / dense.abs().max()
             first, last = call.layout.before, call.layout.before + call.layout.video
             video.append(error[first:last].max().item())
@@ -137,10 +137,10 @@ def test_video_tokens_lie_where_the_rule_says(patcher, case, monkeypatch):
     attend = RunState.attend
     queries = []
 
-    def noted(self, call, q, k, v):
+    def noted(self, call):
         if call.layer == 0:
-            queries.append(q.clone())
-        return attend(self, call, q, k, v)
+            queries.append(call.q.clone())
+        return attend(self, call)
 
     monkeypatch.setattr(RunState, "attend", noted)
 
@@ -282,9 +282,9 @@ def test_a_pass_that_skips_counted_blocks_is_remembered_apart(patcher, monkeypat
     keys = []
     attend = RunState.attend
 
-    def noted(self, call, q, k, v):
+    def noted(self, call):
         keys.append(call.key)
-        return attend(self, call, q, k, v)
+        return attend(self, call)
 
     def skipping(model):
         settings = {"double_layers": "0", "single_layers": ""}

@@ -125,11 +125,11 @@ def captured(monkeypatch):
     found = {}
     attend = RunState.attend
 
-    def noted(self, call, q, k, v):
-        out = attend(self, call, q, k, v)
+    def noted(self, call):
+        out = attend(self, call)
         state = self.layers[call.key]
         if state.searched_at == call.step:
-            q, k = q.clone(), k.clone()
+            q, k = call.q.clone(), call.k.clone()
             if state.order is not None:
                 # in the order of the mask
                 q, k = (reference.in_order(x, state.order) for x in (q, k))

@@ -40,9 +40,9 @@ def threads_seen(monkeypatch):
     seen = []
     attend = RunState.attend
 
-    def noted(self, call, q, k, v):
+    def noted(self, call):
         seen.append((threading.get_ident(), call.key))
-        return attend(self, call, q, k, v)
+        return attend(self, call)
 
     monkeypatch.setattr(RunState, "attend", noted)
     return seen
@@ -87,10 +87,10 @@ def test_an_error_in_one_thread_ends_the_run_cleanly(model_paths, split, monkeyp
 
     attend = RunState.attend
 
-    def fails(self, call, q, k, v):
+    def fails(self, call):
         if call.step == 1 and call.role == "negative":
             raise Failure
-        return attend(self, call, q, k, v)
+        return attend(self, call)
 
     model, handle = sparse(fresh(model_paths, "wan_h64"))
     model = split(model)

@@ -10,17 +10,17 @@ from close import assert_within
 from sparse_attn.backends import reference
 from sparse_attn.backends.reference import in_order
 from sparse_attn.backends.torch import attention as eager
+from sparse_attn.call import Call
 from sparse_attn.config import TOKEN_ORDERS, AdaSpaConfig
 from sparse_attn.method import block_scores as serving
-from sparse_attn.run.layers import Call
 from sparse_attn.token_layout import TokenLayout
 
 LAYOUT, SCALE = TokenLayout(12, 5, 6, 14, 20), 0.25
-CALL = Call("layer 0", 0, "positive", 0, LAYOUT, SCALE, None)
 
 
-def tensors():
-    return torch.randn(3, 2, 2, LAYOUT.tokens, 16).unbind(0)
+def a_call():
+    qkv = torch.randn(3, 2, 2, LAYOUT.tokens, 16).unbind(0)
+    return Call(*qkv, SCALE, LAYOUT, step=0, dense=None)
 
 
 def dense_with_lse(q, k, v, key_bias):
@@ -30,15 +30,16 @@ def dense_with_lse(q, k, v, key_bias):
 @pytest.mark.parametrize("block_size", ["64", "128x64"])
 @pytest.mark.parametrize("token_order", TOKEN_ORDERS)
 def test_both_searches_find_the_same_and_bear_a_drift_of_the_lse(block_size, token_order):
-    q, k, v = tensors()
+    call = a_call()
+    q, k, v = call.q, call.k, call.v
     config = AdaSpaConfig(block_size=block_size, token_order=token_order)
-    first = serving.search_dense(eager, dense_with_lse, q, k, v, CALL, config)
+    first = serving.search_dense(eager, dense_with_lse, call, config)
     exact, lse = reference.dense_attention(q.double(), k.double(), v.double(), scale=SCALE)
     assert_within("out", first.out, exact, 1e-5)
     assert_within("lse", first.lse, lse, 1e-5)
     order = first.order.long()
     stale = first.lse + 0.4
-    again = serving.search_again(eager, q, k, v, stale, CALL, config)
+    again = serving.search_again(eager, stale, call, config)
     assert again.out is None and again.lse is None and torch.equal(again.order, first.order)
     assert_within("masses", again.masses, first.masses.double(), 1e-3)
     assert_within("scores", again.scores, first.scores.double(), 5e-3 * first.scores.max().item())
@@ -51,16 +52,16 @@ def test_both_searches_find_the_same_and_bear_a_drift_of_the_lse(block_size, tok
 
 def test_a_recall_needs_no_scores():
     config = AdaSpaConfig(recall=0.9)
-    found = serving.search_dense(eager, dense_with_lse, *tensors(), CALL, config)
+    found = serving.search_dense(eager, dense_with_lse, a_call(), config)
     assert found.scores is None and found.masses is not None
 
 
 def test_without_an_order_nothing_is_arranged(monkeypatch):
     monkeypatch.setattr(eager, "arrange", lambda *args: 1 / 0)
-    q, k, v = tensors()
+    call = a_call()
     config = AdaSpaConfig(tail="none")
-    first = serving.search_dense(eager, dense_with_lse, q, k, v, CALL, config)
-    again = serving.search_again(eager, q, k, v, first.lse, CALL, config)
+    first = serving.search_dense(eager, dense_with_lse, call, config)
+    again = serving.search_again(eager, first.lse, call, config)
     assert first.scores is None and again.scores is None
     assert_within("masses", again.masses, first.masses.double(), 1e-3)
 
@@ -82,4 +83,4 @@ def test_arranged_copies_are_gone_before_the_output_is_copied(monkeypatch):
     monkeypatch.setattr(eager, "arrange", noted)
     monkeypatch.setattr(serving, "in_raster", checked)
     config = AdaSpaConfig(token_order="position")
-    serving.search_dense(eager, dense_with_lse, *tensors(), CALL, config)
+    serving.search_dense(eager, dense_with_lse, a_call(), config)

@@ -12,41 +12,31 @@ from sparse_attn.patterns import reuse
 from sparse_attn.patterns.file import load, save
 from sparse_attn.patterns.reuse import RECALL_LOSS
 from sparse_attn.run.report import carried_lines
-from sparse_attn.run.state import NOT_A_NUMBER, Call
-from tests.patterns.example_pattern import FAMILY, LAYOUT, NAME
-from tests.run.test_run_state import BLOCKS, SCALE, Backend, make_run, tensors  # noqa: F401
+from sparse_attn.run.state import NOT_A_NUMBER
+from tests.patterns.example_pattern import FAMILY, NAME
+from tests.run.fakes import BLOCKS, SCALE, Backend, Run, tensors
 
 
-def call_of(run, step, qkv, name=NAME, key="layer 0", layer=0):
-    run.backend.did, before = [], run.host.calls
-    call = Call(key, layer, name.role if name else "positive", step, LAYOUT, SCALE, run.host,
-                name=name)  # fmt: skip
-    out = run.state.attend(call, *qkv)
-    return out, run.backend.did + (run.host.calls - before) * ["host"]
+def call_of(run, step, qkv, name=NAME):
+    return run.attend(step, qkv, name=name, role=name.role if name else "positive")
 
 
 @pytest.fixture
-def found(make_run):  # noqa: F811
+def found():
     """The pattern of a run over `tensors(0)`."""
-    run = make_run("Ss")
-    run.state.statistics.model = FAMILY
+    run = Run("Ss")
+    run.statistics.model = FAMILY
     call_of(run, 0, tensors(0))
     return run.state.end(keep_pattern=True).named("a file")
 
 
-@pytest.fixture
-def carrying(make_run):  # noqa: F811
-    def make(kinds, pattern, **options):
-        run = make_run(kinds, **options)
-        run.state.carried = pattern
-        run.state.statistics.carried_from = pattern.source
-        run.state.statistics.model = FAMILY
-        return run
-
-    return make
+def carrying(kinds, pattern, **options):
+    run = Run(kinds, carried=pattern, **options)
+    run.statistics.model = FAMILY
+    return run
 
 
-def test_a_run_keeps_its_masks_on_the_cpu_only_when_asked(make_run, found):  # noqa: F811
+def test_a_run_keeps_its_masks_on_the_cpu_only_when_asked(found):
     assert list(found.layers) == [NAME]
     (layer,) = found.layers.values()
     assert layer.bits.dtype == torch.uint8 and layer.bits.device.type == "cpu"
@@ -55,14 +45,14 @@ def test_a_run_keeps_its_masks_on_the_cpu_only_when_asked(make_run, found):  # n
     exact = reference.recall(q.double(), k.double(), keep, **BLOCKS)[0]
     assert layer.recall == pytest.approx(exact.tolist(), abs=1e-4)
     assert layer.density == pytest.approx(keep.float().mean((0, 2, 3)).tolist())
-    run = make_run("Ss")
+    run = Run("Ss")
     call_of(run, 0, tensors(0))
     assert run.state.end() is None and not run.state.layers
 
 
-def test_tall_blocks_are_carried_and_saved_as_such(make_run, carrying, tmp_path):  # noqa: F811
-    run = make_run("Ss", block_size="128x64")
-    run.state.statistics.model = FAMILY
+def test_tall_blocks_are_carried_and_saved_as_such(tmp_path):
+    run = Run("Ss", block_size="128x64")
+    run.statistics.model = FAMILY
     call_of(run, 0, tensors(0))
     save(run.state.end(keep_pattern=True), tmp_path / "tall.safetensors")
     pattern = load(tmp_path / "tall.safetensors")
@@ -79,7 +69,7 @@ def test_tall_blocks_are_carried_and_saved_as_such(make_run, carrying, tmp_path)
     assert call_of(carrying("Ss", pattern), 0, qkv)[1] == ["dense", "masses"]
 
 
-def test_a_carried_layer_runs_sparse_from_the_search_step_on(carrying, found):
+def test_a_carried_layer_runs_sparse_from_the_search_step_on(found):
     run = carrying("DSss", found)
     qkv = tensors(0)
     out, did = call_of(run, 1, qkv)
@@ -89,7 +79,7 @@ def test_a_carried_layer_runs_sparse_from_the_search_step_on(carrying, found):
     assert_within("out", out, expected, 1e-5)
     assert call_of(run, 2, tensors(0))[1] == ["sparse"]
     run.state.end_step()
-    statistics = run.state.statistics
+    statistics = run.statistics
     pattern = statistics.patterns[0, "positive"]
     assert pattern.carried and not pattern.exact and pattern.step == 1
     # 64 of 640 rows
@@ -107,13 +97,13 @@ def worse(pattern, loss):
 
 
 @pytest.mark.parametrize("loss, searches", [(0.0, False), (0.12, True)])
-def test_a_layer_whose_recall_fell_searches_after_all(carrying, found, loss, searches):
+def test_a_layer_whose_recall_fell_searches_after_all(found, loss, searches):
     run = carrying("Sss", worse(found, loss))
     assert call_of(run, 0, tensors(0))[1] == (["dense", "masses"] if searches else ["sparse"])
     # asked once, not in every step
     assert call_of(run, 1, tensors(0))[1] == ["sparse"]
     run.state.end_step()
-    statistics = run.state.statistics
+    statistics = run.statistics
     assert statistics.carried == (not searches)
     assert sum(statistics.not_carried.values()) == searches
     if searches:
@@ -123,14 +113,14 @@ def test_a_layer_whose_recall_fell_searches_after_all(carrying, found, loss, sea
 
 
 @pytest.mark.parametrize("asked, searches", [(0.5, False), (0.97, True)])
-def test_a_carried_mask_must_hold_the_recall_that_is_asked_for(carrying, found, asked, searches):
+def test_a_carried_mask_must_hold_the_recall_that_is_asked_for(found, asked, searches):
     run = carrying("Ss", found, recall=asked)
     assert call_of(run, 0, tensors(0))[1] == (["dense", "masses"] if searches else ["sparse"])
     if searches:
-        assert run.state.statistics.not_carried == {f"recall below the {asked} asked for": 1}
+        assert run.statistics.not_carried == {f"recall below the {asked} asked for": 1}
 
 
-def test_another_video_is_noticed(carrying, found):
+def test_another_video_is_noticed(found):
     q, k, v = tensors(0)
     # the same video the other way round: its blocks lie elsewhere
     other = q.roll(300, 2), k.flip(2), v
@@ -139,50 +129,50 @@ def test_another_video_is_noticed(carrying, found):
 
 
 @pytest.mark.parametrize("name", [NAME._replace(block_index=7), None])
-def test_a_layer_that_the_pattern_does_not_know_searches(carrying, found, name):
+def test_a_layer_that_the_pattern_does_not_know_searches(found, name):
     run = carrying("Ss", found)
     assert call_of(run, 0, tensors(0), name=name)[1] == ["dense", "masses"]
-    assert sum(run.state.statistics.not_carried.values()) == 1
+    assert sum(run.statistics.not_carried.values()) == 1
 
 
-def test_a_carried_layer_searches_when_the_user_asks_for_another_search(carrying, found):
+def test_a_carried_layer_searches_when_the_user_asks_for_another_search(found):
     run = carrying("SsSs", found)
     assert [call_of(run, step, tensors(step))[1] for step in range(4)] == [
         ["sparse"], ["sparse"], ["dense", "masses"], ["sparse"],
     ]  # fmt: skip
     run.state.end_step()
-    pattern = run.state.statistics.patterns[0, "positive"]
+    pattern = run.statistics.patterns[0, "positive"]
     assert not pattern.carried and pattern.exact
 
 
-def test_an_lse_kept_for_the_search_is_let_go(carrying, found):
+def test_an_lse_kept_for_the_search_is_let_go(found):
     run = carrying("DSs", found, backend=Backend(one_pass=True))
     call_of(run, 0, tensors(0))
-    assert run.state.layers["layer 0"].lse is not None
+    assert run.layer().lse is not None
     call_of(run, 1, tensors(0))
-    assert run.state.layers["layer 0"].lse is None
+    assert run.layer().lse is None
 
 
-def test_broken_numbers_do_not_meet_a_carried_mask(carrying, found):
+def test_broken_numbers_do_not_meet_a_carried_mask(found):
     q, k, v = tensors(0)
     k[0, 0, 5, 5] = float("nan")
     run = carrying("Ss", found)
     assert call_of(run, 0, (q, k, v))[1][-1] == "host"
-    assert run.state.statistics.carried == 0
-    assert NOT_A_NUMBER in run.state.statistics.kept_dense
+    assert run.statistics.carried == 0
+    assert NOT_A_NUMBER in run.statistics.kept_dense
 
 
-def test_out_of_memory_while_measuring_searches_instead(carrying, found, monkeypatch):
+def test_out_of_memory_while_measuring_searches_instead(found, monkeypatch):
     def out_of_memory(*args, **options):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(reuse, "sampled_recall", out_of_memory)
     run = carrying("Ss", found)
     assert call_of(run, 0, tensors(0))[1] == ["dense", "masses"]
-    assert run.state.statistics.not_carried == {"out of memory while measuring the recall": 1}
+    assert run.statistics.not_carried == {"out of memory while measuring the recall": 1}
 
 
-def test_a_carried_mask_can_be_carried_on_with_the_recall_of_its_search(carrying, found):
+def test_a_carried_mask_can_be_carried_on_with_the_recall_of_its_search(found):
     run = carrying("Ss", found)
     call_of(run, 0, tensors(0))
     again = run.state.end(keep_pattern=True)

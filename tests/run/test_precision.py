@@ -1,126 +1,210 @@
-"""Runs in low precision with the kernels themselves, interpreted where there is no GPU."""
+"""Which calls of a run are served in low precision, and what happens where that cannot be."""
+
+from functools import partial
 
 import pytest
 import torch
-
-pytest.importorskip("triton")
-
 from close import assert_within
 
-from sparse_attn.backends import reference, triton_backend
-from sparse_attn.config import AdaSpaConfig
-from sparse_attn.run import state as run_state
-from sparse_attn.run.state import Call, RunState
-from sparse_attn.schedule import Schedule
-from tests.run.test_run_state import KINDS, LAYOUT, L
-
-SCALE = 0.125
-
-
-def relative_error(out, exact):
-    return ((out.double() - exact).norm() / exact.norm()).item()
+from sparse_attn.backends import reference
+from sparse_attn.backends.torch import attention as eager
+from sparse_attn.run.dense import DenseChoice
+from sparse_attn.run.precision import NOT_ALLOWED
+from sparse_attn.run.state import OUT_OF_MEMORY
+from tests.run.fakes import (
+    BLOCKS,
+    SCALE,
+    Backend,
+    Run,
+    call_of,
+    coarse,
+    dense,
+    exact_masses,
+    no_memory,
+    tensors,
+)
 
 
 @pytest.fixture
-def make_run(monkeypatch):
-    def make(kinds, **config):
-        monkeypatch.setattr(
-            run_state.attention, "choose", lambda *args: (triton_backend, "Triton kernels")
-        )
-        schedule = Schedule(tuple(KINDS[k] for k in kinds), 0, len(kinds), tuple(kinds))
-        fields = {"sparsity": 0.6, "min_tokens": 0, "tail": "none", **config}
-        return RunState(AdaSpaConfig(**fields), schedule)
+def make_fastest(monkeypatch):
+    """make_fastest(run, name): that candidate is the fastest of the run's dense attentions."""
+
+    def make(run, fastest):
+        choice = run.state.dense_choice
+
+        def measure(q, k, v, candidates):
+            return {name: 1.0 if name == fastest else 2.0 + (name == "host") for name in candidates}
+
+        monkeypatch.setattr(choice, "_measure", measure)
+        monkeypatch.setattr(choice, "_candidates", partial(without_cudnn, choice))
 
     return make
 
 
-@pytest.fixture
-def qkv(device):
-    generator = torch.Generator().manual_seed(0)
-    return torch.randn(3, 1, 1, L, 64, generator=generator).to(device, torch.bfloat16).unbind(0)
-
-
-def call_at(step):
-    return Call("layer 0", 0, "positive", step, LAYOUT, SCALE, dense=None)
+def without_cudnn(choice, backend, scale, precision=None):
+    found = DenseChoice._candidates(backend, scale, precision)
+    return {name: run for name, run in found.items() if name != "cudnn"}
 
 
 @pytest.mark.parametrize("block_size", ["64", "128x64"])
-@pytest.mark.parametrize("precision", ["int8", "fp8"])
-def test_a_run_reads_its_mask_in_low_precision(make_run, qkv, precision, block_size):
-    run = make_run("Ss", precision=precision, block_size=block_size)
-    why = triton_backend.why_not_low_precision(*qkv, *run.config.blocks.values(), precision)
-    if why is not None:
-        pytest.skip(why)
-    for step in range(2):
-        out = run.attend(call_at(step), *qkv)
-    run.end_step()
-    assert run.statistics.low_precision_calls == 1 and not run.statistics.not_low_precision
-    keep = run.layers["layer 0"].mask.to_dense()
-    assert not keep.all()
-    exact, _ = reference.sparse_attention(
-        *(x.double() for x in qkv), keep, **run.config.blocks, scale=SCALE
-    )
-    # random data leaves little but noise in the output; what bf16 gets is told beside it
-    usual = make_run("Ss", block_size=block_size)
-    for step in range(2):
-        same = usual.attend(call_at(step), *qkv)
-    assert relative_error(same, exact) < 0.01 < relative_error(out, exact) < 0.15
-    assert torch.equal(usual.layers["layer 0"].mask.bits, run.layers["layer 0"].mask.bits)
+def test_sparse_steps_and_later_searches_run_in_the_precision_asked_for(make_fastest, block_size):
+    run = Run("DSsSs", Backend(one_pass=True), precision="int8", block_size=block_size)
+    make_fastest(run, "own")
+    did = [run.attend(step, tensors(step))[1] for step in range(5)]
+    # the first search stays exact
+    assert did == [["dense"], ["dense with masses"], ["int8"], ["int8 masses", "int8"], ["int8"]]
+    config = run.state.config
+    assert run.backend.asked == (config.block_q, config.block_k, "int8")
+    q, k, v = tensors(4)
+    out, _ = run.attend(4, (q, k, v))
+    keep = run.layer().mask.to_dense()
+    inputs = [x.double() for x in (q, k, coarse(v))]
+    exact, _ = reference.sparse_attention(*inputs, keep, **config.blocks, scale=SCALE)
+    assert_within("out", out, exact, 1e-5)
+    statistics = run.statistics
+    assert statistics.low_precision_calls == 4 and not statistics.not_low_precision
+    text = "\n".join(statistics.lines())
+    assert "Precision: 4 calls in int8\nLater searches in int8: 1 calls" in text
+    assert statistics.as_dict()["low_precision_searches"] == 1
 
 
-def test_a_run_with_a_tail_errs_little_more_than_one_in_full_precision(make_run, qkv):
-    outs, masks = [], []
-    for more in ({"precision": "int8"}, {}):
-        run = make_run("Ss", tail="pooled", **more)
-        for step in range(2):
-            out = run.attend(call_at(step), *qkv)
-        run.end_step()
-        outs.append(out)
-        masks.append(run.layers["layer 0"].mask.bits)
-        assert run.statistics.low_precision_calls == len(more)
-        assert not run.statistics.not_low_precision
-    assert torch.equal(*masks)
-    assert 0.001 < relative_error(outs[0], outs[1].double()) < 0.15
-
-
-@pytest.mark.parametrize("tail", ["none", "pooled"])
-def test_a_later_search_measures_in_int8(make_run, qkv, tail):
-    held = []
-    for more in ({"precision": "int8"}, {}):
-        run = make_run("SsSs", tail=tail, token_order="position", **more)
+def test_precision_does_not_change_what_the_first_search_selects():
+    masks = []
+    for precision in ("bf16", "int8", "fp8"):
+        run = Run("DSs", precision=precision)
         for step in range(3):
-            run.attend(call_at(step), *qkv)
-        run.end_step()
-        assert run.statistics.low_precision_searches == len(more)
-        held.append(run.layers["layer 0"].recall.item())
-    assert held[0] == pytest.approx(held[1], abs=0.002)
+            run.attend(step, tensors(step))
+        masks.append(run.layer().mask.bits)
+    assert all(torch.equal(masks[0], mask) for mask in masks[1:])
 
 
-def test_a_dense_step_runs_in_low_precision_where_it_is_fastest(make_run, qkv, monkeypatch):
-    run = make_run("DDS", precision="int8")
-
-    def measure(self, q, k, v, candidates):
-        assert list(candidates) == ["host", "cudnn", "own", "own int8"]
-        return {name: 1.0 if name == "own int8" else 2.0 for name in candidates}
-
-    monkeypatch.setattr("sparse_attn.run.dense.DenseChoice._measure", measure)
-    out = run.dense_steps.serve(*qkv, scale=SCALE, host=None)
-    exact, _ = reference.dense_attention(*(x.double() for x in qkv), scale=SCALE)
-    assert out.shape == exact.shape and relative_error(out, exact) < 0.15
-    assert run.statistics.dense_choice == "own int8, not exact"
+def test_a_later_search_stays_exact_where_low_precision_is_not_to_be_had():
+    run = Run("SsSs", precision="fp8")
+    run.backend.refuses = "needs compute capability 8.9 for fp8, got 8.0"
+    did = [run.attend(step, tensors(step))[1] for step in range(4)]
+    assert did[2] == ["masses", "sparse"] and run.statistics.low_precision_searches == 0
+    assert not any("Later searches" in line for line in run.statistics.lines())
 
 
-def test_what_the_kernels_cannot_serve_runs_as_usual(make_run, qkv):
-    run = make_run("Ss", precision="int8")
-    odd = [x.float() for x in qkv]
-    assert "float16 or bfloat16" in triton_backend.why_not_low_precision(*odd, 64, 64, "int8")
-    q, k, v = qkv
-    run.low_precision._reason = lambda *args: "a reason"
+@pytest.mark.parametrize("precision", ["auto", "bf16"])
+def test_nobody_runs_in_low_precision_unasked(precision):
+    run = Run("Ss", precision=precision)
+    assert [run.attend(step)[1] for step in range(2)] == [["dense", "masses"], ["sparse"]]
+    assert not any("recision" in line for line in run.statistics.lines())
+
+
+def test_a_declined_call_runs_as_usual_and_is_counted_with_the_reason():
+    run = Run("Sss", precision="fp8")
+    run.backend.refuses = "needs compute capability 8.9 for fp8, got 8.0"
+    assert [run.attend(step)[1] for step in range(3)] == [
+        ["dense", "masses"], ["sparse"], ["sparse"],
+    ]  # fmt: skip
+    assert run.statistics.not_low_precision == {run.backend.refuses: 2}
+    text = "\n".join(run.statistics.lines())
+    assert "Precision: 0 calls in fp8\nNot in fp8: 2 calls, needs compute capability" in text
+
+
+def test_a_call_that_the_host_wants_exact_stays_exact():
+    run = Run("Ss", precision="int8")
+    run.attend(0)
+    assert run.attend(1, low_precision=False)[1] == ["sparse"]
+    assert run.statistics.not_low_precision == {NOT_ALLOWED: 1}
+
+
+def test_out_of_memory_while_quantising_runs_as_usual():
+    run, qkv = Run("Ss", precision="int8"), tensors()
+    run.attend(0, qkv)
+    run.backend.fails["int8"] = no_memory()
+    out, did = run.attend(1, qkv)
+    assert did == ["int8", "sparse"]
+    keep = run.layer().mask.to_dense()
+    exact, _ = reference.sparse_attention(*(x.double() for x in qkv), keep, **BLOCKS)
+    assert_within("out", out, exact, 1e-5)
+    assert sum(run.statistics.not_low_precision.values()) == 1
+
+
+def test_plain_torch_says_why_it_computes_as_it_does():
+    run = Run("Ss", eager, precision="int8")
     for step in range(2):
-        out = run.attend(call_at(step), q, k, v)
-    keep = run.layers["layer 0"].mask.to_dense()
-    exact, _ = reference.sparse_attention(
-        *(x.double() for x in qkv), keep, **run.config.blocks, scale=SCALE
-    )
-    assert_within("out", out, exact, 2e-2)
-    assert run.statistics.not_low_precision == {"a reason": 1}
+        run.state.attend(call_of(tensors(), step))
+    assert run.statistics.not_low_precision == {"plain torch computes in float32": 1}
+
+
+DENSE_PRECISIONS = [
+    # fastest, config, what served, calls in low precision
+    ("own int8", {"precision": "int8"}, "int8", 1),
+    ("own", {"precision": "int8"}, "dense", 0),
+    ("host", {"precision": "int8"}, "host", 0),
+    ("own int8", {"precision": "int8", "dense_attention": "host"}, "host", 0),
+    ("own int8", {}, "dense", 0),
+]
+
+
+@pytest.mark.parametrize("fastest, config, served, calls", DENSE_PRECISIONS)
+def test_a_dense_step_runs_in_low_precision_where_that_is_fastest(
+    make_fastest, fastest, config, served, calls
+):
+    run, qkv = Run("DDS", **config), tensors()
+    make_fastest(run, fastest)
+    out = run.state.dense_steps.serve(call_of(qkv))
+    statistics = run.statistics
+    assert statistics.low_precision_calls == calls
+    assert run.backend.did == ([] if served == "host" else [served])
+    if served == "int8":
+        q, k, v = qkv
+        assert_within("out", out, dense(q, k, coarse(v)), 1e-5)
+        assert statistics.dense_choice == "own int8, not exact"
+    elif served == "host":
+        assert out is None and statistics.dense_choice == "host"
+
+
+@pytest.mark.parametrize("fastest, config, served, calls", DENSE_PRECISIONS)
+def test_the_dense_step_before_a_search_does_too(make_fastest, fastest, config, served, calls):
+    run, qkv = Run("DS", Backend(one_pass=True), **config), tensors()
+    make_fastest(run, fastest)
+    run.statistics.dense_choice = "what earlier dense steps said"
+    out, did = run.attend(0, qkv)
+    # the host's attention keeps no LSE
+    assert did == ["int8" if served == "int8" else "dense"]
+    statistics = run.statistics
+    assert statistics.low_precision_calls == calls
+    said = "own int8, not exact" if served == "int8" else "what earlier dense steps said"
+    assert statistics.dense_choice == said
+    q, k, v = qkv
+    assert_within("out", out, dense(q, k, coarse(v) if served == "int8" else v), 1e-5)
+    assert run.attend(1, qkv)[1] == ["dense with masses"]
+    # the largest mass of every row
+    largest = exact_masses(q, k).argmax(-1, keepdim=True)
+    assert run.layer().mask.to_dense().gather(-1, largest).all()
+
+
+def test_a_dense_step_before_a_search_that_memory_cannot_quantise_is_exact(make_fastest):
+    run, qkv = Run("DS", Backend(one_pass=True), precision="int8"), tensors()
+    make_fastest(run, "own int8")
+    run.backend.fails["int8"] = no_memory()
+    out, did = run.attend(0, qkv)
+    assert did == ["int8", "dense"]
+    assert_within("out", out, dense(*qkv), 1e-5)
+    assert sum(run.statistics.not_low_precision.values()) == 1
+
+
+def test_a_dense_call_that_the_host_wants_exact_has_no_coarse_candidate():
+    run = Run("DDS", precision="int8")
+    asked = []
+    choice = run.state.dense_choice
+    choice.choose = lambda *args, precision, **options: asked.append(precision) or "host"
+    run.state.dense_steps.serve(call_of(tensors(), low_precision=False))
+    run.state.dense_steps.serve(call_of(tensors()))
+    assert asked == [None, "int8"]
+    assert run.statistics.not_low_precision == {NOT_ALLOWED: 1}
+
+
+def test_out_of_memory_in_an_int8_search_measures_as_the_model_computes():
+    run = Run("SsSs", precision="int8")
+    run.attend(0)
+    run.backend.fails["int8 masses"] = no_memory()
+    assert run.attend(2)[1] == ["int8 masses", "masses", "int8"]
+    assert run.layer().searched_at == 2
+    statistics = run.statistics
+    assert statistics.low_precision_searches == 0 and not statistics.warnings
+    assert statistics.not_low_precision == {OUT_OF_MEMORY: 1}

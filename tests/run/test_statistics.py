@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from sparse_attn.run.report import gib, milliseconds, seconds
-from sparse_attn.run.statistics import MAP_SIZE, Pattern, RunStatistics, Timing, block_map
+from sparse_attn.run.statistics import Pattern, RunStatistics, Timing
 from sparse_attn.schedule import Schedule, StepKind
 
 KINDS = {"D": StepKind.DENSE, "S": StepKind.SEARCH, "s": StepKind.SPARSE}
@@ -156,22 +156,3 @@ UNITS = [
 @pytest.mark.parametrize("function, value, text", UNITS, ids=lambda x: str(x)[:10])
 def test_numbers_for_people(function, value, text):
     assert function(value) == text
-
-
-def test_a_small_map_is_exact():
-    keep = torch.rand(2, 5, 5) < 0.5
-    assert torch.equal(block_map(keep), keep.to(torch.uint8) * 255)
-
-
-def test_a_map_of_tall_blocks_has_fewer_rows_than_columns():
-    keep = torch.rand(2, 3, 5) < 0.5
-    assert torch.equal(block_map(keep), keep.to(torch.uint8) * 255)
-    assert block_map(torch.ones(1, 90, 180, dtype=torch.bool)).shape == (1, 90, MAP_SIZE)
-
-
-def test_a_large_map_is_averaged():
-    size = 2 * MAP_SIZE
-    keep = torch.zeros(1, size, size, dtype=torch.bool)
-    keep[:, ::2, ::2] = True
-    cells = block_map(keep)
-    assert cells.shape == (1, MAP_SIZE, MAP_SIZE) and (cells == 64).all()

@@ -6,17 +6,16 @@ from close import assert_same_choice, assert_within, mass_rounding, rounding
 
 from sparse_attn.backends import reference
 from sparse_attn.backends.torch import attention as eager
-from sparse_attn.config import TOKEN_ORDERS, AdaSpaConfig
+from sparse_attn.call import LayerName
+from sparse_attn.config import TOKEN_ORDERS
 from sparse_attn.method.recall import recall
 from sparse_attn.method.selection import select
 from sparse_attn.orders.position import in_rods, rods
 from sparse_attn.patterns.file import load, save
-from sparse_attn.patterns.pattern import LayerName
 from sparse_attn.patterns.reuse import ONE_ORDER
-from sparse_attn.run import state as run_state
-from sparse_attn.run.state import NOT_A_NUMBER, SPARSE_OUT_OF_MEMORY, Call, RunState
+from sparse_attn.run.state import NOT_A_NUMBER, SPARSE_OUT_OF_MEMORY
 from sparse_attn.token_layout import TokenLayout
-from tests.run.test_run_state import SCALE, Backend, Host, exact_masses, schedule
+from tests.run.fakes import SCALE, Backend, Run, call_of, exact_masses, host_attention, no_memory
 
 # grids that rods of 4 x 4 do not divide, text on both sides, a last block that is not full
 LAYOUT = TokenLayout(30, 5, 6, 21, 40)
@@ -26,36 +25,25 @@ NAME = LayerName("positive", "double", 0, 0)
 BOTH_ORDERS = pytest.mark.parametrize("token_order", TOKEN_ORDERS)
 
 
-class Run:
-    def __init__(self, kinds, monkeypatch, one_pass=False, layout=LAYOUT, carried=None, **config):
-        self.backend, self.host, self.layout = Backend(one_pass), Host(), layout
-        monkeypatch.setattr(run_state.attention, "choose", lambda *args: (self.backend, "torch"))
-        fields = {"sparsity": 0.6, "min_tokens": 0, "token_order": "position", **config}
-        self.state = RunState(AdaSpaConfig(**fields), schedule(kinds), carried=carried)
-        self.state.statistics.model = "Wan"
+class TailRun(Run):
+    """A run with a pooled tail whose only layer has one key."""
+
+    def __init__(self, kinds, one_pass=False, layout=LAYOUT, carried=None, **config):
+        fields = {"tail": "pooled", "token_order": "position", **config}
+        super().__init__(kinds, Backend(one_pass), layout=layout, carried=carried, **fields)
+        self.statistics.model = "Wan"
 
     def attend(self, step, qkv, **more):
-        """One call; returns its output and what the backend did for it."""
-        self.backend.did = []
-        call = Call("layer 0", 0, "positive", step, self.layout, SCALE, self.host, **more)
-        return self.state.attend(call, *qkv), self.backend.did
-
-    @property
-    def layer(self):
-        return self.state.layers["layer 0"]
+        out, did = super().attend(step, qkv, **more)
+        return out, [what for what in did if what != "host"]
 
     @property
     def keep(self):
-        return self.layer.mask.to_dense()
+        return self.layer().mask.to_dense()
 
     @property
     def order(self):
-        return self.layer.order
-
-
-@pytest.fixture
-def make_run(monkeypatch):
-    return lambda kinds, **options: Run(kinds, monkeypatch, **options)
+        return self.layer().order
 
 
 def tensors(seed=0, batch=1, layout=LAYOUT, dtype=torch.float32):
@@ -109,15 +97,15 @@ SEQUENCES = [
 
 
 @pytest.mark.parametrize("kinds, one_pass, did", SEQUENCES, ids=lambda x: str(x)[:5])
-def test_each_step_does_its_kind_of_work(make_run, kinds, one_pass, did):
-    run = make_run(kinds, one_pass=one_pass)
+def test_each_step_does_its_kind_of_work(kinds, one_pass, did):
+    run = TailRun(kinds, one_pass=one_pass)
     assert [run.attend(step, tensors(step))[1] for step in range(len(kinds))] == did
 
 
 @pytest.mark.parametrize("one_pass", [False, True], ids=["two passes", "one pass"])
 @pytest.mark.parametrize("biased", [False, True], ids=["", "biased"])
-def test_dense_steps_and_searches_answer_with_the_dense_output(make_run, one_pass, biased):
-    run, bias = make_run("DSs", one_pass=one_pass), padded(2) if biased else None
+def test_dense_steps_and_searches_answer_with_the_dense_output(one_pass, biased):
+    run, bias = TailRun("DSs", one_pass=one_pass), padded(2) if biased else None
     for step in range(2):
         qkv = tensors(step, batch=2)
         out, _ = run.attend(step, qkv, key_bias=bias)
@@ -130,16 +118,14 @@ def test_dense_steps_and_searches_answer_with_the_dense_output(make_run, one_pas
 @pytest.mark.parametrize("batch", [1, 2])
 @BOTH_ORDERS
 def test_a_sparse_step_adds_the_averages_of_what_it_skips(
-    make_run, block_size, biased, head_adaptive, batch, token_order
+    block_size, biased, head_adaptive, batch, token_order
 ):
-    run = make_run(
-        "Ss", block_size=block_size, head_adaptive=head_adaptive, token_order=token_order
-    )
+    run = TailRun("Ss", block_size=block_size, head_adaptive=head_adaptive, token_order=token_order)
     bias = padded(batch) if biased else None
     run.attend(0, tensors(0, batch), key_bias=bias)
     later = tensors(1, batch)
     out, _ = run.attend(1, later, key_bias=bias)
-    keep, block_q = run.keep, run.layer.mask.block_q
+    keep, block_q = run.keep, run.layer().mask.block_q
     exact = with_tail(*later, run, block_q, bias)
     assert_within("out", out, exact, 1e-5)
     bare, _ = reference.sparse_attention(
@@ -164,8 +150,8 @@ def score_rounding(q, k, v, masses):
 
 
 @BOTH_ORDERS
-def test_a_search_keeps_the_blocks_whose_averages_err_most(make_run, token_order):
-    run, qkv = make_run("Ss", token_order=token_order, sparsity=0.5), tensors()
+def test_a_search_keeps_the_blocks_whose_averages_err_most(token_order):
+    run, qkv = TailRun("Ss", token_order=token_order, sparsity=0.5), tensors()
     run.attend(0, qkv)
     q, k, v = (x.double() for x in in_order(run, *qkv))
     lse = reference.scaled_logits(q, k, SCALE).logsumexp(-1)
@@ -177,19 +163,19 @@ def test_a_search_keeps_the_blocks_whose_averages_err_most(make_run, token_order
     assert not torch.equal(keep, by_mass)
     # the recall shown is still one of masses
     run.state.end_step()
-    (pattern,) = run.state.statistics.patterns.values()
+    (pattern,) = run.statistics.patterns.values()
     assert pattern.recall == pytest.approx(held[0].tolist(), abs=1e-5) and (held < most).all()
 
 
-def test_keeping_everything_equals_dense_at_every_step(make_run):
-    run = make_run("SsSs", sparsity=0.0)
+def test_keeping_everything_equals_dense_at_every_step():
+    run = TailRun("SsSs", sparsity=0.0)
     for step in range(4):
         qkv = tensors(step, batch=2)
         assert_within("out", run.attend(step, qkv)[0], dense(*qkv), 1e-5)
 
 
-def test_text_reads_everything_and_is_read_whole(make_run):
-    run, bias = make_run("Ss", sparsity=0.8), padded()
+def test_text_reads_everything_and_is_read_whole():
+    run, bias = TailRun("Ss", sparsity=0.8), padded()
     run.attend(0, tensors(0), key_bias=bias)
     later = tensors(1)
     out, _ = run.attend(1, later, key_bias=bias)
@@ -205,16 +191,16 @@ def test_text_reads_everything_and_is_read_whole(make_run):
 
 @pytest.mark.parametrize("one_pass", [False, True], ids=["two passes", "one pass"])
 @BOTH_ORDERS
-def test_a_later_search_finds_the_new_pattern_with_the_old_lse(make_run, one_pass, token_order):
-    run, later = make_run("DSsSs", one_pass=one_pass, token_order=token_order), tensors(7)
+def test_a_later_search_finds_the_new_pattern_with_the_old_lse(one_pass, token_order):
+    run, later = TailRun("DSsSs", one_pass=one_pass, token_order=token_order), tensors(7)
     for step in range(3):
         if step or one_pass:
             run.attend(step, tensors(step))
     old, old_order = run.keep, run.order
-    assert run.layer.lse is not None
+    assert run.layer().lse is not None
     run.attend(3, later)
     new = run.keep
-    assert not torch.equal(new, old) and run.layer.lse is None
+    assert not torch.equal(new, old) and run.layer().lse is None
     q, k, v = (x.double() for x in in_order(run, *later))
     lse = reference.scaled_logits(q, k, SCALE).logsumexp(-1)
     scores = reference.tail_error(q, k, v, lse, block_q=64, block_k=64, scale=SCALE)
@@ -236,16 +222,16 @@ def test_a_later_search_finds_the_new_pattern_with_the_old_lse(make_run, one_pas
 
 
 @BOTH_ORDERS
-def test_a_kept_lse_is_in_the_order_of_the_tokens(make_run, token_order):
-    run = make_run("DSsSs", one_pass=True, token_order=token_order)
+def test_a_kept_lse_is_in_the_order_of_the_tokens(token_order):
+    run = TailRun("DSsSs", one_pass=True, token_order=token_order)
     for step in range(2):
         q, k, v = tensors(step)
         run.attend(step, (q, k, v))
         exact = reference.scaled_logits(q, k, SCALE).logsumexp(-1)
-        assert_within("lse", run.layer.lse, exact.double(), 1e-4)
+        assert_within("lse", run.layer().lse, exact.double(), 1e-4)
 
 
-def test_a_search_takes_the_heads_that_similarity_serves_better(make_run):
+def test_a_search_takes_the_heads_that_similarity_serves_better():
     """Head 0 looks all over the video for its like, head 1 around itself."""
     generator = torch.Generator().manual_seed(3)
     L = LAYOUT.tokens
@@ -254,7 +240,7 @@ def test_a_search_takes_the_heads_that_similarity_serves_better(make_run):
     q, k, v = tensors(4)
     q[0, 0] = kinds[strewn] + 0.1 * q[0, 0]
     k[0, 0] = kinds[strewn] + 0.1 * k[0, 0]
-    run = make_run("Ss", token_order="similarity")
+    run = TailRun("Ss", token_order="similarity")
     run.attend(0, (q, k, v))
     in_place = rods(LAYOUT, torch.device("cpu"))
     assert not torch.equal(run.order[0, 0], in_place)
@@ -262,20 +248,20 @@ def test_a_search_takes_the_heads_that_similarity_serves_better(make_run):
     alike = strewn[run.order[0, 0, : LAYOUT.video].long()].split(64)
     assert sum((x == x.mode().values).float().mean() for x in alike) / len(alike) > 0.6
     run.state.end_step()
-    statistics = run.state.statistics
+    statistics = run.statistics
     (pattern,) = statistics.patterns.values()
     assert pattern.similar == [float(not torch.equal(x, in_place)) for x in run.order[0]]
     share = sum(pattern.similar) / 2
     assert statistics.similar() == statistics.as_dict()["heads_by_similarity"] == share > 0
     line = f"Token order: by similarity in {share:.0%} of the heads, else by position"
     assert line in statistics.lines()
-    position = make_run("Ss")
+    position = TailRun("Ss")
     position.attend(0, (q, k, v))
     assert torch.equal(position.order, in_place.expand(1, H, -1))
 
 
-def test_a_bias_on_the_video_leaves_all_heads_one_order(make_run):
-    run, qkv, bias = make_run("Ss", token_order="similarity"), tensors(), padded()
+def test_a_bias_on_the_video_leaves_all_heads_one_order():
+    run, qkv, bias = TailRun("Ss", token_order="similarity"), tensors(), padded()
     bias[:, 100] = -1.0
     run.attend(0, qkv, key_bias=bias)
     later = tensors(1)
@@ -284,17 +270,17 @@ def test_a_bias_on_the_video_leaves_all_heads_one_order(make_run):
     assert_within("out", out, with_tail(*later, run, key_bias=bias), 1e-5)
 
 
-def test_a_replaced_order_takes_its_prefetched_copy_along(make_run):
-    run, forgotten = make_run("SSs", token_order="similarity"), []
+def test_a_replaced_order_takes_its_prefetched_copy_along():
+    run, forgotten = TailRun("SSs", token_order="similarity"), []
     run.state.cache.forget = forgotten.append
     run.attend(0, tensors(0))
-    old = run.layer.mask.bits, run.order
+    old = run.layer().mask.bits, run.order
     run.attend(1, tensors(1))
     assert [x is y for x, y in zip(forgotten, old, strict=True)] == [True, True]
 
 
-def test_orders_are_kept_where_masks_are_and_fetched_ahead(make_run, monkeypatch):
-    run = make_run("Sss", token_order="similarity")
+def test_orders_are_kept_where_masks_are_and_fetched_ahead(monkeypatch):
+    run = TailRun("Sss", token_order="similarity")
     cache, kept, ahead = run.state.cache, [], []
     cache.place = "cpu"
     keep = cache.keep
@@ -302,18 +288,17 @@ def test_orders_are_kept_where_masks_are_and_fetched_ahead(make_run, monkeypatch
     monkeypatch.setattr(cache, "prefetch", lambda x, device: ahead.append(x))
     run.attend(0, tensors(0))
     run.state.layers.following["layer 0"] = "layer 0"
-    call = Call("layer 0", 0, "positive", 1, LAYOUT, SCALE, run.host)
-    run.state.layers.prefetch_next(call, torch.device("cuda"))
-    wanted = [run.layer.mask.bits, run.order]
+    run.state.layers.prefetch_next(call_of(tensors(0), 1), torch.device("cuda"))
+    wanted = [run.layer().mask.bits, run.order]
     assert all(x is y for x, y in zip(ahead, wanted, strict=True))
     assert any(torch.equal(x, run.order) for x in kept)
-    run.layer.give_up("a reason")
-    assert run.layer.order is None and run.layer.nbytes() == 0
+    run.layer().give_up("a reason")
+    assert run.layer().order is None and run.layer().nbytes() == 0
 
 
 @pytest.mark.parametrize("layout", [TokenLayout(0, 4, 8, 20), TokenLayout(0, 3, 1, 30)])
-def test_a_video_alone_and_one_smaller_than_the_rods(make_run, layout):
-    run = make_run("Ss", layout=layout)
+def test_a_video_alone_and_one_smaller_than_the_rods(layout):
+    run = TailRun("Ss", layout=layout)
     run.attend(0, tensors(0, layout=layout))
     later = tensors(1, layout=layout)
     out, _ = run.attend(1, later)
@@ -324,8 +309,8 @@ def test_a_video_alone_and_one_smaller_than_the_rods(make_run, layout):
     assert_within("out", out, exact, 1e-5)
 
 
-def test_bfloat16_errs_as_little_as_its_rounding(make_run):
-    run = make_run("Ss")
+def test_bfloat16_errs_as_little_as_its_rounding():
+    run = TailRun("Ss")
     run.attend(0, tensors(0, dtype=torch.bfloat16))
     later = tensors(1, dtype=torch.bfloat16)
     out, _ = run.attend(1, later)
@@ -333,8 +318,8 @@ def test_bfloat16_errs_as_little_as_its_rounding(make_run):
     assert_within("out", out, with_tail(*later, run), 2e-2)
 
 
-def test_a_recall_is_one_of_masses_and_sampled_in_the_masks_order(make_run):
-    run = make_run("Sss", recall=0.7)
+def test_a_recall_is_one_of_masses_and_sampled_in_the_masks_order():
+    run = TailRun("Sss", recall=0.7)
     did = [run.attend(step, tensors(step))[1] for step in range(3)]
     assert did[0] == ["arrange", "dense", "masses"], "no scores, the masses rank"
     q, k, _ = in_order(run, *tensors(0))
@@ -343,7 +328,7 @@ def test_a_recall_is_one_of_masses_and_sampled_in_the_masks_order(make_run):
     true = recall(exact_masses(q, k), run.keep)
     assert (true >= 0.7 - 2 * mass_rounding(q, k, SCALE)).all(), "with as few blocks as can be"
     run.state.end_step()
-    ((step, sampled),) = run.state.statistics.samples.values()
+    ((step, sampled),) = run.statistics.samples.values()
     q, k, _ = in_order(run, *tensors(2))
     exact = reference.recall(
         q.double(), k.double(), run.keep, block_q=64, block_k=64, scale=SCALE
@@ -352,31 +337,31 @@ def test_a_recall_is_one_of_masses_and_sampled_in_the_masks_order(make_run):
 
 
 @pytest.mark.parametrize("step", [0, 1])
-def test_nan_gives_the_call_to_the_host(make_run, step):
-    run = make_run("Sss")
+def test_nan_gives_the_call_to_the_host(step):
+    run = TailRun("Sss")
     if step:
         run.attend(0, tensors(0))
     q, k, v = tensors(step)
     k[0, 0, 100, 3] = float("nan")
-    before = run.host.calls
+    before = run.host_calls
     out, _ = run.attend(step, (q, k, v))
-    assert run.host.calls == before + 1
-    assert run.layer.stays_dense == NOT_A_NUMBER
-    assert torch.equal(out.isnan(), Host()(q, k, v).isnan())
+    assert run.host_calls == before + 1
+    assert run.layer().stays_dense == NOT_A_NUMBER
+    assert torch.equal(out.isnan(), host_attention(q, k, v).isnan())
 
 
-def test_out_of_memory_while_arranging_keeps_sampling_dense(make_run):
-    run, qkv = make_run("Sss"), tensors()
+def test_out_of_memory_while_arranging_keeps_sampling_dense():
+    run, qkv = TailRun("Sss"), tensors()
     run.attend(0, qkv)
-    run.backend.fails["arrange"] = torch.OutOfMemoryError("CUDA out of memory")
+    run.backend.fails["arrange"] = no_memory()
     out, _ = run.attend(1, qkv)
     assert_within("out", out, dense(*qkv), 1e-5)
-    assert run.host.calls == 1 and run.layer.mask is None
-    assert run.state.statistics.kept_dense == {SPARSE_OUT_OF_MEMORY: 1}
+    assert run.host_calls == 1 and run.layer().mask is None
+    assert run.statistics.kept_dense == {SPARSE_OUT_OF_MEMORY: 1}
 
 
-def test_low_precision_gets_what_the_sparse_kernel_gets(make_run, monkeypatch):
-    run, given = make_run("Ss", precision="int8"), {}
+def test_low_precision_gets_what_the_sparse_kernel_gets(monkeypatch):
+    run, given = TailRun("Ss", precision="int8"), {}
 
     def attention(*qkv, precision, **options):
         given.update(options)
@@ -386,18 +371,18 @@ def test_low_precision_gets_what_the_sparse_kernel_gets(make_run, monkeypatch):
     monkeypatch.setattr(run.backend, "low_precision_attention", attention, raising=False)
     for step in range(2):
         out, _ = run.attend(step, tensors(step))
-    assert run.state.statistics.low_precision_calls == 1
-    assert torch.equal(given["tail"], run.layer.mask.bits) and given["order"] is not None
+    assert run.statistics.low_precision_calls == 1
+    assert torch.equal(given["tail"], run.layer().mask.bits) and given["order"] is not None
     assert_within("out", out, with_tail(*tensors(1), run), 1e-5)
 
 
-def test_the_report_tells_of_the_tail(make_run):
+def test_the_report_tells_of_the_tail():
     text = "Tail: pooled, the average of every skipped block stands in for it"
     for config, said in (({}, True), ({"tail": "none"}, False), ({"block_size": "128"}, False)):
-        run = make_run("Ss", **config)
+        run = TailRun("Ss", **config)
         for step in range(2):
             _, did = run.attend(step, tensors(step))
-        statistics = run.state.statistics
+        statistics = run.statistics
         assert (text in statistics.lines()) == said == ("arrange" in did)
         assert statistics.as_dict()["tail"] == ("pooled" if said else "none")
         note = "Note: blocks of 128 have no tail, that needs blocks of 64 keys"
@@ -406,86 +391,86 @@ def test_the_report_tells_of_the_tail(make_run):
 
 @BOTH_ORDERS
 @pytest.mark.parametrize("kinds", ["DSsSs", "DSsss", "DSs"])
-def test_memory_is_predicted_to_the_byte(make_run, kinds, token_order):
-    run, qkv = make_run(kinds, one_pass=True, token_order=token_order), tensors(batch=2)
+def test_memory_is_predicted_to_the_byte(kinds, token_order):
+    run, qkv = TailRun(kinds, one_pass=True, token_order=token_order), tensors(batch=2)
     run.state.foresee(*qkv, layers=1, batch=2, layout=LAYOUT)
     for step in range(len(kinds)):
         run.attend(step, qkv)
-    statistics = run.state.statistics
+    statistics = run.statistics
     assert statistics.held_bytes == statistics.predicted_bytes > 0
 
 
 # ---- carried patterns
 
 
-def carried_from(make_run, **config):
-    run = make_run("Ss", **config)
+def carried_from(**config):
+    run = TailRun("Ss", **config)
     for step in range(2):
         run.attend(step, tensors(step), name=NAME)
     return run.state.end(keep_pattern=True).named("another run")
 
 
 @BOTH_ORDERS
-def test_a_carried_pattern_is_used_in_its_order(make_run, token_order, tmp_path):
-    pattern = carried_from(make_run, token_order=token_order)
+def test_a_carried_pattern_is_used_in_its_order(token_order, tmp_path):
+    pattern = carried_from(token_order=token_order)
     assert pattern.pooled and pattern.layout == LAYOUT
     own = token_order == "similarity"
     assert pattern.order == ("similarity" if own else "rods")
     assert (pattern.layers[NAME].order is not None) == own
     save(pattern, tmp_path / "pattern.safetensors")
     pattern = load(tmp_path / "pattern.safetensors")
-    run = make_run("Sss", carried=pattern)
+    run = TailRun("Sss", carried=pattern)
     # clusters of other tokens would not hold enough here
     qkv = tensors(0 if own else 1)
     out, did = run.attend(0, qkv, name=NAME)
     assert did == ["arrange", "sparse"]
-    assert torch.equal(run.layer.mask.bits, pattern.layers[NAME].bits)
+    assert torch.equal(run.layer().mask.bits, pattern.layers[NAME].bits)
     if own:
         assert torch.equal(run.order, pattern.layers[NAME].order)
     assert_within("out", out, with_tail(*qkv, run), 1e-5)
     run.state.end_step()
-    (shown,) = run.state.statistics.patterns.values()
+    (shown,) = run.statistics.patterns.values()
     q, k, _ = in_order(run, *qkv)
     exact = reference.recall(q.double(), k.double(), run.keep, block_q=64, block_k=64, scale=SCALE)
     assert shown.recall == pytest.approx(exact[0].tolist(), abs=0.06)
 
 
-def test_a_second_search_replaces_a_carried_pattern(make_run):
-    run = make_run("DsSs", one_pass=True, carried=carried_from(make_run))
+def test_a_second_search_replaces_a_carried_pattern():
+    run = TailRun("DsSs", one_pass=True, carried=carried_from())
     did = [run.attend(step, tensors(step), name=NAME)[1] for step in range(4)]
     # with the LSE of the dense step
     again = ["arrange", "masses", "pooled masses", "arrange", "sparse"]
     assert did[1:] == [["arrange", "sparse"], again, ["arrange", "sparse"]]
-    assert not run.layer.carried
+    assert not run.layer().carried
 
 
-def test_a_pattern_of_many_orders_is_refused_where_the_video_is_biased(make_run):
-    run = make_run("Ss", carried=carried_from(make_run, token_order="similarity"))
+def test_a_pattern_of_many_orders_is_refused_where_the_video_is_biased():
+    run = TailRun("Ss", carried=carried_from(token_order="similarity"))
     bias = torch.zeros(1, LAYOUT.tokens)
     bias[:, 100] = -1.0
     run.attend(0, tensors(1), name=NAME, key_bias=bias)
-    assert run.state.statistics.not_carried == {ONE_ORDER: 1} and not run.layer.carried
+    assert run.statistics.not_carried == {ONE_ORDER: 1} and not run.layer().carried
 
 
 @pytest.mark.parametrize("first, second", [("none", "pooled"), ("pooled", "none")])
-def test_a_pattern_of_another_tail_is_refused_with_the_reason(make_run, first, second):
-    pattern = carried_from(make_run, tail=first)
-    run = make_run("Ss", tail=second, carried=pattern)
+def test_a_pattern_of_another_tail_is_refused_with_the_reason(first, second):
+    pattern = carried_from(tail=first)
+    run = TailRun("Ss", tail=second, carried=pattern)
     run.attend(0, tensors(0), name=NAME)
     reason = f"the pattern was found with `tail` {first}, and this run has {second}"
-    assert run.state.statistics.not_carried == {reason: 1}
-    assert run.keep is not None and not run.layer.carried
+    assert run.statistics.not_carried == {reason: 1}
+    assert run.keep is not None and not run.layer().carried
 
 
 # ---- the backend
 
 
-def test_batches_of_rows_agree_with_single_rows(make_run, monkeypatch):
+def test_batches_of_rows_agree_with_single_rows(monkeypatch):
     """Other devices attend many rows at once."""
     outs = []
     for attend in (eager._attend_rows, eager._attend_batches):
         monkeypatch.setattr(eager, "_attend_rows", attend)
-        run = make_run("Ss")
+        run = TailRun("Ss")
         run.attend(0, tensors(0, 2), key_bias=padded(2))
         outs.append(run.attend(1, tensors(1, 2), key_bias=padded(2))[0])
     assert_within("out", outs[1], outs[0].double(), 2e-6)

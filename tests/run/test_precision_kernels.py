@@ -1,0 +1,125 @@
+"""Runs in low precision with the kernels themselves, interpreted where there is no GPU."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from close import assert_within
+
+from sparse_attn.backends import reference, triton_backend
+from sparse_attn.config import AdaSpaConfig
+from sparse_attn.run import state as run_state
+from sparse_attn.run.state import RunState
+from tests.run.fakes import L, call_of, schedule
+
+SCALE = 0.125
+
+
+def relative_error(out, exact):
+    return ((out.double() - exact).norm() / exact.norm()).item()
+
+
+@pytest.fixture
+def make_run(monkeypatch):
+    def make(kinds, **config):
+        monkeypatch.setattr(
+            run_state.attention, "choose", lambda *args: (triton_backend, "Triton kernels")
+        )
+        fields = {"sparsity": 0.6, "min_tokens": 0, "tail": "none", **config}
+        return RunState(AdaSpaConfig(**fields), schedule(kinds))
+
+    return make
+
+
+@pytest.fixture
+def qkv(device):
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(3, 1, 1, L, 64, generator=generator).to(device, torch.bfloat16).unbind(0)
+
+
+def attend(run, step, qkv):
+    return run.attend(replace(call_of(qkv, step), scale=SCALE))
+
+
+@pytest.mark.parametrize("block_size", ["64", "128x64"])
+@pytest.mark.parametrize("precision", ["int8", "fp8"])
+def test_a_run_reads_its_mask_in_low_precision(make_run, qkv, precision, block_size):
+    run = make_run("Ss", precision=precision, block_size=block_size)
+    why = triton_backend.why_not_low_precision(*qkv, *run.config.blocks.values(), precision)
+    if why is not None:
+        pytest.skip(why)
+    for step in range(2):
+        out = attend(run, step, qkv)
+    run.end_step()
+    assert run.statistics.low_precision_calls == 1 and not run.statistics.not_low_precision
+    keep = run.layers["layer 0"].mask.to_dense()
+    assert not keep.all()
+    exact, _ = reference.sparse_attention(
+        *(x.double() for x in qkv), keep, **run.config.blocks, scale=SCALE
+    )
+    # random data leaves little but noise in the output; what bf16 gets is told beside it
+    usual = make_run("Ss", block_size=block_size)
+    for step in range(2):
+        same = attend(usual, step, qkv)
+    assert relative_error(same, exact) < 0.01 < relative_error(out, exact) < 0.15
+    assert torch.equal(usual.layers["layer 0"].mask.bits, run.layers["layer 0"].mask.bits)
+
+
+def test_a_run_with_a_tail_errs_little_more_than_one_in_full_precision(make_run, qkv):
+    outs, masks = [], []
+    for more in ({"precision": "int8"}, {}):
+        run = make_run("Ss", tail="pooled", **more)
+        for step in range(2):
+            out = attend(run, step, qkv)
+        run.end_step()
+        outs.append(out)
+        masks.append(run.layers["layer 0"].mask.bits)
+        assert run.statistics.low_precision_calls == len(more)
+        assert not run.statistics.not_low_precision
+    assert torch.equal(*masks)
+    assert 0.001 < relative_error(outs[0], outs[1].double()) < 0.15
+
+
+@pytest.mark.parametrize("tail", ["none", "pooled"])
+def test_a_later_search_measures_in_int8(make_run, qkv, tail):
+    held = []
+    for more in ({"precision": "int8"}, {}):
+        run = make_run("SsSs", tail=tail, token_order="position", **more)
+        for step in range(3):
+            attend(run, step, qkv)
+        run.end_step()
+        assert run.statistics.low_precision_searches == len(more)
+        held.append(run.layers["layer 0"].recall.item())
+    assert held[0] == pytest.approx(held[1], abs=0.002)
+
+
+def test_a_dense_step_runs_in_low_precision_where_it_is_fastest(make_run, qkv, monkeypatch):
+    run = make_run("DDS", precision="int8")
+
+    def measure(self, q, k, v, candidates):
+        assert list(candidates) == ["host", "cudnn", "own", "own int8"]
+        return {name: 1.0 if name == "own int8" else 2.0 for name in candidates}
+
+    monkeypatch.setattr("sparse_attn.run.dense.DenseChoice._measure", measure)
+    out = run.dense_steps.serve(replace(call_of(qkv), scale=SCALE))
+    exact, _ = reference.dense_attention(*(x.double() for x in qkv), scale=SCALE)
+    assert out.shape == exact.shape and relative_error(out, exact) < 0.15
+    assert run.statistics.dense_choice == "own int8, not exact"
+
+
+def test_what_the_kernels_cannot_serve_runs_as_usual(make_run, qkv):
+    run = make_run("Ss", precision="int8")
+    odd = [x.float() for x in qkv]
+    assert "float16 or bfloat16" in triton_backend.why_not_low_precision(*odd, 64, 64, "int8")
+    run.low_precision._reason = lambda *args: "a reason"
+    for step in range(2):
+        out = attend(run, step, qkv)
+    keep = run.layers["layer 0"].mask.to_dense()
+    exact, _ = reference.sparse_attention(
+        *(x.double() for x in qkv), keep, **run.config.blocks, scale=SCALE
+    )
+    assert_within("out", out, exact, 2e-2)
+    assert run.statistics.not_low_precision == {"a reason": 1}
