@@ -155,8 +155,9 @@ def setting_inputs() -> list[io.Input]:
             io.Combo,
             "precision",
             "Precision of the attention in sparse steps, and in dense ones where that is "
-            "fastest: int8 and fp8 are faster and less exact, and a second search then measures in "
-            "int8; the first never does. bf16, and auto for now, compute as the model does.",
+            "fastest: int8 is faster and less exact, and a second search then measures in int8; the "
+            "first never does. fp8, of older graphs, runs as int8. bf16, and auto for now, compute "
+            "as the model does.",
             optional=True,
             advanced=True,
         ),

@@ -1,4 +1,4 @@
-"""Which key blocks each query block reads, one bit per block pair."""
+"""Which key blocks each query block reads, one bit per block pair, and what share they hold."""
 
 from dataclasses import dataclass, replace
 
@@ -42,18 +42,6 @@ class BlockMask:
         shifts = torch.arange(8, dtype=torch.uint8, device=self.bits.device)
         return ((self.bits[..., None] >> shifts) & 1).bool().flatten(-2)[..., : self.num_k]
 
-    def kv_lists(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the mask as lists, packed to the left.
-
-        Returns:
-            kv_indices: [B, H, Nq, Nk] int32, ascending; entries past the count are not meaningful.
-            kv_num_blocks: [B, H, Nq] int32.
-        """
-        keep = self.to_dense()
-        # a stable sort of 0/1 moves the kept blocks left and leaves them ascending
-        order = torch.argsort(keep.logical_not().to(torch.uint8), dim=-1, stable=True)
-        return order.to(torch.int32), keep.sum(-1, dtype=torch.int32)
-
     def density(self) -> torch.Tensor:
         """Kept share of all block pairs, [B, H] float32 in [0, 1]."""
         # bits set in each byte: of pairs, of fours, of all
@@ -85,3 +73,17 @@ def _cells(blocks: int, device) -> torch.Tensor:
     first = torch.arange(cells, device=device)[:, None] * blocks
     block = torch.arange(blocks, device=device)
     return (block >= first // cells) & (block * cells < first + blocks)
+
+
+def recall(masses: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
+    """Share of each head's mass on the kept blocks.
+
+    Args:
+        masses: [B, H, Nq, Nk] float32 block masses.
+        keep: [B, H, Nq, Nk] bool.
+
+    Returns:
+        [B, H] float32 in [0, 1]; NaN where a mass is NaN.
+    """
+    kept = (masses * keep).sum((-1, -2), dtype=torch.float32)
+    return kept / masses.sum((-1, -2), dtype=torch.float32)

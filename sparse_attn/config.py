@@ -36,9 +36,10 @@ class AdaSpaConfig:
         min_tokens: shorter sequences run dense.
         cache: where masks and LSE live between steps: "gpu", "cpu" or "auto".
         dense_attention: who runs the dense steps: "auto" (fastest exact one) or "host".
-        precision: of the attention itself: "int8" or "fp8" for sparse steps and, where that is
-            fastest, dense ones; "bf16" and, for now, "auto" are as the model computes. The first
-            search never runs in low precision; later ones then measure with INT8 q and k.
+        precision: of the attention itself: "int8" for sparse steps and, where that is fastest,
+            dense ones; "bf16" and, for now, "auto" are as the model computes; "fp8", of older
+            graphs, runs as "int8". The first search never runs in low precision; later ones then
+            measure with INT8 q and k.
         recall: share of the attention that every head shall keep, in place of `sparsity`; 0 is off.
         tail: what stands for skipped blocks: "pooled" (their averages, with blocks that are compact
             pieces of the video) or "none" (nothing, with blocks in the model's order).
@@ -124,7 +125,7 @@ class AdaSpaConfig:
     @property
     def low_precision(self) -> str | None:
         """The low precision that the user asked for, or None."""
-        return self.precision if self.precision in ("int8", "fp8") else None
+        return "int8" if self.precision in ("int8", "fp8") else None
 
     @property
     def pooled(self) -> bool:
@@ -142,6 +143,13 @@ class AdaSpaConfig:
         if self.tail == "none" or self.block_k == 64:
             return ""
         return f"blocks of {self.block_size} have no tail, that needs blocks of 64 keys"
+
+    @property
+    def why_no_fp8(self) -> str:
+        """Why eight bits are others than the user asked for, or an empty string."""
+        if self.precision != "fp8":
+            return ""
+        return "precision fp8 runs as int8, which is as fast and closer to the dense video"
 
     @property
     def density(self) -> float:

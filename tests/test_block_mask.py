@@ -26,17 +26,6 @@ def test_bit_j_of_byte_b_is_block_8b_plus_j():
     assert (mask.num_k, mask.block_q, mask.block_k) == (11, 64, 128)
 
 
-@pytest.mark.parametrize("num_k", [9, 64])
-def test_lists_are_ascending_and_packed_left(num_k):
-    keep = random_keep(num_k)
-    keep[0, 0, 0], keep[0, 0, 1] = False, True
-    indices, counts = BlockMask.from_dense(keep, block_q=64, block_k=64).kv_lists()
-    assert indices.dtype == counts.dtype == torch.int32
-    for index in torch.cartesian_prod(*map(torch.arange, keep.shape[:-1])).tolist():
-        row, count = tuple(index), int(counts[tuple(index)])
-        assert indices[row][:count].tolist() == keep[row].nonzero()[:, 0].tolist()
-
-
 def test_density_is_the_kept_share_of_each_head():
     keep = torch.zeros(1, 2, 4, 10, dtype=torch.bool)
     keep[0, 1, 0, :4] = True

@@ -75,7 +75,7 @@ def test_a_recall_takes_the_place_of_head_adaptive():
 
 def test_only_the_user_asks_for_low_precision():
     wishes = {p: AdaSpaConfig(precision=p).low_precision for p in ("auto", "bf16", "int8", "fp8")}
-    assert wishes == {"auto": None, "bf16": None, "int8": "int8", "fp8": "fp8"}
+    assert wishes == {"auto": None, "bf16": None, "int8": "int8", "fp8": "int8"}
     assert all(preset.precision == "auto" for preset in PRESETS.values())
 
 

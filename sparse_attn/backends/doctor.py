@@ -5,11 +5,8 @@ import time
 import torch
 
 from ..block_mask import BlockMask
-from ..orders.position import rods
-from ..run.dense import cudnn_serves, torch_cudnn
-from ..token_layout import TokenLayout
-from . import choice as attention
-from . import reference
+from . import choice, reference
+from .cudnn import cudnn_serves, torch_cudnn
 
 # a kernel may err this many times as much as torch does in the same dtype
 FACTOR = 4.0
@@ -21,7 +18,7 @@ def report() -> bool:
     right = True
     for head_dim, dtype in _cases(device):
         q, k, v = _inputs(device, dtype, 2, 500, head_dim)
-        backend, why = attention.choose(q, k, v, 64, 64)
+        backend, why = choice.choose(q, k, v, 64, 64)
         name = f"head_dim {head_dim}, {str(dtype).removeprefix('torch.')}"
         if backend is None:
             print(f"backend    {name}: none, {why}")
@@ -53,7 +50,7 @@ def _check(backend, q, k, v):
     blocks = {"block_q": 64, "block_k": 64}
     scale = q.shape[-1] ** -0.5
     exact_inputs = [x.double().cpu() for x in (q, k, v)]
-    out, lse, _ = backend.dense_attention(q, k, v, scale=scale)
+    out, lse = backend.attention(q, k, v, scale=scale)
     exact, exact_lse = reference.dense_attention(*exact_inputs, scale=scale)
     torch_out, _ = reference.dense_attention(q, k, v, scale=scale)
     yield _compare("dense attention", out, exact, torch_out)
@@ -66,22 +63,18 @@ def _check(backend, q, k, v):
     keep = torch.rand(masses.shape, generator=torch.Generator().manual_seed(1)) < 0.4
     keep[..., 0] = True
     mask = BlockMask.from_dense(keep.to(q.device), **blocks)
-    lists = backend.unpack_mask(mask.bits, mask.num_k)
-    out, _ = backend.sparse_attention(q, k, v, *lists, scale=scale, **blocks)
+    out, _ = backend.attention(q, k, v, scale=scale, mask=mask)
     exact, _ = reference.sparse_attention(*exact_inputs, keep, scale=scale, **blocks)
     same, _ = reference.sparse_attention(q, k, v, keep.to(q.device), scale=scale, **blocks)
     yield _compare("sparse attention", out, exact, same)
 
-    # 500 tokens, as `_inputs` makes them here
-    turned = rods(TokenLayout(20, 5, 8, 12), q.device)
-    # heads in different orders, the second one's video the other way round
-    order = torch.stack([turned, torch.cat([turned[:480].flip(0), turned[480:]])])[None]
-    arranged = backend.arrange(q, k, v, order)
-    lists = backend.unpack_mask(mask.bits, mask.num_k, more=arranged.pseudo_blocks)
-    out, _ = backend.sparse_attention(
-        arranged.q, arranged.k, arranged.v, *lists, key_bias=arranged.key_bias, tail=mask.bits,
-        order=order, scale=scale, **blocks,
-    )  # fmt: skip
+    # heads in different orders, as `similarity` finds them
+    generator = torch.Generator().manual_seed(2)
+    order = torch.rand(q.shape[:3], generator=generator).argsort(-1).int().to(q.device)
+    moved = backend.permute(q, k, v, order)
+    out, _ = backend.attention(
+        moved.q, moved.k, moved.v, scale=scale, mask=mask, pooled=moved.pooled, order=order
+    )
     order, options = order.cpu(), {"scale": scale, **blocks}
     exact, _ = reference.sparse_attention_with_tail(*exact_inputs, keep, order, **options)
     inputs = [x.cpu() for x in (q, k, v)]
@@ -100,7 +93,7 @@ def _speed(device):
     heads, tokens, head_dim = (24, 32_768, 128) if device.type == "cuda" else (4, 4_096, 64)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     q, k, v = _inputs(device, dtype, heads, tokens, head_dim)
-    backend, _ = attention.choose(q, k, v, 64, 64)
+    backend, _ = choice.choose(q, k, v, 64, 64)
     if backend is None:
         return
     scale = head_dim**-0.5
@@ -108,16 +101,11 @@ def _speed(device):
     keep = torch.zeros(1, heads, blocks, blocks, dtype=torch.bool, device=device)
     order = torch.rand(keep.shape, device=device).argsort(-1)
     keep.scatter_(-1, order[..., : round(0.2 * blocks)], True)
-    lists = backend.unpack_mask(BlockMask.from_dense(keep, block_q=64, block_k=64).bits, blocks)
+    mask = BlockMask.from_dense(keep, block_q=64, block_k=64)
     dense = {"torch": lambda: torch.nn.functional.scaled_dot_product_attention(q, k, v)}
     if cudnn_serves(q):
         dense["torch's cuDNN"] = lambda: torch_cudnn(q, k, v, scale)
-    sparse = _time(
-        device,
-        lambda: backend.sparse_attention(
-            q, k, v, *lists, block_q=64, block_k=64, scale=scale
-        ),
-    )  # fmt: skip
+    sparse = _time(device, lambda: backend.attention(q, k, v, scale=scale, mask=mask))
     shape = f"{heads} heads x {tokens:,} tokens x {head_dim}"
     print(f"speed      {shape}: sparse at density 0.20 {sparse * 1e3:.1f} ms")
     for name, run in dense.items():

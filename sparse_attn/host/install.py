@@ -169,7 +169,7 @@ def _foreteller(handle, run, model, family, layout, node_id, windows):
             expected = estimate(
                 layout, run.schedule, handle.config,
                 layers=family.num_calls(model), batch=batch, heads=q.shape[1],
-                one_pass=backend is not None and backend.ONE_PASS_SEARCH,
+                one_pass=backend is not None and backend.one_pass_search,
                 carried=run.carried is not None and run.carried.layout == layout,
                 windows=windows,
             )  # fmt: skip

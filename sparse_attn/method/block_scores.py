@@ -8,8 +8,7 @@ from typing import NamedTuple
 
 import torch
 
-from ..backends.permuted import Arranged
-from ..backends.torch.tail_error import rows_of, tail_error
+from ..backends.permuted import Permuted
 from ..block_mask import BlockMask
 from ..call import Call
 from ..config import AdaSpaConfig
@@ -17,7 +16,7 @@ from ..orders.choice import find_order
 from ..orders.position import in_raster
 from ..run.precision import LowPrecision
 from .fused_online_search import fused_online_search
-from .lse_cached_search import lse_cached_search
+from .lse_cached_search import lse_cached_search, rows_of
 
 
 class Found(NamedTuple):
@@ -48,25 +47,25 @@ def search_dense(
         dense_with_lse: dense_with_lse(q, k, v, key_bias) -> (out, lse).
         previous_lse: [B, H, L] float32 of an earlier step, or None.
     """
-    q, k, v, bias, arranged = call.q, call.k, call.v, call.key_bias, None
+    q, k, v, bias, permuted = call.q, call.k, call.v, call.key_bias, None
     if config.pooled:
         order, similar = find_order(backend, q, k, v, call, config)
         if previous_lse is not None:
             previous_lse = previous_lse.gather(-1, order.long())
-        arranged = backend.arrange(q, k, v, order, bias)
-        q, k, v, bias = arranged.q, arranged.token_k, arranged.token_v, arranged.token_bias
+        permuted = backend.permute(q, k, v, order, bias)
+        q, k, v, bias = permuted.q, permuted.k, permuted.v, permuted.key_bias
     out, lse, masses = fused_online_search(
         backend, lambda q, k, v: dense_with_lse(q, k, v, bias), q, k, v,
         scale=call.scale, key_bias=bias, previous_lse=previous_lse, **config.blocks,
     )  # fmt: skip
-    if arranged is None:
+    if permuted is None:
         return Found(masses, None, out, lse)
     scores = None
     if not config.recall:
-        pooled = _pooled(backend, arranged, lse, call, config)
-        scores = _scores(arranged, masses, pooled)
-    # the arranged copies go before the output is copied
-    del arranged, q, k, v
+        pooled = _pooled(backend, permuted, lse, call, config)
+        scores = _scores(backend, permuted, masses, pooled)
+    # the permuted copies go before the output is copied
+    del permuted, q, k, v
     return Found(masses, scores, in_raster(out, order), in_raster(lse, order), order, similar)
 
 
@@ -84,30 +83,30 @@ def search_again(
         return Found(lse_cached_search(backend, q, k, lse, key_bias=call.key_bias, **options))
     order, similar = find_order(backend, q, k, v, call, config)
     lse = lse.gather(-1, order.long())
-    arranged = backend.arrange(q, k, v, order, call.key_bias)
+    permuted = backend.permute(q, k, v, order, call.key_bias)
     masses = lse_cached_search(
-        backend, arranged.q, arranged.token_k, lse, key_bias=arranged.token_bias,
+        backend, permuted.q, permuted.k, lse, key_bias=permuted.key_bias,
         renormalise=False, **options,
     )  # fmt: skip
     # the drift of the LSE is the same for both kinds of masses
     total = masses.sum(-1, keepdim=True)
-    drift = rows_of(arranged.tokens, config.block_q, q.device)[:, None] / total
+    drift = rows_of(call.layout.tokens, config.block_q, q.device)[:, None] / total
     drift = drift.where(total > 0, 1.0)
-    pooled = _pooled(backend, arranged, lse, call, config).mul_(drift)
+    pooled = _pooled(backend, permuted, lse, call, config).mul_(drift)
     masses.mul_(drift)
-    scores = _scores(arranged, masses, pooled)
+    scores = _scores(backend, permuted, masses, pooled)
     return Found(masses, scores, order=order, similar=similar)
 
 
-def _pooled(backend, arranged: Arranged, lse, call, config):
+def _pooled(backend, permuted: Permuted, lse, call, config):
+    pooled = permuted.pooled
     return backend.pooled_masses(
-        arranged.q, arranged.k_mean, arranged.log_sizes, lse, block_q=config.block_q,
-        scale=call.scale,
-    )  # fmt: skip
+        permuted.q, pooled.k_mean, pooled.log_sizes, lse, block_q=config.block_q, scale=call.scale
+    )
 
 
-def _scores(arranged: Arranged, masses, pooled):
-    return tail_error(masses, pooled, arranged.token_v, arranged.v_mean)
+def _scores(backend, permuted: Permuted, masses, pooled):
+    return backend.tail_error(masses, pooled, permuted.v, permuted.pooled.v_mean)
 
 
 def sparse(
@@ -122,16 +121,13 @@ def sparse(
         out: [B, H, L, D]. lse: [B, H, L] float32, or None where the backend does not tell it.
     """
     q, k, v = call.q, call.k, call.v
-    blocks = {"block_q": mask.block_q, "block_k": mask.block_k, "scale": call.scale}
     serves = low_precision.serves(
         backend, q, k, v, mask.block_q, mask.block_k, call.low_precision
     )  # fmt: skip
-    options, more = {"key_bias": call.key_bias, **blocks}, 0
+    options = {"scale": call.scale, "key_bias": call.key_bias, "mask": mask, "order": order}
     if order is not None:
-        arranged = backend.arrange(q, k, v, order, call.key_bias)
-        q, k, v, more = arranged.q, arranged.k, arranged.v, arranged.pseudo_blocks
-        options |= {"key_bias": arranged.key_bias, "tail": mask.bits, "order": order}
-    lists = backend.unpack_mask(mask.bits, mask.num_k, more=more)
-    options |= dict(zip(("kv_indices", "kv_num_blocks"), lists, strict=True))
+        permuted = backend.permute(q, k, v, order, call.key_bias)
+        q, k, v = permuted.q, permuted.k, permuted.v
+        options |= {"key_bias": permuted.key_bias, "pooled": permuted.pooled}
     found = low_precision.attend(backend, q, k, v, **options) if serves else None
-    return found or backend.sparse_attention(q, k, v, **options)
+    return found or backend.attention(q, k, v, **options)

@@ -11,7 +11,7 @@ def fused_online_search(
     """Run dense attention and measure where its mass lies.
 
     Args:
-        backend: module with `dense_attention` and `block_masses`.
+        backend: a `backends.choice.Backend`.
         dense_with_lse: dense_with_lse(q, k, v) -> (out, lse), for the case of two passes.
         q, k, v: [B, H, L, D].
         previous_lse: [B, H, L] float32 of an earlier step, or None.
@@ -20,8 +20,8 @@ def fused_online_search(
         out: [B, H, L, D]. lse: [B, H, L] float32. masses: [B, H, Nq, Nk] float32.
     """
     blocks = {"block_q": block_q, "block_k": block_k}
-    if previous_lse is not None and backend.ONE_PASS_SEARCH:
-        return backend.dense_attention(
+    if previous_lse is not None and backend.one_pass_search:
+        return backend.attention_with_masses(
             q, k, v, scale=scale, key_bias=key_bias, previous_lse=previous_lse, **blocks
         )
     out, lse = dense_with_lse(q, k, v)

@@ -8,20 +8,6 @@ from ..block_mask import BlockMask
 GOLDEN = 0.6180339887498949
 
 
-def recall(masses: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
-    """Share of each head's mass on the kept blocks.
-
-    Args:
-        masses: [B, H, Nq, Nk] float32 block masses.
-        keep: [B, H, Nq, Nk] bool.
-
-    Returns:
-        [B, H] float32 in [0, 1]; NaN where a mass is NaN.
-    """
-    kept = (masses * keep).sum((-1, -2), dtype=torch.float32)
-    return kept / masses.sum((-1, -2), dtype=torch.float32)
-
-
 def sample_rows(tokens: int, rows: int) -> list[int]:
     """Choose query rows all over a sequence; never in step with its frames or lines."""
     return sorted({int(tokens * ((i + 0.5) * GOLDEN % 1)) for i in range(min(rows, tokens))})

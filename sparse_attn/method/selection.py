@@ -2,18 +2,17 @@
 
 import torch
 
-from ..backends import triton as kernels
-from ..backends.torch.row_wise_top_k import row_budget, row_wise_top_k
-from ..block_mask import BlockMask
+from ..backends.choice import Backend
+from ..block_mask import BlockMask, recall
 from ..config import AdaSpaConfig
 from ..token_layout import TokenLayout
 from .head_adaptive import budget_shift, head_budgets
-from .recall import recall
 from .recall_target import row_wise_recall
 from .text_sink import count_sinks, sink_blocks
 
 
 def select(
+    backend: Backend,
     masses: torch.Tensor,
     layout: TokenLayout,
     config: AdaSpaConfig,
@@ -40,21 +39,18 @@ def select(
     scores = masses if scores is None else scores
     budget = row_budget(config.density, Nk, sinks)
     budgets = torch.full((B, H), budget, device=masses.device)
-    keep, held = _keep_best(scores, masses, budgets, budget, sink_k, sink_q)
+    keep, held = backend.row_wise_top_k(scores, masses, budgets, budget, sink_k, sink_q)
     shift = budget_shift(budget, Nk, sinks) if config.head_adaptive else 0
     if shift:
         budgets = head_budgets(held, budget, shift)
-        keep, held = _keep_best(scores, masses, budgets, budget + shift, sink_k, sink_q)
+        largest = budget + shift
+        keep, held = backend.row_wise_top_k(scores, masses, budgets, largest, sink_k, sink_q)
     return keep, held
 
 
-def _keep_best(scores, masses, budgets, largest_budget, sink_k, sink_q):
-    """Row-wise top-k and its recall, by the kernel where it serves."""
-    kernel = kernels.kernel_for("row_wise_top_k", scores)
-    if kernel is not None:
-        return kernel.top_blocks(scores, masses, budgets, sink_k, sink_q)
-    keep = row_wise_top_k(scores, budgets, largest_budget, sink_k, sink_q)
-    return keep, recall(masses, keep)
+def row_budget(density: float, num_k: int, num_sinks: int) -> int:
+    """Key blocks per row at `density`: the sinks and at least one more, at most all."""
+    return min(num_k, max(round(density * num_k), num_sinks + 1, 1))
 
 
 def pack(keep: torch.Tensor, config: AdaSpaConfig) -> BlockMask:

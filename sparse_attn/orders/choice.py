@@ -7,7 +7,6 @@ blocks tell: the order wins that leaves the smaller tail error.
 
 import torch
 
-from ..backends.torch.tail_error import tail_error
 from .position import in_rods, rods
 from .similarity import similar_order
 
@@ -27,7 +26,7 @@ def find_order(backend, q, k, v, call, config) -> tuple[torch.Tensor, torch.Tens
     in_place = rods(call.layout, q.device).expand(B, H, L)
     if config.token_order == "position":
         return in_place, torch.zeros(B, H, dtype=torch.bool, device=q.device)
-    alike = similar_order(q, k, call.layout)
+    alike = similar_order(backend, q, k, call.layout)
     similar = torch.lt(*_errors(backend, q, k, v, (alike, in_place), call, config))
     if call.key_bias is not None:
         # measured even where it is then thrown away: to ask first would wait for the device
@@ -47,7 +46,7 @@ def _errors(backend, q, k, v, orders, call, config) -> list[torch.Tensor]:
     tokens = torch.cat([order[..., places] for order in orders], -1).long()
     queries = q.gather(2, tokens[..., None].expand(*tokens.shape, q.shape[-1]))
     # a query's LSE is the same in any order
-    _, lse, _ = backend.dense_attention(queries, k, v, scale=call.scale, key_bias=call.key_bias)
+    _, lse = backend.attention(queries, k, v, scale=call.scale, key_bias=call.key_bias)
     return [
         _error(backend, rows, k, v, order, row_lse, call, config)
         for order, rows, row_lse in zip(
@@ -57,22 +56,22 @@ def _errors(backend, q, k, v, orders, call, config) -> list[torch.Tensor]:
 
 
 def _error(backend, rows, k, v, order, lse, call, config) -> torch.Tensor:
-    """[B, H] of one order, whose arranged copies go before the next one's are made."""
-    arranged = backend.arrange(None, k, v, order, call.key_bias)
+    """[B, H] of one order, whose permuted copies go before the next one's are made."""
+    permuted = backend.permute(None, k, v, order, call.key_bias)
+    pooled = permuted.pooled
     masses = backend.block_masses(
-        rows, arranged.token_k, lse, **config.blocks,
-        scale=call.scale, key_bias=arranged.token_bias,
-    )  # fmt: skip
-    pooled = backend.pooled_masses(
-        rows, arranged.k_mean, arranged.log_sizes, lse, block_q=config.block_q, scale=call.scale
-    )  # fmt: skip
-    left = tail_error(masses, pooled, arranged.token_v, arranged.v_mean)
+        rows, permuted.k, lse, **config.blocks, scale=call.scale, key_bias=permuted.key_bias
+    )
+    pooled_masses = backend.pooled_masses(
+        rows, pooled.k_mean, pooled.log_sizes, lse, block_q=config.block_q, scale=call.scale
+    )
+    left = backend.tail_error(masses, pooled_masses, permuted.v, pooled.v_mean)
     kept = max(1, round(config.density * left.shape[-1]))
     return left.sum((-1, -2)) - left.topk(kept).values.sum((-1, -2))
 
 
 def _sampled_rows(layout, block_q: int, device) -> torch.Tensor:
-    """Rows of up to `SAMPLED_BLOCKS` whole query blocks of the arranged video."""
+    """Rows of up to `SAMPLED_BLOCKS` whole query blocks of the permuted video."""
     blocks = in_rods(layout).video // block_q
     if not blocks:
         return torch.arange(layout.tokens, device=device)

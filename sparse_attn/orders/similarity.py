@@ -9,12 +9,8 @@ With the kernels it takes 11.9 ms for 24 heads x 118,800 tokens x 128, of which 
 (H200, Triton 3.6, 2026-11-24).
 """
 
-from itertools import pairwise
-
 import torch
 
-from ..backends import triton as kernels
-from ..backends.permuted import BLOCK
 from ..token_layout import TokenLayout
 
 # leading directions of the queries, and as many of the keys
@@ -24,15 +20,15 @@ QUERY, PLACE = 0.5, 0.3
 # columns of a place, the last ones 0: rows of features begin on 32 bytes
 PLACE_COLUMNS = 8
 SAMPLED_TOKENS = 4096
-SAMPLED_PER_NODE = 128
 POWER_STEPS = 8
 WORKSPACE_BYTES = 1 << 29
 
 
-def similar_order(q: torch.Tensor, k: torch.Tensor, layout: TokenLayout) -> torch.Tensor:
+def similar_order(backend, q: torch.Tensor, k: torch.Tensor, layout: TokenLayout) -> torch.Tensor:
     """Order the video of every head by similarity, and extra tokens behind it.
 
     Args:
+        backend: a `backends.choice.Backend`.
         q, k: [B, H, L, D].
 
     Returns:
@@ -45,25 +41,17 @@ def similar_order(q: torch.Tensor, k: torch.Tensor, layout: TokenLayout) -> torc
     places = _places(layout, q.device)
     order = torch.empty(B, H, L, dtype=torch.int32, device=q.device)
     order[..., video:] = torch.cat([before, after])
-    # float32; without a kernel the same again in the order of the nodes, and as much of sorting
-    each = 12 if kernels.kernel_for("pca_tree", places[None]) is None else 4
-    heads = max(1, WORKSPACE_BYTES // (video * (2 * DIRECTIONS + PLACE_COLUMNS) * each))
+    # float32
+    heads = max(1, WORKSPACE_BYTES // (video * (2 * DIRECTIONS + PLACE_COLUMNS) * 4))
     for b in range(B):
         for i in range(0, H, heads):
             one = slice(b, b + 1), slice(i, i + heads), slice(first, first + video)
-            order[one[:2]][..., :video] = _halve(_features(q[one], k[one], places)[0]) + first
+            features = _features(backend, q[one], k[one], places)
+            order[one[:2]][..., :video] = backend.pca_tree(features[0]) + first
     return order
 
 
-def _halve(features) -> torch.Tensor:
-    """[h, V] order of [h, V, F] features, by the kernel where it serves."""
-    kernel = kernels.kernel_for("pca_tree", features)
-    if kernel is not None:
-        return kernel.halve(features)
-    return _Halving(features.shape[1], features.device).order(features)
-
-
-def _features(q, k, places) -> torch.Tensor:
+def _features(backend, q, k, places) -> torch.Tensor:
     """[B, h, V, F] float32 whose distances tell how differently tokens ask and are asked.
 
     Two keys differ as much as their scores do for the queries there are, and the other way round:
@@ -80,20 +68,7 @@ def _features(q, k, places) -> torch.Tensor:
     size = (basis.mT @ spread @ basis).diagonal(dim1=-2, dim2=-1).sum(-1).sqrt()
     directions = root @ basis / size.clamp(min=1e-20)[..., None, None]
     directions[0] *= QUERY
-    kernel = kernels.kernel_for("features", q, k, directions)
-    if kernel is not None:
-        return kernel.features(q, k, centres[..., 0, :], directions, places)
-    shape = *q.shape[:3], 2 * directions.shape[-1] + places.shape[-1]
-    features = torch.empty(shape, device=q.device)
-    for b in range(q.shape[0]):
-        for h in range(q.shape[1]):
-            parts = [
-                (x[b, h].float() - c[b, h]) @ w[b, h]
-                for x, c, w in zip((q, k), centres, directions, strict=True)
-            ]
-            torch.cat([*parts, places], -1, out=features[b, h])
-    # a NaN belongs to the search, which answers for it; here it must only keep its place
-    return features.nan_to_num_(0.0, 0.0, 0.0)
+    return backend.features(q, k, centres[..., 0, :], directions, places)
 
 
 def _places(layout, device) -> torch.Tensor:
@@ -128,64 +103,3 @@ def _leading(spread, number: int) -> torch.Tensor:
         triangle = _root(basis.mT @ basis)
         basis = torch.linalg.solve_triangular(triangle, basis.mT, upper=False).mT
     return basis
-
-
-class _Halving:
-    """Halves nodes of blocks until each is one block; where they are cut is known beforehand.
-
-    Args:
-        tokens: of the sequence, V. Nodes begin at multiples of 64; only the last block is short.
-    """
-
-    def __init__(self, tokens: int, device):
-        self.tokens, self.device = tokens, device
-        self.levels = []
-        cuts = [0, -(-tokens // BLOCK)]
-        while max(b - a for a, b in pairwise(cuts)) > 1:
-            self.levels.append(self._level(cuts))
-            middles = [(a + b + 1) // 2 for a, b in pairwise(cuts)]
-            cuts = sorted({*cuts, *middles})
-
-    def _level(self, cuts):
-        """Places of every node's tokens, [nodes, most], which are real, and [nodes, S] samples."""
-        edges = (torch.tensor(cuts, device=self.device) * BLOCK).clamp(max=self.tokens)
-        starts, sizes = edges[:-1, None], edges.diff()[:, None]
-        most = max(b - a for a, b in pairwise(cuts)) * BLOCK
-        within = torch.arange(min(most, self.tokens), device=self.device)
-        places = starts + within
-        some = torch.arange(SAMPLED_PER_NODE, device=self.device)
-        samples = starts + some * sizes // SAMPLED_PER_NODE
-        return places.clamp(max=self.tokens - 1), within < sizes, samples
-
-    def order(self, features) -> torch.Tensor:
-        """[h, V] order of [h, V, F] features."""
-        h = len(features)
-        order = torch.arange(self.tokens, device=self.device).expand(h, -1)
-        for places, real, samples in self.levels:
-            some = _rows(features, order[:, samples.flatten()])
-            direction = self._direction(some, len(samples))
-            members = order[:, places.flatten()]
-            nodes = _rows(features, members).unflatten(1, places.shape)
-            along = (nodes @ direction)[..., 0].nan_to_num_(0.0, 0.0, 0.0)
-            along.masked_fill_(~real, float("inf"))
-            turn = along.argsort(dim=-1, stable=True)
-            members = members.unflatten(1, places.shape).gather(-1, turn)
-            # the places that only pad are last in their node
-            order = members.flatten(1)[:, real.flatten().nonzero()[:, 0]]
-        return order
-
-    def _direction(self, some, nodes: int):
-        """[h, nodes, F, 1], where the samples of each node differ most."""
-        some = some.unflatten(1, (nodes, -1))
-        some = some - some.mean(2, keepdim=True)
-        spread = some.mT @ some
-        direction = spread.diagonal(dim1=-2, dim2=-1).sqrt()[..., None]
-        for _ in range(POWER_STEPS):
-            direction = spread @ direction
-            direction = direction / direction.norm(dim=-2, keepdim=True).clamp(min=1e-20)
-        return direction
-
-
-def _rows(features, numbers):
-    """[h, n, F]: rows `numbers` [h, n] of [h, V, F]."""
-    return features.gather(1, numbers[..., None].expand(-1, -1, features.shape[-1]))

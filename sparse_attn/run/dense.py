@@ -6,37 +6,17 @@ the user asked for it.
 
 import time
 from collections.abc import Callable
-from types import ModuleType
 
 import torch
+
+from ..backends.choice import Backend
+from ..backends.cudnn import cudnn_serves, torch_cudnn
 
 # a later candidate must win by this factor: each rounds differently, and two that are nearly equal
 # must not take turns from run to run and give one seed two videos
 MARGIN = 0.9
 EXACT = ("host", "cudnn", "own")
 PROBE_HEADS = 4
-
-
-def torch_cudnn(q, k, v, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """cuDNN's attention through torch; q, k, v [B, H, L, D] bf16 or fp16 on a CUDA device.
-
-    Returns:
-        out: [B, H, L, D]. lse: [B, H, L] float32, natural log.
-    """
-    # the public function picks a backend by itself and does not return the LSE
-    out, lse, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(
-        q, k, v, None, True, 0.0, False, False, scale=scale
-    )
-    return out, lse.view(q.shape[:-1])
-
-
-def cudnn_serves(q) -> bool:
-    if q.device.type != "cuda" or q.dtype not in (torch.bfloat16, torch.float16):
-        return False
-    return torch.backends.cudnn.is_available() and torch.cuda.get_device_capability(q.device) >= (
-        8,
-        0,
-    )
 
 
 class DenseChoice:
@@ -50,12 +30,12 @@ class DenseChoice:
         self.allowed = allowed
         self.seconds: dict[tuple, dict[str, float]] = {}
 
-    def has_candidates(self, backend: ModuleType | None, key_bias) -> bool:
+    def has_candidates(self, backend: Backend | None, key_bias) -> bool:
         """Whether a dense step may run on our own kernels."""
         return self.allowed != "host" and key_bias is None and backend is not None
 
     def choose(
-        self, backend: ModuleType | None, q, k, v, *, scale: float, host: Callable, key_bias=None,
+        self, backend: Backend | None, q, k, v, *, scale: float, host: Callable, key_bias=None,
         precision: str | None = None,
     ) -> str:  # fmt: skip
         """Name the fastest of "host", "cudnn" and "own" for tensors of this shape.
@@ -63,7 +43,7 @@ class DenseChoice:
         Args:
             host: host(q, k, v) -> [B, H, L, D], the attention that would have run.
             key_bias: with one only the host serves.
-            precision: "int8" or "fp8" adds "own int8" or "own fp8".
+            precision: "int8" adds "own int8".
         """
         if self.allowed == "host" or key_bias is not None:
             return "host"
@@ -72,19 +52,19 @@ class DenseChoice:
         return clearly_fastest(measured)
 
     def choose_with_lse(
-        self, backend: ModuleType, q, k, v, *, scale: float, precision: str | None = None
+        self, backend: Backend, q, k, v, *, scale: float, precision: str | None = None
     ) -> str:
         """Name the fastest candidate that yields an LSE, which the host does not."""
         return clearly_fastest(self._measure(q, k, v, self._candidates(backend, scale, precision)))
 
-    def with_lse(self, backend: ModuleType, q, k, v, *, scale: float, key_bias=None):
+    def with_lse(self, backend: Backend, q, k, v, *, scale: float, key_bias=None):
         """Run the fastest exact one of them: out [B, H, L, D], lse [B, H, L]."""
         competes = key_bias is None and cudnn_serves(q)
         if competes and self.choose_with_lse(backend, q, k, v, scale=scale) == "cudnn":
             return torch_cudnn(q, k, v, scale)
-        return backend.dense_attention(q, k, v, scale=scale, key_bias=key_bias)[:2]
+        return backend.attention(q, k, v, scale=scale, key_bias=key_bias)
 
-    def run(self, name: str, backend: ModuleType, q, k, v, *, scale: float) -> torch.Tensor:
+    def run(self, name: str, backend: Backend, q, k, v, *, scale: float) -> torch.Tensor:
         """Run the exact candidate `name`, other than "host"."""
         return self._candidates(backend, scale)[name](q, k, v)
 
@@ -107,10 +87,10 @@ class DenseChoice:
     def _candidates(backend, scale, precision=None):
         found = {"cudnn": lambda q, k, v: torch_cudnn(q, k, v, scale)[0]}
         if backend is not None:
-            found["own"] = lambda q, k, v: backend.dense_attention(q, k, v, scale=scale)[0]
+            found["own"] = lambda q, k, v: backend.attention(q, k, v, scale=scale)[0]
         if precision is not None:
-            found[f"own {precision}"] = lambda q, k, v: backend.low_precision_attention(
-                q, k, v, scale=scale, precision=precision
+            found[f"own {precision}"] = lambda q, k, v: backend.quantised_attention(
+                q, k, v, scale=scale
             )[0]
         return found
 

@@ -1,11 +1,10 @@
 """The dense steps of a run: who serves a call, in which precision, and how long it took."""
 
 from collections.abc import Callable
-from types import ModuleType
 
 import torch
 
-from ..backends.choice import Backends
+from ..backends.choice import Backend, Backends
 from ..call import Call
 from .dense import EXACT, DenseChoice
 from .precision import LowPrecision
@@ -57,7 +56,7 @@ class DenseSteps:
             return None if found is None else found[0]
 
     def serve_with_lse(
-        self, backend: ModuleType, call: Call
+        self, backend: Backend, call: Call
     ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
         """Serve the dense call before a search, which needs the call's LSE.
 

@@ -2,9 +2,9 @@
 
 from dataclasses import dataclass
 
-from ..backends.permuted import pseudo_blocks
-from ..backends.torch.row_wise_top_k import row_budget
+from ..backends.permuted import BLOCK
 from ..config import AdaSpaConfig
+from ..method.selection import row_budget
 from ..method.text_sink import count_sinks
 from ..orders.position import in_rods
 from ..schedule import Schedule, StepKind
@@ -130,6 +130,6 @@ def kept_share(layout: TokenLayout, config: AdaSpaConfig) -> float:
     rows, blocks = layout.num_blocks(config.block_q), layout.num_blocks(config.block_k)
     whole = count_sinks(layout, config.block_q)
     budget = row_budget(config.density, blocks, count_sinks(layout, config.block_k))
-    means = pseudo_blocks(blocks) if config.pooled else 0
+    means = -(-blocks // BLOCK) if config.pooled else 0
     kept = (rows - whole) * min(budget + means, blocks) + whole * blocks
     return kept / (rows * blocks)

@@ -3,11 +3,10 @@
 import threading
 from collections.abc import Hashable
 from dataclasses import dataclass
-from types import ModuleType
 
 import torch
 
-from ..backends.choice import Backends
+from ..backends.choice import Backend, Backends
 from ..block_mask import BlockMask
 from ..call import Call, LayerName
 from ..orders.position import is_shared
@@ -25,7 +24,7 @@ class LayerState:
     token at every place of the mask's sequence, or None where that is q's; the LSE is in q's.
     """
 
-    backend: ModuleType
+    backend: Backend
     mask: BlockMask | None = None
     lse: torch.Tensor | None = None
     order: torch.Tensor | None = None

@@ -1,9 +1,8 @@
 """Which calls and later searches of a run are served in low precision, and why the others are not."""
 
-from types import ModuleType
-
 import torch
 
+from ..backends.choice import Backend
 from .statistics import RunStatistics
 
 NOT_ALLOWED = "the model asks for full precision there (`low_precision_attention`)"
@@ -14,7 +13,7 @@ class LowPrecision:
     """The user's wish for low precision, in one run.
 
     Args:
-        precision: "int8" or "fp8", or None where the user did not ask.
+        precision: "int8", or None where the user did not ask.
         statistics: where calls are counted.
     """
 
@@ -25,7 +24,7 @@ class LowPrecision:
         self._reasons: dict[tuple, str | None] = {}
 
     def serves(
-        self, backend: ModuleType, q, k, v, block_q=64, block_k=64, allowed=True
+        self, backend: Backend, q, k, v, block_q=64, block_k=64, allowed=True
     ) -> bool:  # fmt: skip
         """Whether a call shall run in low precision; where the wish is not met, the reason counts.
 
@@ -40,7 +39,7 @@ class LowPrecision:
             self.statistics.not_low_precision[reason] += 1
         return reason is None
 
-    def searches(self, backend: ModuleType, q, k, v, block_q, block_k, allowed=True) -> bool:
+    def searches(self, backend: Backend, q, k, v, block_q, block_k, allowed=True) -> bool:
         """Whether a later search shall measure with INT8 q and k; the arguments as of `serves`."""
         return (
             self.precision is not None
@@ -51,18 +50,17 @@ class LowPrecision:
     def _reason(self, backend, q, k, v, block_q, block_k):
         key = backend, q.device, q.dtype, k.dtype, v.dtype, q.shape, block_q, block_k
         if key not in self._reasons:
-            why_not = backend.why_not_low_precision
-            self._reasons[key] = why_not(q, k, v, block_q, block_k, self.precision)
+            self._reasons[key] = backend.why_not_quantised(q, k, v, block_q, block_k)
         return self._reasons[key]
 
-    def attend(self, backend: ModuleType, q, k, v, **options):
+    def attend(self, backend: Backend, q, k, v, **options):
         """Run a call that `serves` accepted.
 
         Returns:
             (out, lse), or None where memory runs out.
         """
         try:
-            found = backend.low_precision_attention(q, k, v, precision=self.precision, **options)
+            found = backend.quantised_attention(q, k, v, **options)
         except torch.OutOfMemoryError:
             self.statistics.not_low_precision[OUT_OF_MEMORY] += 1
             return None

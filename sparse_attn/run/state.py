@@ -8,13 +8,12 @@ from contextlib import nullcontext
 import torch
 
 from ..backends import choice as attention
-from ..backends.permuted import prepare
 from ..call import Call
 from ..config import AdaSpaConfig
 from ..method import block_scores as serving
 from ..method import selection
 from ..method.recall import sample_rows, sampled_recall
-from ..orders.position import in_rods
+from ..orders.position import in_rods, rods
 from ..patterns.pattern import CarriedPattern
 from ..patterns.reuse import SAMPLED_ROWS, fitting_mask, pattern_of
 from ..schedule import Schedule, StepKind
@@ -60,8 +59,9 @@ class RunState:
         self.statistics = RunStatistics(schedule)
         self.statistics.asked_recall = config.recall
         self.statistics.tail = "pooled" if config.pooled else "none"
-        if config.why_no_tail:
-            self.statistics.warn(config.why_no_tail)
+        for reason in (config.why_no_tail, config.why_no_fp8):
+            if reason:
+                self.statistics.warn(reason)
         self.findings = Findings(self.statistics)
         self.low_precision = LowPrecision(config.low_precision, self.statistics)
         self.backends = attention.Backends(config.block_q, config.block_k)
@@ -92,7 +92,7 @@ class RunState:
             return self._dense(call)
         if self.config.pooled and state.mask is None:
             with self.outlives_block():
-                prepare(call.layout, len(call.q), call.q.device)
+                rods(call.layout, call.q.device)
         if kind is StepKind.DENSE:
             return self._dense_with_lse(call, state)
         if state.mask is None and self.carried is not None:
@@ -136,7 +136,7 @@ class RunState:
                     previous_lse=previous,
                 )  # fmt: skip
                 # one pass knows its rows' LSE only when it ends, and takes the earlier one's
-                one_pass = previous is not None and state.backend.ONE_PASS_SEARCH
+                one_pass = previous is not None and state.backend.one_pass_search
                 self._adopt(call, state, found, exact=not one_pass)
         except torch.OutOfMemoryError:
             found = previous = None
@@ -258,7 +258,9 @@ class RunState:
     def _adopt(self, call, state, found, exact):
         """Turn what a search found into the layer's mask, and note what the mask holds."""
         layout = call.layout if found.order is None else in_rods(call.layout)
-        keep, recall = selection.select(found.masses, layout, self.config, found.scores)
+        keep, recall = selection.select(
+            state.backend, found.masses, layout, self.config, found.scores
+        )
         with self.outlives_block():
             mask = selection.pack(keep, self.config)
             self.layers.hold(state, mask, found.order)
@@ -292,7 +294,7 @@ class RunState:
         if self.config.recall or not self.schedule.wants_lse(step):
             return False
         backend, _ = self.backends.of(q, k, v)
-        return backend is not None and backend.ONE_PASS_SEARCH
+        return backend is not None and backend.one_pass_search
 
     def _wants_lse_after(self, step):
         return self.schedule.searches_after(step) and not self.config.recall
@@ -315,7 +317,7 @@ class RunState:
             heads=q.shape[1],
             tokens=layout.tokens,
             **self.config.blocks,
-            one_pass=backend is not None and backend.ONE_PASS_SEARCH,
+            one_pass=backend is not None and backend.one_pass_search,
             keeps_lse=not self.config.recall,
             own_orders=self.config.by_similarity,
         )

@@ -92,7 +92,7 @@ class RunStatistics:
         carried_from: where a carried pattern comes from; `carried` counts the masks in use,
             `carried_recall` holds what they had when found, `not_carried` counts why others are not.
         kept_pattern: what outlives the run in memory and on disk.
-        low_precision: "int8" or "fp8" where the user asked; `low_precision_calls` counts the calls
+        low_precision: "int8" where the user asked; `low_precision_calls` counts the calls
             that ran so, `not_low_precision` why others did not, `low_precision_searches` the later
             searches that measured with INT8 q and k.
         asked_recall: recall that the user asked of every head, or 0.

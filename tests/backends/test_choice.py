@@ -1,16 +1,15 @@
+"""Who is picked for which operation, and what is said of the others."""
+
+import inspect
+from dataclasses import fields
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from sparse_attn.backends import choice as attention
-from sparse_attn.backends import triton_backend
-from sparse_attn.backends.torch import attention as eager
+from sparse_attn.backends import choice
 
-NEEDED = {
-    "why_not", "dense_attention", "block_masses", "unpack_mask", "sparse_attention",
-    "why_not_low_precision",
-}  # fmt: skip
+OPERATIONS = [field.name for field in fields(choice.Backend) if "Callable" in str(field.type)]
 
 
 def qkv(dtype=torch.float32):
@@ -18,8 +17,8 @@ def qkv(dtype=torch.float32):
 
 
 def test_on_a_cpu_plain_torch_serves_and_says_why_the_kernels_do_not():
-    backend, line = attention.choose(*qkv(), 64, 64)
-    assert backend is eager
+    backend, line = choice.choose(*qkv(), 64, 64)
+    assert backend.name == "plain torch" and not backend.one_pass_search
     assert line == "plain torch (Triton kernels: needs a CUDA tensor, got cpu)"
 
 
@@ -27,42 +26,64 @@ def test_the_first_backend_that_can_is_taken_without_excuses(monkeypatch):
     def serves(*args):
         asked.append(args[3:])
 
-    asked = []
-    fast = SimpleNamespace(why_not=serves)
-    monkeypatch.setattr(attention, "BACKENDS", {"fast": fast, "slow": eager})
-    assert attention.choose(*qkv(), 128, 64) == (fast, "fast")
+    asked, fast = [], SimpleNamespace(name="fast")
+    slow = (lambda *args: 1 / 0), choice.plain_torch
+    monkeypatch.setattr(choice, "CANDIDATES", ((serves, lambda: fast), slow))
+    assert choice.choose(*qkv(), 128, 64) == (fast, "fast")
     assert asked == [(128, 64)]
 
 
 def test_when_nobody_can_the_line_holds_every_reason(monkeypatch):
-    backends = {name: SimpleNamespace(why_not=lambda *a, n=name: f"no {n}") for name in "ab"}
-    monkeypatch.setattr(attention, "BACKENDS", backends)
-    assert attention.choose(*qkv(), 64, 64) == (None, "a: no a; b: no b")
+    candidates = [(lambda *args, n=name: f"{n}: no", None) for name in "ab"]
+    monkeypatch.setattr(choice, "CANDIDATES", candidates)
+    assert choice.choose(*qkv(), 64, 64) == (None, "a: no; b: no")
 
 
 def test_a_run_chooses_once_for_tensors_of_a_kind(monkeypatch):
     asked = []
-    monkeypatch.setattr(attention, "choose", lambda *args: asked.append(args[3:]) or (eager, ""))
-    backends = attention.Backends(128, 64)
+    monkeypatch.setattr(choice, "choose", lambda *args: asked.append(args[3:]) or ("it", ""))
+    backends = choice.Backends(128, 64)
     for dtype in (torch.float32, torch.bfloat16, torch.float32):
-        assert backends.of(*qkv(dtype)) == (eager, "")
+        assert backends.of(*qkv(dtype)) == ("it", "")
     # another length is the same kind
     backends.of(*(x[:, :, :7] for x in qkv()))
     assert asked == 2 * [(128, 64)]
 
 
 def test_integers_are_served_by_nobody():
-    backend, line = attention.choose(*qkv(torch.int32), 64, 64)
-    assert backend is None and "needs floating point tensors, got torch.int32" in line
+    backend, line = choice.choose(*qkv(torch.int32), 64, 64)
+    assert backend is None and "plain torch: needs floating point tensors, got torch.int32" in line
 
 
-@pytest.mark.parametrize("backend", [triton_backend, eager], ids=lambda m: m.__name__)
-def test_every_backend_has_what_a_run_calls(backend):
-    assert not NEEDED - set(dir(backend))
-    assert isinstance(backend.ONE_PASS_SEARCH, bool)
+def test_head_dims_that_differ_are_served_by_nobody():
+    q, k, v = qkv()
+    backend, line = choice.choose(q, k, v[..., :32], 64, 64)
+    assert backend is None and "one head_dim, got 64, 64 and 32" in line
+
+
+def test_plain_torch_has_no_eight_bits_and_says_so():
+    backend = choice.plain_torch()
+    assert backend.quantised_attention is None
+    assert backend.why_not_quantised(*qkv(), 64, 64) == "plain torch computes in float32"
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_an_operation_has_one_signature(operation):
+    pytest.importorskip("triton")
+    backends = choice.plain_torch(), choice.triton_kernels()
+    found = [getattr(backend, operation) for backend in backends]
+    signatures = [inspect.signature(x) for x in found if x is not None]
+    names = [[x.name for x in s.parameters.values() if x.name != "tile"] for s in signatures]
+    assert names[0] == names[-1]
+
+
+def test_what_a_kernel_does_not_serve_goes_to_plain_torch():
+    """The kernels would take half precision alone; under the interpreter too."""
+    features = choice.triton_kernels().pca_tree(torch.randn(1, 100, 8))
+    assert features.sort(-1).values[0].tolist() == list(range(100))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_on_a_gpu_the_kernels_serve_half_precision(device):
-    backend, line = attention.choose(*(x.to(device, torch.bfloat16) for x in qkv()), 64, 64)
-    assert backend is triton_backend and line == "Triton kernels"
+    backend, line = choice.choose(*(x.to(device, torch.bfloat16) for x in qkv()), 64, 64)
+    assert backend.name == line == "Triton kernels"

@@ -3,14 +3,13 @@ import torch
 
 pytest.importorskip("triton")
 
-from sparse_attn.backends.triton import kernel_for
+from sparse_attn.backends.torch import pca_tree as plain
 from sparse_attn.backends.triton import pca_tree as module
-from sparse_attn.backends.triton.pca_tree import MAX_FEATURES, halve
-from sparse_attn.orders.similarity import _Halving
+from sparse_attn.backends.triton.pca_tree import MAX_FEATURES, pca_tree
 
 CASES = [
     # heads, tokens, features
-    (2, 64, 35),  # one block: nothing to halve
+    (2, 64, 35),  # one block: nothing to split
     (1, 150, 40),  # ragged; a node of one block beside a node of two
     (2, 64 * 4, 3),  # nothing ragged
 ]
@@ -34,10 +33,10 @@ def spread(features, order):
 
 def agree(features):
     """The kernel and plain torch: equal but for numbers that rounding brings out of order."""
-    order, plain = halve(features), _Halving(features.shape[1], features.device).order(features)
+    order, other = pca_tree(features), plain.pca_tree(features)
     assert order.dtype == torch.int32 and torch.equal(order.sort(-1).values, everything(order))
-    assert (order == plain).float().mean() > 0.97
-    assert float(spread(features, order) / spread(features, plain)) == pytest.approx(1, abs=0.01)
+    assert (order == other).float().mean() > 0.97
+    assert float(spread(features, order) / spread(features, other)) == pytest.approx(1, abs=0.01)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda c: "h{}-V{}-F{}".format(*c))
@@ -53,7 +52,7 @@ def test_matches_plain_torch_where_nodes_are_large(tokens, device, monkeypatch):
 
 
 def test_equal_tokens_keep_their_order(device):
-    order = halve(torch.ones(1, 150, 5, device=device))
+    order = pca_tree(torch.ones(1, 150, 5, device=device))
     assert torch.equal(order, everything(order))
 
 
@@ -63,22 +62,22 @@ def test_numbers_that_overflow_still_give_every_token_a_place(on_chip, device, m
     monkeypatch.setattr(module, "SORTED", 2048 if on_chip else 64)
     features = made(1, 150, 5, device)
     features[0, ::3] *= 1e37
-    order = halve(features)
+    order = pca_tree(features)
     assert torch.equal(order.sort(-1).values, everything(order))
 
 
 def test_a_second_call_gives_the_same_order(device):
     features = made(2, 64 * 40 if device.type == "cuda" else 150, 35, device)
-    assert torch.equal(halve(features), halve(features))
+    assert torch.equal(pca_tree(features), pca_tree(features))
 
 
-def test_serves_gpus_alone():
-    """Interpreted kernels take tensors of a CPU too, but hours for those of a video."""
-    features = made(1, 150, 5)
-    assert module.why_not(features) is None or torch.cuda.is_available()
-    assert kernel_for("pca_tree", features) is None
+def test_the_workspace_changes_nothing(monkeypatch):
+    features = made(3, 150, 5)
+    order = plain.pca_tree(features)
+    monkeypatch.setattr(plain, "WORKSPACE_BYTES", 1)
+    assert torch.equal(plain.pca_tree(features), order)
 
 
 def test_refuses_more_features_than_a_program_holds(device):
     with pytest.raises(ValueError, match="needs at most 64 features, got 65"):
-        halve(torch.zeros(1, 70, MAX_FEATURES + 1, device=device))
+        pca_tree(torch.zeros(1, 70, MAX_FEATURES + 1, device=device))

@@ -3,9 +3,10 @@ import torch
 from close import assert_within
 
 from sparse_attn.backends import reference
-from sparse_attn.backends.permuted import block_sizes, plain_bias, prepare, pseudo_blocks
+from sparse_attn.backends.permuted import block_sizes
 from sparse_attn.backends.reference import in_order
-from sparse_attn.backends.torch import attention as eager
+from sparse_attn.backends.torch.block_masses import pooled_masses
+from sparse_attn.backends.torch.permute import permute
 from sparse_attn.orders.position import rods
 from sparse_attn.token_layout import TokenLayout
 
@@ -31,38 +32,27 @@ def tensors(layout, dtype=torch.float32):
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda x: x.describe())
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_tokens_come_first_and_the_means_of_their_blocks_behind(layout, dtype):
+def test_tokens_in_their_order_and_the_means_of_their_blocks(layout, dtype):
     q, k, v = tensors(layout, dtype)
     order = orders(layout)
-    found = eager.arrange(q, k, v, order)
-    blocks = layout.num_blocks(64)
-    rows = (blocks + pseudo_blocks(blocks)) * 64
-    assert found.tokens == layout.tokens and found.blocks == blocks
-    assert torch.equal(found.q, in_order(q, order))
-    for x, padded, tokens, means in (
-        (k, found.k, found.token_k, found.k_mean),
-        (v, found.v, found.token_v, found.v_mean),
+    found = permute(q, k, v, order)
+    assert torch.equal(found.q, in_order(q, order)) and found.key_bias is None
+    for x, tokens, means in (
+        (k, found.k, found.pooled.k_mean),
+        (v, found.v, found.pooled.v_mean),
     ):
-        assert padded.shape == (2, 2, rows, 16) and padded.dtype == dtype
+        assert tokens.dtype == means.dtype == dtype
         assert torch.equal(tokens, in_order(x, order))
         exact = reference.block_means(in_order(x, order).double(), 64)
         assert_within("means", means, exact, 1e-6 if dtype == torch.float32 else 4e-3)
-        assert (padded[:, :, layout.tokens : blocks * 64] == 0).all()
-        assert (padded[:, :, blocks * 64 + blocks :] == 0).all()
-
-
-@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda x: x.describe())
-def test_the_bias_weighs_means_by_their_keys_and_hides_what_pads(layout):
-    bias, log_sizes = plain_bias(2, layout.tokens, CPU)
-    blocks = layout.num_blocks(64)
-    sizes = [min(64, layout.tokens - 64 * i) for i in range(blocks)]
+    sizes = [min(64, layout.tokens - 64 * i) for i in range(layout.num_blocks(64))]
     assert block_sizes(layout.tokens).tolist() == sizes
-    assert_within("sizes", log_sizes.exp(), torch.tensor([sizes] * 2), 1e-4)
-    assert bias.shape == (2, (blocks + pseudo_blocks(blocks)) * 64)
-    assert (bias[:, : layout.tokens] == 0).all()
-    assert torch.equal(bias[:, blocks * 64 :][:, :blocks], log_sizes)
-    hidden = bias == float("-inf")
-    assert int(hidden.sum()) == 2 * (bias.shape[1] - layout.tokens - blocks)
+    assert_within("sizes", found.pooled.log_sizes.exp(), torch.tensor([sizes] * 2), 1e-4)
+
+
+def test_queries_need_not_be_moved():
+    _, k, v = tensors(RAGGED)
+    assert permute(None, k, v, orders(RAGGED)).q is None
 
 
 def test_a_block_with_a_biased_key_has_no_stand_in():
@@ -70,16 +60,11 @@ def test_a_block_with_a_biased_key_has_no_stand_in():
     order = orders(layout, own=False)
     key_bias = torch.zeros(2, layout.tokens)
     key_bias[1, 21] = -2.0
-    plain = plain_bias(2, layout.tokens, CPU)
-    before = [x.clone() for x in plain]
-    found = eager.arrange(*tensors(layout), order, key_bias)
-    assert torch.equal(found.token_bias, key_bias[:, order[0, 0]])
-    assert torch.equal(found.key_bias[:, : layout.tokens], key_bias[:, order[0, 0]])
+    found = permute(*tensors(layout), order, key_bias)
+    assert torch.equal(found.key_bias, key_bias[:, order[0, 0]])
     block = int((order[0, 0] == 21).nonzero()) // 64
-    hidden = (found.log_sizes == float("-inf")).nonzero().tolist()
+    hidden = (found.pooled.log_sizes == float("-inf")).nonzero().tolist()
     assert hidden == [[1, block]]
-    assert torch.equal(found.key_bias[:, found.blocks * 64 :][:, : found.blocks], found.log_sizes)
-    assert all(torch.equal(x, y) for x, y in zip(plain, before, strict=True)), "it is shared"
 
 
 def test_means_never_get_more_than_their_keys():
@@ -87,12 +72,14 @@ def test_means_never_get_more_than_their_keys():
     layout = RAGGED
     q, k, v = tensors(layout)
     order = orders(layout)
-    found = eager.arrange(q, k, v, order)
+    found = permute(q, k, v, order)
     inputs = [in_order(x, order).double() for x in (q, k)]
     lse = reference.scaled_logits(*inputs, 0.25).logsumexp(-1)
     for block_q in (64, 128):
         options = {"block_q": block_q, "scale": 0.25}
-        pooled = eager.pooled_masses(found.q, found.k_mean, found.log_sizes, lse.float(), **options)
+        pooled = pooled_masses(
+            found.q, found.pooled.k_mean, found.pooled.log_sizes, lse.float(), **options
+        )
         means = reference.block_means(inputs[1], 64)
         weights = reference.weights_of(reference.scaled_logits(inputs[0], means, 0.25), lse)
         weights = weights * block_sizes(layout.tokens)
@@ -100,11 +87,3 @@ def test_means_never_get_more_than_their_keys():
         assert_within("pooled", pooled, exact, 1e-4)
         masses = reference.block_masses(*inputs, lse, block_k=64, **options)
         assert (pooled <= masses + 1e-4).all() and (pooled > 0).all()
-
-
-def test_what_a_sequence_shares_is_made_once():
-    prepare(RAGGED, 2, CPU)
-    made = plain_bias.cache_info().misses, rods.cache_info().misses
-    assert plain_bias(2, RAGGED.tokens, CPU) is plain_bias(2, RAGGED.tokens, CPU)
-    assert rods(RAGGED, CPU) is rods(RAGGED, CPU)
-    assert made == (plain_bias.cache_info().misses, rods.cache_info().misses)

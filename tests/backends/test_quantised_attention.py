@@ -5,7 +5,7 @@ pytest.importorskip("triton")
 
 from close import assert_within
 
-from sparse_attn.backends.permuted import plain_bias, with_bias
+from sparse_attn.backends.permuted import log_sizes
 from sparse_attn.backends.reference import expand_blocks
 from sparse_attn.backends.triton.permute import arrange
 from sparse_attn.backends.triton.quantise import TILE, quantise
@@ -172,7 +172,7 @@ def test_a_tail_stands_for_what_is_skipped(block_q, D, L, precision, device):
     mine = torch.zeros(B, L, device=device)
     # a bias of the caller's own
     mine[0, 70:80] = -2.0
-    bias, _ = with_bias(*plain_bias(B, L, torch.device(device)), mine)
+    bias = whole_bias(mine)
     keep = reference.random_keep(B, H, blocks(L, block_q), blocks(L, 64), 0.4, device)
     options, read = with_tail(L, keep, block_q, bias)
     # keys share an offset, so the zeros behind the tokens and the means lie far from them
@@ -190,12 +190,19 @@ def test_a_tail_stands_for_what_is_skipped(block_q, D, L, precision, device):
     assert relative(out, exact) < ERROR[precision]
 
 
+def whole_bias(mine):
+    """The tokens' bias, and that of the means behind them; -inf hides what only pads."""
+    sizes = log_sizes(len(mine), mine.shape[1], mine, mine.device)
+    pads = torch.full((len(mine), 64), float("-inf"), device=mine.device)
+    return torch.cat(
+        [mine, pads[:, : -mine.shape[1] % 64], sizes, pads[:, : -sizes.shape[1] % 64]], 1
+    )
+
+
 def check_tail(q, k, v, keep, block_q, mine=None):
     """Rows of q over the tokens of k and v, in their order, and the means of what `keep` skips."""
     B, H, L, _ = k.shape
-    bias, sizes = plain_bias(B, L, k.device)
-    if mine is not None:
-        bias, _ = with_bias(bias, sizes, mine)
+    bias = whole_bias(torch.zeros(B, L, device=k.device) if mine is None else mine)
     order = torch.arange(L, device=k.device, dtype=torch.int32).expand(B, H, L)
     k, v = arrange(k, order, means=True), arrange(v, order, means=True)
     options, read = with_tail(L, keep, block_q, bias)

@@ -3,40 +3,41 @@ import torch
 from close import assert_within
 
 from sparse_attn.backends import reference
-from sparse_attn.backends.torch import attention as eager
+from sparse_attn.backends.choice import plain_torch
 from sparse_attn.backends.torch import tail_error as module
-from sparse_attn.backends.torch.tail_error import deviation, rows_of, tail_error
+from sparse_attn.backends.torch.tail_error import deviation, tail_error
 from sparse_attn.orders.position import rods
 from sparse_attn.token_layout import TokenLayout
 
+TORCH = plain_torch()
 CPU, SCALE = torch.device("cpu"), 0.25
 LAYOUTS = [TokenLayout(20, 4, 5, 15, 24), TokenLayout(0, 4, 8, 10), TokenLayout(0, 1, 2, 5)]
 
 
 def found_by(layout, block_q, dtype=torch.float32):
-    """Masses, pooled masses and arranged tokens, and the arranged tokens in float64."""
+    """Masses, pooled masses and permuted tokens, and the permuted tokens in float64."""
     q, k, v = torch.randn(3, 2, 3, layout.tokens, 16).to(dtype)
     # a few keys stand out, so that means miss much
     k[:, :, ::29] *= 4
-    arranged = eager.arrange(q, k, v, rods(layout, CPU).expand(2, 3, -1))
-    inputs = [x.double() for x in (arranged.q, arranged.token_k, arranged.token_v)]
+    moved = TORCH.permute(q, k, v, rods(layout, CPU).expand(2, 3, -1))
+    inputs = [x.double() for x in (moved.q, moved.k, moved.v)]
     lse = reference.scaled_logits(*inputs[:2], SCALE).logsumexp(-1)
     options = {"block_q": block_q, "scale": SCALE}
-    masses = eager.block_masses(arranged.q, arranged.token_k, lse.float(), block_k=64, **options)
-    pooled = eager.pooled_masses(
-        arranged.q, arranged.k_mean, arranged.log_sizes, lse.float(), **options
+    masses = TORCH.block_masses(moved.q, moved.k, lse.float(), block_k=64, **options)
+    pooled = TORCH.pooled_masses(
+        moved.q, moved.pooled.k_mean, moved.pooled.log_sizes, lse.float(), **options
     )
-    return masses, pooled, arranged, inputs, lse
+    return masses, pooled, moved, inputs, lse
 
 
 def for_kernel(layout, block_q, dim, dtype, device):
     """What the kernel takes; the last mean key stands for more than its keys weigh."""
     v = torch.randn(2, layout.tokens, 3, dim).add(0.5).to(dtype).transpose(1, 2)
-    arranged = eager.arrange(v, v, v, rods(layout, CPU).expand(2, 3, -1))
+    moved = TORCH.permute(v, v, v, rods(layout, CPU).expand(2, 3, -1))
     masses = torch.randn(2, 3, layout.num_blocks(block_q), layout.num_blocks(64)).exp()
     pooled = masses * torch.rand_like(masses)
     pooled[..., -1] *= 3
-    return tuple(x.to(device) for x in (masses, pooled, arranged.token_v, arranged.v_mean))
+    return tuple(x.to(device) for x in (masses, pooled, moved.v, moved.pooled.v_mean))
 
 
 def kernel(*tensors):
@@ -48,9 +49,9 @@ def kernel(*tensors):
 @pytest.mark.parametrize("workspace", [1, 256 << 20], ids=["a head at a time", "all heads"])
 def test_matches_the_definition_in_float64(layout, block_q, workspace, monkeypatch):
     monkeypatch.setattr(module, "WORKSPACE_BYTES", workspace)
-    masses, pooled, arranged, inputs, lse = found_by(layout, block_q)
+    masses, pooled, moved, inputs, lse = found_by(layout, block_q)
     before = masses.clone()
-    scores = tail_error(masses, pooled, arranged.token_v, arranged.v_mean)
+    scores = tail_error(masses, pooled, moved.v, moved.pooled.v_mean)
     exact = reference.tail_error(*inputs, lse, block_q=block_q, block_k=64, scale=SCALE)
     # where masses agree to rounding, the root of their difference is all rounding
     assert_within("scores", scores, exact, 5e-3 * exact.max().item())
@@ -60,8 +61,8 @@ def test_matches_the_definition_in_float64(layout, block_q, workspace, monkeypat
 
 def test_half_precision_scores_rank_alike():
     layout = LAYOUTS[1]
-    masses, pooled, arranged, inputs, lse = found_by(layout, 64, torch.bfloat16)
-    scores = tail_error(masses, pooled, arranged.token_v, arranged.v_mean)
+    masses, pooled, moved, inputs, lse = found_by(layout, 64, torch.bfloat16)
+    scores = tail_error(masses, pooled, moved.v, moved.pooled.v_mean)
     exact = reference.tail_error(*inputs, lse, block_q=64, block_k=64, scale=SCALE)
     assert_within("scores", scores, exact, 0.05 * exact.max().item())
 
@@ -73,32 +74,30 @@ def test_equal_keys_leave_no_error():
     order = rods(layout, CPU)
     k = torch.empty_like(q)
     k[:, :, order] = torch.randn(1, 1, layout.num_blocks(64), 16).repeat_interleave(64, 2)
-    arranged = eager.arrange(q, k, v, order.expand(1, 1, -1))
-    lse = eager.dense_attention(arranged.q, arranged.token_k, arranged.token_v, scale=SCALE)[1]
-    masses = eager.block_masses(
-        arranged.q, arranged.token_k, lse, block_q=64, block_k=64, scale=SCALE
-    )
-    pooled = eager.pooled_masses(
-        arranged.q, arranged.k_mean, arranged.log_sizes, lse, block_q=64, scale=SCALE
+    moved = TORCH.permute(q, k, v, order.expand(1, 1, -1))
+    lse = TORCH.attention(moved.q, moved.k, moved.v, scale=SCALE)[1]
+    masses = TORCH.block_masses(moved.q, moved.k, lse, block_q=64, block_k=64, scale=SCALE)
+    pooled = TORCH.pooled_masses(
+        moved.q, moved.pooled.k_mean, moved.pooled.log_sizes, lse, block_q=64, scale=SCALE
     )
     assert_within("pooled", pooled, masses.double(), 1e-3)
-    scores = tail_error(masses, pooled, arranged.token_v, arranged.v_mean)
+    scores = tail_error(masses, pooled, moved.v, moved.pooled.v_mean)
     # sqrt(64 * 1e-4) of rounding times a deviation of about 4
     assert scores.max() < 0.5 and scores.max() < 0.02 * masses.max()
 
 
 def test_a_stand_in_that_is_hidden_costs_the_whole_block():
-    masses, pooled, arranged, _, _ = found_by(LAYOUTS[1], 64)
+    masses, pooled, moved, _, _ = found_by(LAYOUTS[1], 64)
     pooled.zero_()
-    scores = tail_error(masses, pooled, arranged.token_v, arranged.v_mean)
-    spread = deviation(arranged.token_v[0], arranged.v_mean[0].float())
+    scores = tail_error(masses, pooled, moved.v, moved.pooled.v_mean)
+    spread = deviation(moved.v[0], moved.pooled.v_mean[0].float())
     assert (scores[0] >= masses[0] * spread[:, None] * (1 - 1e-5)).all()
 
 
 def test_nan_stays_in_its_head():
-    masses, pooled, arranged, _, _ = found_by(LAYOUTS[0], 64)
+    masses, pooled, moved, _, _ = found_by(LAYOUTS[0], 64)
     masses[1, 2, 3, 1] = float("nan")
-    scores = tail_error(masses, pooled, arranged.token_v, arranged.v_mean)
+    scores = tail_error(masses, pooled, moved.v, moved.pooled.v_mean)
     assert scores[1, 2, 3].isnan().any()
     scores[1, 2] = 0
     assert torch.isfinite(scores).all()
@@ -139,7 +138,3 @@ def test_deviation_is_that_of_the_values_in_a_block():
         [part.double().var(-2, correction=0).sum(-1).sqrt() for part in v.split(64, -2)], -1
     )
     assert_within("deviation", deviation(v, means.float()), exact, 1e-3)
-
-
-def test_rows_of_blocks():
-    assert rows_of(150, 64).tolist() == [64, 64, 22] and rows_of(128, 128).tolist() == [128]

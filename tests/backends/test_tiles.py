@@ -162,7 +162,6 @@ class Compiled:
 def compile_only(arch):
     """The launchers of this pack, made to compile for `arch` whatever tensors they are given."""
     fake_gpu(arch)
-    from sparse_attn.backends import launch as inputs
     from sparse_attn.backends import tiles
     from sparse_attn.backends.triton import attention as sparse_attention
     from sparse_attn.backends.triton import (
@@ -174,6 +173,7 @@ def compile_only(arch):
         tail_error,
         unpack_mask,
     )
+    from sparse_attn.backends.triton import launch as inputs
     from sparse_attn.backends.triton import pca_tree as halve
     from sparse_attn.backends.triton import permute as arrange
     from sparse_attn.backends.triton import quantised_attention as low_precision_attention
@@ -240,10 +240,10 @@ def call(kernel, B, H, L, D, block, bias=False, strided=False, **kwargs):
     from sparse_attn.backends.triton.block_masses import block_masses
     from sparse_attn.backends.triton.dense_attention import dense_attention
     from sparse_attn.backends.triton.features import features
-    from sparse_attn.backends.triton.pca_tree import halve
+    from sparse_attn.backends.triton.pca_tree import pca_tree
     from sparse_attn.backends.triton.permute import arrange
     from sparse_attn.backends.triton.pooled_masses import pooled_masses
-    from sparse_attn.backends.triton.row_wise_top_k import top_blocks
+    from sparse_attn.backends.triton.row_wise_top_k import row_wise_top_k
     from sparse_attn.backends.triton.tail_error import tail_error
     from sparse_attn.backends.triton.unpack_mask import unpack_mask
 
@@ -273,14 +273,14 @@ def call(kernel, B, H, L, D, block, bias=False, strided=False, **kwargs):
     elif kernel == "top blocks":
         masses = torch.zeros(B, H, Nq, Nq)
         sinks = torch.zeros(Nq, dtype=torch.bool)
-        top_blocks(masses, masses, torch.ones(B, H), sinks, sinks)
+        row_wise_top_k(masses, masses, torch.ones(B, H), 1, sinks, sinks)
     elif kernel == "features":
         bases = torch.zeros(2, B, H, D), torch.zeros(2, B, H, D, 16)
         features(q, q, *bases, torch.zeros(L, 8))
     elif kernel == "halve":
         # the most tokens that are sorted on chip, and one more
         for tokens in (2048, 2049):
-            halve(torch.zeros(H, tokens, 40))
+            pca_tree(torch.zeros(H, tokens, 40))
     elif kernel == "tail error":
         masses = torch.zeros(B, H, Nq, Nq)
         tail_error(masses, masses.clone(), q, q[:, :, :Nq])
@@ -418,7 +418,7 @@ def count_variants(arch):
     for L in (64, 1000):
         masses = torch.zeros(1, 2, 5, L)
         sinks = torch.zeros(L, dtype=torch.bool), torch.zeros(5, dtype=torch.bool)
-        top_blocks.top_blocks(masses, masses, torch.ones(1, 2), *sinks)
+        top_blocks.row_wise_top_k(masses, masses, torch.ones(1, 2), 1, *sinks)
     counts["top_blocks"] = len(stands["top_blocks"].binaries)
     for kernel in ("hopper", "hopper_masses") if arch == 90 else ():
         counts[kernel] = len(stands[kernel].binaries)

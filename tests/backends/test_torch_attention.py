@@ -9,7 +9,12 @@ import torch
 from close import assert_as_accurate_as, assert_within
 
 from sparse_attn.backends import reference
-from sparse_attn.backends.torch import attention as eager
+from sparse_attn.backends.torch import attention as module
+from sparse_attn.backends.torch import block_masses as masses_module
+from sparse_attn.backends.torch.attention import attention
+from sparse_attn.backends.torch.block_masses import block_masses
+from sparse_attn.backends.torch.permute import permute
+from sparse_attn.backends.torch.unpack_mask import unpack_mask
 from sparse_attn.block_mask import BlockMask
 
 BENCH = Path(__file__).parents[1] / "bench" / "bench_eager.py"
@@ -37,9 +42,9 @@ def random_keep(B, H, N, density=0.4, seed=0):
 def run_sparse(q, k, v, keep, block, scale, key_bias=None, block_k=None):
     blocks = {"block_q": block, "block_k": block_k or block}
     mask = BlockMask.from_dense(keep.to(q.device), **blocks)
-    lists = eager.unpack_mask(mask.bits, mask.num_k)
-    options = {**blocks, "scale": scale, "key_bias": key_bias}
-    return eager.sparse_attention(q, k, v, *lists, **options)[0]
+    out, lse = attention(q, k, v, scale=scale, key_bias=key_bias, mask=mask)
+    assert lse is None
+    return out
 
 
 def some_bias(B, L, device):
@@ -115,10 +120,10 @@ def test_reads_only_the_listed_blocks():
     assert torch.equal(run_sparse(q, k, v, keep, 64, 0.125), clean)
 
 
-@pytest.mark.parametrize("attend", [eager._attend_rows, eager._attend_batches])
+@pytest.mark.parametrize("attend", [module._attend_rows, module._attend_batches])
 @pytest.mark.parametrize("block_q", [64, 128])
 def test_averages_stand_for_what_is_not_listed(attend, block_q, monkeypatch):
-    monkeypatch.setattr(eager, "_attend_rows", attend)
+    monkeypatch.setattr(module, "_attend_rows", attend)
     q, k, v = make(2, 2, 500, 64, packed=True)
     # the bias goes with the first head, so it is on tokens that have the same place in both
     order = torch.stack([torch.randperm(300) for _ in range(4)]).view(2, 2, 300)
@@ -128,14 +133,12 @@ def test_averages_stand_for_what_is_not_listed(attend, block_q, monkeypatch):
     keep = keep[:, :, :: block_q // 64].contiguous()
     # this row reads averages alone
     keep[0, 1, 2] = False
-    tokens = eager.arrange(q, k, v, order, bias)
-    mask = BlockMask.from_dense(keep, block_q=block_q, block_k=64)
-    lists = eager.unpack_mask(mask.bits, mask.num_k, more=tokens.pseudo_blocks)
-    blocks = {"block_q": block_q, "block_k": 64, "scale": 0.125}
-    out, _ = eager.sparse_attention(
-        tokens.q, tokens.k, tokens.v, *lists, key_bias=tokens.key_bias, tail=mask.bits,
-        order=order, **blocks,
+    found = permute(q, k, v, order, bias)
+    out, _ = attention(
+        found.q, found.k, found.v, scale=0.125, key_bias=found.key_bias, pooled=found.pooled,
+        mask=BlockMask.from_dense(keep, block_q=block_q, block_k=64), order=order,
     )  # fmt: skip
+    blocks = {"block_q": block_q, "block_k": 64, "scale": 0.125}
     exact, _ = reference.sparse_attention_with_tail(
         q.double(), k.double(), v.double(), keep, order, key_bias=bias.double(), **blocks
     )
@@ -144,14 +147,18 @@ def test_averages_stand_for_what_is_not_listed(attend, block_q, monkeypatch):
     assert flat.data_ptr() == out.data_ptr(), "a view in the host's layout"
 
 
-def test_lists_end_with_the_blocks_that_no_bit_tells_of():
-    keep = random_keep(1, 2, 10)
+@pytest.mark.parametrize("num_k", [9, 64])
+@pytest.mark.parametrize("pooled", [0, 2])
+def test_lists_are_ascending_packed_left_and_end_with_pooled_blocks(num_k, pooled):
+    keep = torch.rand(1, 2, 5, num_k) < 0.4
+    keep[0, 0, 0], keep[0, 0, 1] = False, True
     mask = BlockMask.from_dense(keep, block_q=64, block_k=64)
-    indices, counts = eager.unpack_mask(mask.bits, 10, more=2)
-    for row, listed, count in zip(
-        keep.flatten(0, 2), indices.flatten(0, 2), counts.flatten(), strict=True
-    ):
-        assert listed[:count].tolist() == [*row.nonzero()[:, 0].tolist(), 10, 11]
+    indices, counts = unpack_mask(mask, pooled)
+    assert indices.dtype == counts.dtype == torch.int32
+    rows = (x.flatten(0, 2) for x in (keep, indices))
+    for row, listed, count in zip(*rows, counts.flatten().tolist(), strict=True):
+        last = range(num_k, num_k + pooled)
+        assert listed[:count].tolist() == [*row.nonzero()[:, 0].tolist(), *last]
 
 
 def test_a_row_that_lists_no_block_is_zero():
@@ -166,29 +173,15 @@ def test_a_row_that_lists_no_block_is_zero():
     assert_within("out", out, exact, 1e-6)
 
 
-def test_slots_past_the_count_are_never_read():
-    q, k, v = make(1, 1, 256, 64)
-    indices = torch.full((1, 1, 4, 4), 2**30, dtype=torch.int32)
-    indices[..., 0] = torch.arange(4)
-    counts = torch.ones(1, 1, 4, dtype=torch.int32)
-    out, lse = eager.sparse_attention(q, k, v, indices, counts, block_q=64, block_k=64, scale=0.125)
-    keep = torch.eye(4, dtype=torch.bool)[None, None]
-    exact, _ = reference.sparse_attention(
-        q.double(), k.double(), v.double(), keep, block_q=64, block_k=64, scale=0.125
-    )
-    assert_within("out", out, exact, 1e-6)
-    assert lse is None
-
-
-@pytest.mark.parametrize("room", [1, 2 * 64 * 4 * 512, eager.BATCH_BYTES])
+@pytest.mark.parametrize("room", [1, 2 * 64 * 4 * 512, module.BATCH_BYTES])
 def test_batches_of_rows_agree_with_single_rows(room, monkeypatch):
     """Other devices attend many rows at once."""
     q, k, v = make(2, 2, 500, 64)
     keep, bias = random_keep(2, 2, 8), some_bias(2, 500, "cpu")
     keep[0, 1, 3] = False
     single = run_sparse(q, k, v, keep, 64, 0.125, bias)
-    monkeypatch.setattr(eager, "_attend_rows", eager._attend_batches)
-    monkeypatch.setattr(eager, "BATCH_BYTES", room)
+    monkeypatch.setattr(module, "_attend_rows", module._attend_batches)
+    monkeypatch.setattr(module, "BATCH_BYTES", room)
     assert_within("out", run_sparse(q, k, v, keep, 64, 0.125, bias), single.double(), 2e-6)
 
 
@@ -212,17 +205,62 @@ def test_dense_attention_and_its_lse_match_float64(dtype, biased, device):
     B, H, L, D = 2, 3, 333, 64
     q, k, v = make(B, H, L, D, dtype, device, packed=True)
     bias = some_bias(B, L, device) if biased else None
-    out, lse, masses = eager.dense_attention(q, k, v, scale=0.125, key_bias=bias)
+    out, lse = attention(q, k, v, scale=0.125, key_bias=bias)
     exact, exact_lse = reference.dense_attention(
         q.double(), k.double(), v.double(),
         scale=0.125, key_bias=None if bias is None else bias.double(),
     )  # fmt: skip
     same, _ = reference.dense_attention(q, k, v, scale=0.125, key_bias=bias)
-    assert masses is None and lse.dtype == torch.float32
+    assert lse.dtype == torch.float32
     # torch's own fused attention rounds its weights to the dtype once more than the reference
     assert_as_accurate_as("out", out, same, exact, factor=3.0)
     # a bias passes through the dtype of q on its way into torch's attention
     assert_within("lse", lse, exact_lse, 1e-5 if dtype == torch.float32 else 2e-2)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize("biased", [False, True], ids=["", "biased"])
+@pytest.mark.parametrize("room", [1, module.BATCH_BYTES])
+def test_other_devices_multiply_in_float32(dtype, biased, room, monkeypatch):
+    """Scores of a spread at which a product in half precision errs by tenths, or overflows."""
+    monkeypatch.setattr(module, "BATCH_BYTES", room)
+    q, k, v = make(2, 2, 70, 64, torch.float32, packed=True)
+    q, k, v = (q * 40).to(dtype), (k * 40).to(dtype), v.to(dtype)
+    bias = some_bias(2, 70, "cpu") if biased else None
+    out, lse = module._dense_by_products(q, k, v, 0.01, bias)
+    exact, exact_lse = reference.dense_attention(
+        q.double(), k.double(), v.double(),
+        scale=0.01, key_bias=None if bias is None else bias.double(),
+    )  # fmt: skip
+    # half a step of the output's dtype, and what float32 leaves of scores up to 600
+    step = {torch.float32: 0.0, torch.bfloat16: 2.0**-9, torch.float16: 2.0**-12}[dtype]
+    assert_within("out", out, exact, 4 * step + 5e-4)
+    assert_within("lse", lse, exact_lse, 1e-3)
+    assert out.dtype == dtype and out.transpose(1, 2).is_contiguous()
+
+
+def test_only_a_cpu_takes_torch_s_operator(monkeypatch):
+    monkeypatch.setattr(module, "_dense_by_products", lambda *args: ("out", "lse"))
+    assert attention(*make(1, 1, 8, 64, device="meta"), scale=1.0) == ("out", "lse")
+
+
+@pytest.mark.parametrize("which", ["q", "k", "v", "key_bias"])
+@pytest.mark.parametrize("kept", [0.5, None], ids=["sparse", "dense"])
+def test_numbers_need_not_lie_side_by_side(which, kept):
+    """Torch's operator for CPUs takes them to, and reads what is not theirs."""
+    given = dict(zip("qkv", make(1, 2, 200, 64), strict=True))
+    given["key_bias"] = some_bias(1, 200, "cpu")
+    mask = None
+    if kept is not None:
+        mask = BlockMask.from_dense(random_keep(1, 2, 4, kept), block_q=64, block_k=64)
+    plain = attention(**given, scale=0.125, mask=mask)[0]
+    x = given[which]
+    wide = torch.full((*x.shape[:-1], 2 * x.shape[-1]), float("nan"))
+    wide[..., ::2] = x
+    given[which] = wide[..., ::2]
+    assert not given[which].is_contiguous()
+    strided = attention(**given, scale=0.125, mask=mask)[0]
+    assert_within("out", strided, plain.double(), 1e-6)
 
 
 @pytest.mark.parametrize(
@@ -239,9 +277,7 @@ def test_block_masses_match_float64(L, block_q, block_k, biased, device):
     options = {"block_q": block_q, "block_k": block_k, "scale": 0.125}
     exact = reference.block_masses(q.double(), k.double(), lse, key_bias=bias, **options)
     for renormalise in (False, True):
-        masses = eager.block_masses(
-            q, k, lse.float(), key_bias=bias, renormalise=renormalise, **options
-        )
+        masses = block_masses(q, k, lse.float(), key_bias=bias, renormalise=renormalise, **options)
         assert_within("masses", masses, exact, 1e-3)
 
 
@@ -251,19 +287,19 @@ def test_stale_lse_is_renormalised_to_the_rows_of_each_block(dtype):
     lse = reference.scaled_logits(q.double(), k.double(), 0.125).logsumexp(-1)
     stale = (lse + 0.65 * torch.rand(lse.shape)).float()
     options = {"block_q": 64, "block_k": 64, "scale": 0.125}
-    masses = eager.block_masses(q, k, stale, **options)
+    masses = block_masses(q, k, stale, **options)
     assert_within(
         "rows", masses.sum(-1), torch.tensor([64, 64, 64, 64, 64, 13.0]).expand(2, 2, 6), 1e-3
     )
     raw = reference.block_masses(q.double(), k.double(), stale.double(), **options)
     assert_within("masses", masses, reference.renormalised(raw, 333, 64), 1e-3)
-    untouched = eager.block_masses(q, k, stale, renormalise=False, **options)
+    untouched = block_masses(q, k, stale, renormalise=False, **options)
     assert_within("untouched", untouched, raw, 1e-3)
 
 
 def test_a_useless_lse_gives_finite_masses():
     q, k, _ = make(1, 1, 128, 64)
-    masses = eager.block_masses(
+    masses = block_masses(
         q, k, torch.full((1, 1, 128), -500.0), block_q=64, block_k=64, scale=0.125
     )
     assert torch.isfinite(masses).all()
@@ -273,9 +309,9 @@ def test_masses_in_small_tiles_are_the_same(monkeypatch):
     q, k, _ = make(1, 2, 500, 64)
     lse = reference.scaled_logits(q, k, 0.125).logsumexp(-1)
     options = {"block_q": 64, "block_k": 64, "scale": 0.125}
-    whole = eager.block_masses(q, k, lse, **options)
-    monkeypatch.setattr(eager, "TILE_BYTES", 1)
-    assert_within("masses", eager.block_masses(q, k, lse, **options), whole.double(), 1e-4)
+    whole = block_masses(q, k, lse, **options)
+    monkeypatch.setattr(masses_module, "TILE_BYTES", 1)
+    assert_within("masses", block_masses(q, k, lse, **options), whole.double(), 1e-4)
 
 
 def test_works_in_the_hosts_inference_mode_and_out_of_it():
@@ -284,8 +320,8 @@ def test_works_in_the_hosts_inference_mode_and_out_of_it():
     with torch.inference_mode():
         q, k, v = make(1, 2, 256, 64)
         inside = run_sparse(q, k, v, keep, 64, 0.125)
-        lse = eager.dense_attention(q, k, v, scale=0.125)[1]
-        masses = eager.block_masses(q, k, lse, block_q=64, block_k=64, scale=0.125)
+        lse = attention(q, k, v, scale=0.125)[1]
+        masses = block_masses(q, k, lse, block_q=64, block_k=64, scale=0.125)
         inside += 0
     assert inside.is_inference() and not outside.is_inference()
     assert torch.equal(inside, outside)
@@ -314,7 +350,7 @@ def test_leaves_torchs_threads_as_they_were(monkeypatch):
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
 def test_any_number_of_threads_gives_the_same(threads, monkeypatch):
-    monkeypatch.setattr(eager, "TILE_BYTES", 1)
+    monkeypatch.setattr(masses_module, "TILE_BYTES", 1)
     q, k, v = make(1, 2, 500, 64)
     keep = random_keep(1, 2, 8)
     exact, _ = reference.sparse_attention(
@@ -328,18 +364,11 @@ def test_any_number_of_threads_gives_the_same(threads, monkeypatch):
     torch.set_num_threads(threads)
     try:
         out = run_sparse(q, k, v, keep, 64, 0.125)
-        found = eager.block_masses(q, k, dense_lse.float(), block_q=64, block_k=64, scale=0.125)
+        found = block_masses(q, k, dense_lse.float(), block_q=64, block_k=64, scale=0.125)
     finally:
         torch.set_num_threads(before)
     assert_within("out", out, exact, 5e-6)
     assert_within("masses", found, masses, 1e-3)
-
-
-def test_says_why_it_cannot_serve():
-    q = torch.zeros(1, 1, 64, 64)
-    assert eager.why_not(q, q, q, 64, 64) is None
-    assert "floating point tensors, got torch.int32" in eager.why_not(q.int(), q, q, 64, 64)
-    assert "one head_dim, got 64, 64 and 32" in eager.why_not(q, q, q[..., :32], 64, 64)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="measures the CPU")

@@ -4,7 +4,7 @@ import torch
 pytest.importorskip("triton")
 
 from sparse_attn.backends import reference
-from sparse_attn.backends.triton.row_wise_top_k import MAX_BLOCKS, top_blocks
+from sparse_attn.backends.triton.row_wise_top_k import MAX_BLOCKS, row_wise_top_k
 
 
 def scores_of(shape, seed=0):
@@ -20,8 +20,10 @@ def marked(count, *places):
 def chosen(scores, budgets, sink_k=(), sink_q=(), masses=None, device="cpu"):
     masses = scores.abs() if masses is None else masses
     sinks = marked(scores.shape[3], *sink_k), marked(scores.shape[2], *sink_q)
-    inputs = (x.to(device) for x in (scores, masses, torch.tensor(budgets), *sinks))
-    keep, recall = top_blocks(*inputs)
+    scores, masses, budgets, *sinks = (
+        x.to(device) for x in (scores, masses, torch.tensor(budgets), *sinks)
+    )
+    keep, recall = row_wise_top_k(scores, masses, budgets, int(budgets.max()), *sinks)
     assert keep.dtype == torch.bool and keep.shape == scores.shape
     return keep.cpu(), recall.cpu()
 

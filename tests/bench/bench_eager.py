@@ -23,20 +23,20 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from sparse_attn.backends import reference
-from sparse_attn.backends.torch import attention as eager
+from sparse_attn.backends.torch.attention import attention
 from sparse_attn.block_mask import BlockMask
 
 HEADS, TOKENS, HEAD_DIM, BLOCK = 4, 8320, 64, 64
 SCALE = HEAD_DIM**-0.5
 
 
-def random_lists(density: float, seed=0):
-    """Lists of `density` of all key blocks per row, and the map they come from."""
+def random_mask(density: float, seed=0):
+    """A mask of `density` of all key blocks per row, and the map it comes from."""
     n = -(-TOKENS // BLOCK)
     scores = torch.rand(1, HEADS, n, n, generator=torch.Generator().manual_seed(seed))
     chosen = scores.topk(round(density * n), -1).indices
     keep = torch.zeros(1, HEADS, n, n, dtype=torch.bool).scatter_(-1, chosen, True)
-    return keep, BlockMask.from_dense(keep, block_q=BLOCK, block_k=BLOCK).kv_lists()
+    return keep, BlockMask.from_dense(keep, block_q=BLOCK, block_k=BLOCK)
 
 
 def check(q, k, v, keep, out):
@@ -56,12 +56,10 @@ def measure(dtype, density: float, rounds: int) -> dict:
     """Time both, one after the other, `rounds` times."""
     generator = torch.Generator().manual_seed(0)
     q, k, v = torch.randn(3, 1, HEADS, TOKENS, HEAD_DIM, generator=generator).to(dtype)
-    keep, lists = random_lists(density)
+    keep, mask = random_mask(density)
     runs = {
         "dense": lambda: F.scaled_dot_product_attention(q, k, v, scale=SCALE),
-        "sparse": lambda: eager.sparse_attention(
-            q, k, v, *lists, block_q=BLOCK, block_k=BLOCK, scale=SCALE
-        )[0],
+        "sparse": lambda: attention(q, k, v, scale=SCALE, mask=mask)[0],
     }
     check(q, k, v, keep, runs["sparse"]())
     runs["dense"]()

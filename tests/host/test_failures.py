@@ -10,7 +10,8 @@ import pytest
 import torch
 from close import assert_within, attention_rounding
 
-from sparse_attn.backends.torch import attention as eager
+from sparse_attn.backends.torch import attention
+from sparse_attn.backends.torch import block_masses as masses
 from sparse_attn.block_mask import BlockMask
 from sparse_attn.call import Call
 from sparse_attn.config import AdaSpaConfig
@@ -94,7 +95,7 @@ def test_error_inside_an_attention_call_leaves_nothing(load, watched, monkeypatc
 
     model, handle = sparse(load("hunyuan"))
     with monkeypatch.context() as patch:
-        patch.setattr(eager, "sparse_attention", fails)
+        patch.setattr(attention, "_attend_rows", fails)
         with pytest.raises(Failure):
             sample(model)
     assert_nothing_stays(watched, handle)
@@ -127,8 +128,8 @@ def failing(function, when, error):
 
 def test_out_of_memory_in_a_search_keeps_that_layer_dense(load, monkeypatch):
     # the searches come as layer 0 and 1 of one prompt, then of the other
-    short = failing(eager.block_masses, lambda n: n == 1, torch.OutOfMemoryError("no room"))
-    monkeypatch.setattr(eager, "block_masses", short)
+    short = failing(masses.block_masses, lambda n: n == 1, torch.OutOfMemoryError("no room"))
+    monkeypatch.setattr(masses, "block_masses", short)
     model, handle = sparse(load("wan_h64"), sparsity=0.0)
     assert_same_video(sample(model), sample(load("wan_h64")))
     assert kept_dense(handle)[OUT_OF_MEMORY] == 4
@@ -140,8 +141,8 @@ def test_out_of_memory_in_a_search_keeps_that_layer_dense(load, monkeypatch):
 
 
 def test_out_of_memory_everywhere_equals_dense(load, monkeypatch):
-    short = failing(eager.block_masses, lambda n: True, torch.OutOfMemoryError("no room"))
-    monkeypatch.setattr(eager, "block_masses", short)
+    short = failing(masses.block_masses, lambda n: True, torch.OutOfMemoryError("no room"))
+    monkeypatch.setattr(masses, "block_masses", short)
     for name, layers in (("wan_h64", 2), ("hunyuan", 3)):
         model, handle = sparse(load(name))
         assert_same_video(sample(model), sample(load(name)))
@@ -150,8 +151,8 @@ def test_out_of_memory_everywhere_equals_dense(load, monkeypatch):
 
 
 def test_out_of_memory_in_a_later_search_keeps_the_earlier_mask(load, monkeypatch):
-    short = failing(eager.block_masses, lambda n: n >= 4, torch.OutOfMemoryError("no room"))
-    monkeypatch.setattr(eager, "block_masses", short)
+    short = failing(masses.block_masses, lambda n: n >= 4, torch.OutOfMemoryError("no room"))
+    monkeypatch.setattr(masses, "block_masses", short)
     model, handle = sparse(load("wan_h64"), search_points=(0.5,), tail="none")
     out = sample(model)
     assert len(handle.latest().timing.sparse) == 12
@@ -187,9 +188,9 @@ def qkv(seed=0):
 def test_memory_of_a_failed_search_is_free_before_the_dense_fallback(monkeypatch, where):
     large = []
 
-    def short(first, *args, **kwargs):
+    def short(*args, **kwargs):
         # what the failed part allocated, or the masses that it was given
-        held = torch.ones(1000) if where == "masses" else first
+        held = torch.ones(1000) if where == "masses" else args[1]
         large.append(weakref.ref(held))
         raise torch.OutOfMemoryError("no room")
 
@@ -200,7 +201,7 @@ def test_memory_of_a_failed_search_is_free_before_the_dense_fallback(monkeypatch
         return torch.zeros(1, 2, 288, 64)
 
     if where == "masses":
-        monkeypatch.setattr(eager, "block_masses", short)
+        monkeypatch.setattr(masses, "block_masses", short)
     else:
         monkeypatch.setattr(selection, "select", short)
     direct_run().attend(direct_call(0, qkv(), dense=dense))

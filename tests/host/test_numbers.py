@@ -6,8 +6,7 @@ import pytest
 import torch
 from close import mass_rounding
 
-from sparse_attn.backends import reference
-from sparse_attn.backends.torch import attention as eager
+from sparse_attn.backends import choice, reference
 from sparse_attn.orders.position import is_shared
 from sparse_attn.run.state import RunState
 from tests.host.host_fixtures import VIDEO_15, assert_same_video, calls, sample, sparse
@@ -72,17 +71,16 @@ def test_memory_held_is_what_was_predicted(load, most_held, name, fields):
 @pytest.fixture
 def one_pass(monkeypatch):
     """Let plain torch search in one pass, as the kernels for GPUs do."""
-    dense = eager.dense_attention
+    plain = choice.plain_torch()
 
-    def dense_attention(q, k, v, *, previous_lse=None, block_q=64, block_k=64, **options):
-        out, lse, masses = dense(q, k, v, **options)
-        if previous_lse is not None:
-            assert previous_lse.shape == lse.shape
-            masses = eager.block_masses(q, k, lse, block_q=block_q, block_k=block_k, **options)
-        return out, lse, masses
+    def attention_with_masses(q, k, v, *, previous_lse, block_q, block_k, **options):
+        out, lse = plain.attention(q, k, v, **options)
+        assert previous_lse.shape == lse.shape
+        blocks = {"block_q": block_q, "block_k": block_k}
+        return out, lse, plain.block_masses(q, k, lse, **blocks, **options)
 
-    monkeypatch.setattr(eager, "dense_attention", dense_attention)
-    monkeypatch.setattr(eager, "ONE_PASS_SEARCH", True)
+    backend = replace(plain, one_pass_search=True, attention_with_masses=attention_with_masses)
+    monkeypatch.setattr(choice, "choose", lambda *args: (backend, backend.name))
 
 
 @pytest.mark.parametrize("fields", [{}, {"search_points": (0.75,)}], ids=["one", "two"])

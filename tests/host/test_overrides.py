@@ -83,12 +83,12 @@ def test_other_override_serves_hunyuan_without_knowing_output_shapes(load):
 
 
 def test_fallback_of_a_sparse_layer_reaches_the_other_override_in_its_own_shape(load, monkeypatch):
-    from sparse_attn.backends.torch import attention as eager
+    from sparse_attn.backends.torch import block_masses
 
     def out_of_memory(*args, **kwargs):
         raise torch.OutOfMemoryError("no room")
 
-    monkeypatch.setattr(eager, "block_masses", out_of_memory)
+    monkeypatch.setattr(block_masses, "block_masses", out_of_memory)
     for name in ("wan_h64", "hunyuan"):
         other = Override(reshape_output=True)
         model, _ = sparse(with_override(load(name), other))

@@ -1,8 +1,10 @@
 """Low precision as the host sees it: who may ask for it, who may forbid it, what is shown."""
 
+from dataclasses import replace
+
 import pytest
 
-from sparse_attn.backends.torch import attention as eager
+from sparse_attn.backends import choice
 from sparse_attn.run.precision import NOT_ALLOWED
 from tests.host.host_fixtures import assert_other_video, assert_same_video, calls, sample, sparse
 
@@ -10,24 +12,15 @@ from tests.host.host_fixtures import assert_other_video, assert_same_video, call
 @pytest.fixture
 def quantising(monkeypatch):
     """Let plain torch serve low precision, with values in eighths."""
+    plain = choice.plain_torch()
 
-    def low_precision_attention(q, k, v, *, scale, precision, kv_indices=None, kv_num_blocks=None,
-                                key_bias=None, **blocks):  # fmt: skip
-        v = (v * 8).round() / 8
-        if kv_indices is None:
-            return eager.dense_attention(q, k, v, scale=scale, key_bias=key_bias)[:2]
-        return eager.sparse_attention(
-            q, k, v, kv_indices, kv_num_blocks, scale=scale, key_bias=key_bias, **blocks
-        )
+    def quantised_attention(q, k, v, **options):
+        return plain.attention(q, k, (v * 8).round() / 8, **options)
 
-    block_masses = eager.block_masses
-
-    def masses(*args, int8=False, **options):
-        return block_masses(*args, **options)
-
-    monkeypatch.setattr(eager, "block_masses", masses)
-    monkeypatch.setattr(eager, "why_not_low_precision", lambda *args: None)
-    monkeypatch.setattr(eager, "low_precision_attention", low_precision_attention, raising=False)
+    backend = replace(
+        plain, quantised_attention=quantised_attention, why_not_quantised=lambda *args: None
+    )
+    monkeypatch.setattr(choice, "choose", lambda *args: (backend, backend.name))
 
 
 def forbid(executor, x, t, c_concat=None, c_crossattn=None, control=None,
@@ -49,11 +42,11 @@ def test_sparse_calls_run_in_low_precision_on_request(load, quantising, name):
 
 
 def test_a_machine_without_it_computes_as_usual_and_says_why(load):
-    model, handle = sparse(load("wan_h64"), precision="fp8")
+    model, handle = sparse(load("wan_h64"), precision="int8")
     assert_same_video(sample(model), sample(sparse(load("wan_h64"))[0]), 1e-6)
     text = "\n".join(handle.latest().lines())
-    assert "Precision: 0 calls in fp8" in text
-    assert "Not in fp8: 12 calls, plain torch computes in float32" in text
+    assert "Precision: 0 calls in int8" in text
+    assert "Not in int8: 12 calls, plain torch computes in float32" in text
 
 
 def test_the_host_s_word_against_it_is_honoured(load, quantising):

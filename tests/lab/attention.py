@@ -15,7 +15,8 @@ from selecting import select, static_scores
 from sparse import SparseAttention, masses_with
 from tails import Tail, fake_fp8, fake_int8, smooth
 
-from sparse_attn.method.recall import recall, sample_rows
+from sparse_attn.block_mask import recall
+from sparse_attn.method.recall import sample_rows
 
 STATIC = ("random", "radial", "spatial or temporal")
 GROUP = 64  # query rows of an analysis; larger blocks are sums of it

@@ -132,9 +132,9 @@ def measure() -> dict[str, float]:
     has to do. "merge" is what plain torch takes to join two outputs.
     """
     from scores import means
-    from sparse import kv_lists
 
-    from sparse_attn.backends.triton import available
+    from sparse_attn.backends.choice import choose
+    from sparse_attn.block_mask import BlockMask
 
     H, L, D, block = 24, 119040, 128, 64
     generator = torch.Generator("cuda").manual_seed(0)
@@ -142,7 +142,7 @@ def measure() -> dict[str, float]:
         torch.randn(1, H, L, D, device="cuda", dtype=torch.bfloat16, generator=generator)
         for _ in range(3)
     )
-    attend = available()["dense_attention"].dense_attention
+    attend = choose(q, k, v, block, block)[0].attention
     k_mean, v_mean = (x.unflatten(2, (-1, block)).mean(3) for x in (k, v))
     order = torch.randperm(L, device="cuda", generator=generator)
     # as models hand them over: a token's heads side by side
@@ -157,7 +157,7 @@ def measure() -> dict[str, float]:
         scores = means(q, block) @ means(k, block).mT
         best = scores.topk(scores.shape[-1] // 5, -1).indices
         keep = torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, best, True)
-        return kv_lists(keep)
+        return BlockMask.from_dense(keep, block_q=block, block_k=block)
 
     return {
         "block means": _median_ms(lambda: [x.unflatten(2, (-1, block)).mean(3) for x in (k, v)]),

@@ -2,9 +2,9 @@
 
 import torch
 
-from sparse_attn.backends.torch.row_wise_top_k import row_budget
+from sparse_attn.block_mask import recall
 from sparse_attn.method.head_adaptive import budget_shift, head_budgets
-from sparse_attn.method.recall import recall
+from sparse_attn.method.selection import row_budget
 
 
 def best_in_rows(scores, budgets, sink_k):

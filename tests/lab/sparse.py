@@ -2,18 +2,11 @@
 
 import torch
 
-from sparse_attn.backends import triton as kernels
-from sparse_attn.backends.torch import attention as eager
+from sparse_attn.backends.choice import choose
+from sparse_attn.block_mask import BlockMask
 
 KERNEL_BLOCKS = (64, 128)
 CHUNK_BYTES = 3 << 29
-
-
-def kv_lists(keep):
-    """[B, H, Nq, K] int32 ascending block numbers packed left, and how many count."""
-    order = keep.logical_not().to(torch.uint8).argsort(dim=-1, stable=True)
-    count = keep.sum(-1, dtype=torch.int32)
-    return order[..., : int(count.max())].to(torch.int32).contiguous(), count
 
 
 class SparseAttention:
@@ -22,15 +15,15 @@ class SparseAttention:
     def __init__(self, keep, block_q: int, block_k: int, device):
         self.keep, self.block_q, self.block_k = keep, block_q, block_k
         on_kernel = block_q in KERNEL_BLOCKS and block_k in KERNEL_BLOCKS
-        self.lists = kv_lists(keep) if on_kernel and device.type == "cuda" else None
+        self.mask = None
+        if on_kernel and device.type == "cuda":
+            self.mask = BlockMask.from_dense(keep, block_q=block_q, block_k=block_k)
 
     def __call__(self, q, k, v, scale: float):
-        if self.lists is None:
+        if self.mask is None:
             return masked_attention(q, k, v, self.keep, self.block_q, self.block_k, scale)
-        kernel = kernels.available()["sparse_attention"]
-        return kernel.sparse_attention(
-            q, k, v, *self.lists, block_q=self.block_q, block_k=self.block_k, scale=scale
-        )
+        backend, _ = choose(q, k, v, self.block_q, self.block_k)
+        return backend.attention(q, k, v, scale=scale, mask=self.mask)
 
 
 def masked_attention(q, k, v, keep, block_q: int, block_k: int, scale: float):
@@ -55,5 +48,5 @@ def masked_attention(q, k, v, keep, block_q: int, block_k: int, scale: float):
 
 def masses_with(q, k, lse, block_q: int, block_k: int, scale: float):
     """Block masses for given softmax denominators, every row scaled to its number of queries."""
-    backend = kernels.available()["block_masses"] if q.device.type == "cuda" else eager
+    backend, _ = choose(q, k, k, block_q, block_k)
     return backend.block_masses(q, k, lse, block_q=block_q, block_k=block_k, scale=scale)

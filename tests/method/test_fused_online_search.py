@@ -5,9 +5,10 @@ import torch
 from close import assert_as_accurate_as, assert_within
 
 from sparse_attn.backends import reference
-from sparse_attn.backends.torch import attention as eager
+from sparse_attn.backends.choice import plain_torch
 from sparse_attn.method.fused_online_search import fused_online_search
 
+TORCH = plain_torch()
 CASES = [
     # B, H, L, D, block_q, block_k
     (1, 2, 256, 64, 64, 64),
@@ -20,7 +21,7 @@ CASES = [
 def search(backend, q, k, v, block_q=64, block_k=64, previous=None, key_bias=None):
     def dense_with_lse(q, k, v):
         calls.append(q.shape)
-        return eager.dense_attention(q, k, v, scale=0.3, key_bias=key_bias)[:2]
+        return TORCH.attention(q, k, v, scale=0.3, key_bias=key_bias)
 
     calls = []
     found = fused_online_search(
@@ -40,7 +41,7 @@ def test_two_passes_give_dense_output_and_exact_masses(case, biased, device):
     if biased:
         bias = torch.zeros(B, L, device=device)
         bias[:, L - 20 :] = torch.finfo(torch.float32).min
-    out, lse, masses, calls = search(eager, q, k, v, *blocks, key_bias=bias)
+    out, lse, masses, calls = search(TORCH, q, k, v, *blocks, key_bias=bias)
     exact_qkv = [x.double() for x in (q, k, v)]
     options = {"scale": 0.3, "key_bias": None if bias is None else bias.double()}
     exact, exact_lse = reference.dense_attention(*exact_qkv, **options)
@@ -57,19 +58,19 @@ def test_two_passes_give_dense_output_and_exact_masses(case, biased, device):
 def test_a_backend_without_one_pass_ignores_the_earlier_lse():
     q, k, v = torch.randn(3, 1, 1, 128, 64)
     useless = torch.full((1, 1, 128), 40.0)
-    _, _, fresh, _ = search(eager, q, k, v)
-    _, _, masses, calls = search(eager, q, k, v, previous=useless)
+    _, _, fresh, _ = search(TORCH, q, k, v)
+    _, _, masses, calls = search(TORCH, q, k, v, previous=useless)
     assert torch.equal(masses, fresh) and len(calls) == 1
 
 
 def test_one_pass_runs_when_the_backend_can_and_the_lse_is_known():
     seen = {}
 
-    def dense_attention(q, k, v, **options):
+    def attention_with_masses(q, k, v, **options):
         seen.update(options)
         return "out", "lse", "masses"
 
-    backend = SimpleNamespace(ONE_PASS_SEARCH=True, dense_attention=dense_attention)
+    backend = SimpleNamespace(one_pass_search=True, attention_with_masses=attention_with_masses)
     q = torch.zeros(1, 1, 64, 64)
     found = search(backend, q, q, q, 64, 128, previous="earlier", key_bias="bias")
     assert found == ("out", "lse", "masses", [])
@@ -79,7 +80,7 @@ def test_one_pass_runs_when_the_backend_can_and_the_lse_is_known():
 
 
 def test_the_first_step_searches_in_two_passes_even_where_one_would_do():
-    backend = SimpleNamespace(ONE_PASS_SEARCH=True, block_masses=eager.block_masses)
+    backend = SimpleNamespace(one_pass_search=True, block_masses=TORCH.block_masses)
     q, k, v = torch.randn(3, 1, 1, 128, 64)
     _, _, masses, calls = search(backend, q, k, v)
     assert len(calls) == 1

@@ -3,13 +3,14 @@ import torch
 from close import assert_within
 
 from sparse_attn.backends import reference
-from sparse_attn.backends.torch import attention as eager
+from sparse_attn.backends.choice import plain_torch
+from sparse_attn.block_mask import recall
 from sparse_attn.config import AdaSpaConfig
-from sparse_attn.method.lse_cached_search import lse_cached_search
-from sparse_attn.method.recall import recall
+from sparse_attn.method.lse_cached_search import lse_cached_search, rows_of
 from sparse_attn.method.selection import select
 from sparse_attn.token_layout import TokenLayout
 
+TORCH = plain_torch()
 L, D, BLOCK, SCALE = 640, 64, 64, 64**-0.5
 OPTIONS = {"block_q": BLOCK, "block_k": BLOCK, "scale": SCALE}
 
@@ -32,7 +33,7 @@ def cached_and_exact(drift, shift=0.0):
     earlier = exact_lse(q, k).float() + shift
     now = exact_lse(q_now, k_now)
     masses = lse_cached_search(
-        eager, q_now, k_now, earlier, scale=SCALE, block_q=BLOCK, block_k=BLOCK
+        TORCH, q_now, k_now, earlier, scale=SCALE, block_q=BLOCK, block_k=BLOCK
     )
     exact = reference.block_masses(q_now.double(), k_now.double(), now, **OPTIONS)
     return masses, exact, (earlier - now).abs().mean().item()
@@ -66,8 +67,8 @@ def test_a_drifted_lse_stays_close(drift, allowed):
 def test_the_mask_of_a_drifted_lse_holds_almost_the_best_mass():
     masses, exact, _ = cached_and_exact(0.3)
     layout, config = TokenLayout(0, 1, 1, L), AdaSpaConfig(sparsity=0.7)
-    keep, estimated = select(masses, layout, config)
-    _, best = select(exact.float(), layout, config)
+    keep, estimated = select(TORCH, masses, layout, config)
+    _, best = select(TORCH, exact.float(), layout, config)
     true = recall(exact.float(), keep)
     assert (true <= best + 1e-6).all(), "no mask holds more than the best"
     assert (best - true < 0.01).all()
@@ -80,8 +81,12 @@ def test_a_key_bias_reaches_the_masses():
     bias[:, -100:] = torch.finfo(torch.float32).min
     lse = reference.scaled_logits(q.double(), k.double(), SCALE, bias).logsumexp(-1)
     masses = lse_cached_search(
-        eager, q, k, lse.float(), scale=SCALE, block_q=BLOCK, block_k=BLOCK, key_bias=bias
+        TORCH, q, k, lse.float(), scale=SCALE, block_q=BLOCK, block_k=BLOCK, key_bias=bias
     )
     exact = reference.block_masses(q.double(), k.double(), lse, key_bias=bias, **OPTIONS)
     assert_within("masses", masses, exact, 1e-3)
     assert (masses[..., -1] == 0).all()
+
+
+def test_rows_of_blocks():
+    assert rows_of(150, 64).tolist() == [64, 64, 22] and rows_of(128, 128).tolist() == [128]

@@ -2,8 +2,8 @@ import pytest
 import torch
 
 from sparse_attn.backends import reference
-from sparse_attn.block_mask import BlockMask
-from sparse_attn.method.recall import recall, sample_rows, sampled_recall
+from sparse_attn.block_mask import BlockMask, recall
+from sparse_attn.method.recall import sample_rows, sampled_recall
 
 
 @pytest.mark.parametrize("length, block", [(256, 64), (200, 64), (300, 128)])

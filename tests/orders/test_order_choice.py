@@ -5,13 +5,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from sparse_attn.backends.torch import attention as eager
+from sparse_attn.backends.choice import plain_torch
 from sparse_attn.config import AdaSpaConfig
 from sparse_attn.orders.choice import find_order
 from sparse_attn.orders.position import rods
 from sparse_attn.orders.similarity import similar_order
 from sparse_attn.token_layout import TokenLayout
 
+TORCH = plain_torch()
 LAYOUT = TokenLayout(before=3, frames=8, height=16, width=16, after=7)
 CONFIG = AdaSpaConfig(sparsity=0.8, tail="pooled", token_order="similarity")
 
@@ -40,16 +41,16 @@ def two_heads():
 
 
 def test_every_head_gets_the_order_that_suits_it(two_heads):
-    order, similar = find_order(eager, *two_heads, call(), CONFIG)
+    order, similar = find_order(TORCH, *two_heads, call(), CONFIG)
     assert similar.tolist() == [[False, True]]
     assert order.shape == (1, 2, LAYOUT.tokens) and order.dtype == torch.int32
     assert torch.equal(order[0, 0], rods(LAYOUT, order.device))
-    assert torch.equal(order[0, 1], similar_order(*two_heads[:2], LAYOUT)[0, 1])
+    assert torch.equal(order[0, 1], similar_order(TORCH, *two_heads[:2], LAYOUT)[0, 1])
 
 
 def test_position_keeps_every_head_in_rods(two_heads):
     config = AdaSpaConfig(sparsity=0.8, tail="pooled", token_order="position")
-    order, similar = find_order(eager, *two_heads, call(), config)
+    order, similar = find_order(TORCH, *two_heads, call(), config)
     assert not similar.any()
     assert torch.equal(order, rods(LAYOUT, order.device).expand(1, 2, -1))
 
@@ -58,7 +59,7 @@ def test_position_keeps_every_head_in_rods(two_heads):
 def test_a_bias_on_the_video_needs_one_order(two_heads, token, moves):
     bias = torch.zeros(1, LAYOUT.tokens)
     bias[0, token] = -2.0
-    _, similar = find_order(eager, *two_heads, call(bias), CONFIG)
+    _, similar = find_order(TORCH, *two_heads, call(bias), CONFIG)
     assert bool(similar.any()) is moves
 
 
@@ -66,5 +67,5 @@ def test_128_queries_to_a_block(two_heads):
     config = AdaSpaConfig(
         sparsity=0.8, tail="pooled", token_order="similarity", block_size="128x64"
     )
-    _, similar = find_order(eager, *two_heads, call(), config)
+    _, similar = find_order(TORCH, *two_heads, call(), config)
     assert similar.tolist() == [[False, True]]

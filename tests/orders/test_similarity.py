@@ -1,13 +1,18 @@
 """Similar order: a permutation that leaves extra tokens alone, balanced, stable and good."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
-from sparse_attn.backends import triton as kernels
+from sparse_attn.backends.choice import choose, plain_torch
+from sparse_attn.backends.torch.features import features as torch_features
+from sparse_attn.backends.torch.pca_tree import pca_tree as torch_pca_tree
 from sparse_attn.orders import similarity as module
 from sparse_attn.orders.similarity import similar_order
 from sparse_attn.token_layout import TokenLayout
 
+TORCH = plain_torch()
 LAYOUT = TokenLayout(before=5, frames=5, height=9, width=14, after=20)
 
 
@@ -38,7 +43,7 @@ def clustered(layout, kinds: int, seed=0):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_every_token_has_one_place_and_extra_tokens_lie_behind(layout, dtype):
     q, k = (x.to(dtype) for x in tensors(layout))
-    order = similar_order(q, k, layout)
+    order = similar_order(TORCH, q, k, layout)
     assert order.shape == q.shape[:3] and order.dtype == torch.int32
     everything = torch.arange(layout.tokens, dtype=torch.int32).expand_as(order)
     assert torch.equal(order.sort(-1).values, everything)
@@ -50,7 +55,7 @@ def test_every_token_has_one_place_and_extra_tokens_lie_behind(layout, dtype):
 def test_a_block_holds_tokens_of_one_kind():
     layout = TokenLayout(0, 8, 8, 16)
     q, k, kind = clustered(layout, kinds=16)
-    blocks = kind[similar_order(q, k, layout)[0, 0].long()].unflatten(0, (-1, 64))
+    blocks = kind[similar_order(TORCH, q, k, layout)[0, 0].long()].unflatten(0, (-1, 64))
     assert (blocks == blocks.mode(-1, keepdim=True).values).float().mean() > 0.75
 
 
@@ -59,8 +64,8 @@ def test_heads_are_ordered_one_by_one(monkeypatch):
     monkeypatch.setattr(module, "WORKSPACE_BYTES", 1)
     layout = TokenLayout(0, 4, 8, 16)
     q, k = tensors(layout, heads=4, batch=1)
-    order = similar_order(q, k, layout)
-    assert torch.equal(similar_order(q.flip(1), k.flip(1), layout), order.flip(1))
+    order = similar_order(TORCH, q, k, layout)
+    assert torch.equal(similar_order(TORCH, q.flip(1), k.flip(1), layout), order.flip(1))
     assert not torch.equal(order[:, 0], order[:, 1])
 
 
@@ -70,14 +75,14 @@ def test_as_many_heads_are_ordered_at_once_as_the_workspace_holds(heads, monkeyp
     numbers = torch.rand(2, 3, LAYOUT.tokens, 1).argsort(2).float()
     asked = []
 
-    def features(q, k, places):
+    def features(backend, q, k, places):
         asked.append(q.shape[1])
         return q
 
     monkeypatch.setattr(module, "_features", features)
     columns = 2 * module.DIRECTIONS + module.PLACE_COLUMNS
-    monkeypatch.setattr(module, "WORKSPACE_BYTES", heads * LAYOUT.video * columns * 12)
-    order = similar_order(numbers, numbers, LAYOUT)
+    monkeypatch.setattr(module, "WORKSPACE_BYTES", heads * LAYOUT.video * columns * 4)
+    order = similar_order(TORCH, numbers, numbers, LAYOUT)
     video = slice(LAYOUT.before, LAYOUT.before + LAYOUT.video)
     expected = numbers[:, :, video, 0].argsort(-1) + LAYOUT.before
     assert torch.equal(order[..., : LAYOUT.video], expected.int())
@@ -87,7 +92,7 @@ def test_as_many_heads_are_ordered_at_once_as_the_workspace_holds(heads, monkeyp
 def test_an_offset_that_all_keys_share_changes_little():
     layout = TokenLayout(0, 8, 8, 16)
     q, k, kind = clustered(layout, kinds=16)
-    order = similar_order(q, k + 50.0, layout)
+    order = similar_order(TORCH, q, k + 50.0, layout)
     blocks = kind[order[0, 0].long()].unflatten(0, (-1, 64))
     assert (blocks == blocks.mode(-1, keepdim=True).values).float().mean() > 0.75
 
@@ -95,8 +100,8 @@ def test_an_offset_that_all_keys_share_changes_little():
 def test_place_decides_between_equal_tokens():
     layout = TokenLayout(0, 8, 8, 16)
     q, k = (torch.ones(1, 1, layout.tokens, 32) for _ in range(2))
-    frames = similar_order(q, k, layout)[0, 0].unflatten(0, (-1, 64)).long() // 128
-    columns = similar_order(q, k, layout)[0, 0].unflatten(0, (-1, 64)).long() % 16
+    frames = similar_order(TORCH, q, k, layout)[0, 0].unflatten(0, (-1, 64)).long() // 128
+    columns = similar_order(TORCH, q, k, layout)[0, 0].unflatten(0, (-1, 64)).long() % 16
     assert float(frames.float().std(-1).mean()) < 1.5
     assert float(columns.float().std(-1).mean()) < 3.0
 
@@ -106,7 +111,7 @@ def test_bad_numbers_still_give_every_token_a_place(bad):
     q, k = tensors(LAYOUT, batch=1)
     k[0, 1] = bad
     q[0, 2, 7, 3] = bad
-    order = similar_order(q, k, LAYOUT)
+    order = similar_order(TORCH, q, k, LAYOUT)
     everything = torch.arange(LAYOUT.tokens, dtype=torch.int32).expand_as(order)
     assert torch.equal(order.sort(-1).values, everything)
 
@@ -119,7 +124,7 @@ def apart(x, order):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("dim", [64, 128])
-def test_kernels_find_blocks_as_alike_as_plain_torch_does(dim, monkeypatch):
+def test_kernels_find_blocks_as_alike_as_plain_torch_does(dim):
     layout = TokenLayout(0, 8, 16, 64)
     kind = torch.randint(0, 32, (layout.tokens,))
     q, k = (
@@ -128,11 +133,12 @@ def test_kernels_find_blocks_as_alike_as_plain_torch_does(dim, monkeypatch):
         .cuda()
         for _ in range(2)
     )
-    assert kernels.kernel_for("pca_tree", torch.zeros(1, 1, 40, device="cuda")) is not None
-    assert kernels.kernel_for("features", q, k, torch.zeros(1, 16, device="cuda")) is not None
-    order = similar_order(q, k, layout)
-    monkeypatch.setattr(kernels, "kernel_for", lambda *args: None)
-    plain = similar_order(q, k, layout)
+    backend, _ = choose(q, k, k, 64, 64)
+    assert backend.name == "Triton kernels"
+    order = similar_order(backend, q, k, layout)
+    plain = similar_order(
+        replace(backend, features=torch_features, pca_tree=torch_pca_tree), q, k, layout
+    )
     # rounding tells near ties apart otherwise, and the next halves differ
     assert apart(k, order) == pytest.approx(apart(k, plain), rel=0.02)
     assert apart(q, order) == pytest.approx(apart(q, plain), rel=0.02)
@@ -141,5 +147,5 @@ def test_kernels_find_blocks_as_alike_as_plain_torch_does(dim, monkeypatch):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_two_runs_on_a_gpu_agree():
     q, k = (x.cuda().bfloat16() for x in tensors(TokenLayout(0, 9, 30, 40), heads=8, dim=64))
-    order = similar_order(q, k, TokenLayout(0, 9, 30, 40))
-    assert torch.equal(order, similar_order(q, k, TokenLayout(0, 9, 30, 40)))
+    order = similar_order(TORCH, q, k, TokenLayout(0, 9, 30, 40))
+    assert torch.equal(order, similar_order(TORCH, q, k, TokenLayout(0, 9, 30, 40)))

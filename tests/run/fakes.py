@@ -6,7 +6,7 @@ import torch
 from close import assert_same_choice, mass_rounding
 
 from sparse_attn.backends import reference
-from sparse_attn.backends.torch import attention as eager
+from sparse_attn.backends.choice import plain_torch
 from sparse_attn.call import Call
 from sparse_attn.config import AdaSpaConfig
 from sparse_attn.method.head_adaptive import HIGH_RECALL
@@ -15,6 +15,7 @@ from sparse_attn.run.state import RunState
 from sparse_attn.schedule import Schedule, StepKind
 from sparse_attn.token_layout import TokenLayout
 
+TORCH = plain_torch()
 KINDS = {"D": StepKind.DENSE, "S": StepKind.SEARCH, "s": StepKind.SPARSE}
 # 20 text tokens and 620 of video: ten blocks, the first a sink
 LAYOUT = TokenLayout(20, 5, 4, 31)
@@ -56,58 +57,51 @@ class Backend:
     """Plain torch that notes what it is asked to do; `one_pass` as the kernels search."""
 
     def __init__(self, one_pass=False):
-        self.ONE_PASS_SEARCH = one_pass
+        self.one_pass_search = one_pass
         self.did = []
         self.fails = {}
+        self.refuses = None
 
     def _note(self, what):
         self.did.append(what)
         if what in self.fails:
             raise self.fails[what]
 
-    def dense_attention(self, q, k, v, *, previous_lse=None, block_q=64, block_k=64, **options):
-        self._note("dense" if previous_lse is None else "dense with masses")
-        out, lse, _ = eager.dense_attention(q, k, v, **options)
-        if previous_lse is None:
-            return out, lse, None
+    def attention(self, *qkv, mask=None, **options):
+        self._note("dense" if mask is None else "sparse")
+        return TORCH.attention(*qkv, mask=mask, **options)
+
+    def attention_with_masses(self, q, k, v, *, previous_lse, block_q, block_k, **options):
+        self._note("dense with masses")
         blocks = {"block_q": block_q, "block_k": block_k}
-        return out, lse, eager.block_masses(q, k, previous_lse, **blocks, **options)
+        masses = TORCH.block_masses(q, k, previous_lse, **blocks, **options)
+        return *TORCH.attention(q, k, v, **options), masses
 
     def block_masses(self, *args, int8=False, **options):
         self._note("int8 masses" if int8 else "masses")
-        return eager.block_masses(*args, **options)
-
-    def sparse_attention(self, *args, **options):
-        self._note("sparse")
-        return eager.sparse_attention(*args, **options)
+        return TORCH.block_masses(*args, **options)
 
     def pooled_masses(self, *args, **options):
         self._note("pooled masses")
-        return eager.pooled_masses(*args, **options)
+        return TORCH.pooled_masses(*args, **options)
 
-    def arrange(self, *args):
-        self._note("arrange")
-        return eager.arrange(*args)
+    def permute(self, *args):
+        self._note("permute")
+        return TORCH.permute(*args)
 
-    unpack_mask = staticmethod(eager.unpack_mask)
+    tail_error = staticmethod(TORCH.tail_error)
+    row_wise_top_k = staticmethod(TORCH.row_wise_top_k)
+    features = staticmethod(TORCH.features)
+    pca_tree = staticmethod(TORCH.pca_tree)
 
-    refuses = None
-
-    def why_not_low_precision(self, q, k, v, block_q, block_k, precision):
-        self.asked = block_q, block_k, precision
+    def why_not_quantised(self, q, k, v, block_q, block_k):
+        self.asked = block_q, block_k
         return self.refuses
 
-    def low_precision_attention(self, q, k, v, *, scale, precision, kv_indices=None,
-                                kv_num_blocks=None, block_q=64, block_k=64, key_bias=None):  # fmt: skip
+    def quantised_attention(self, q, k, v, **options):
         """Coarse values instead of coarse everything, so that it can be told from the exact one."""
-        self._note(precision)
-        v = coarse(v)
-        if kv_indices is None:
-            return eager.dense_attention(q, k, v, scale=scale, key_bias=key_bias)[:2]
-        blocks = {"block_q": block_q, "block_k": block_k}
-        return eager.sparse_attention(
-            q, k, v, kv_indices, kv_num_blocks, scale=scale, key_bias=key_bias, **blocks
-        )
+        self._note("int8")
+        return TORCH.attention(q, k, coarse(v), **options)
 
 
 def coarse(v):
@@ -159,11 +153,13 @@ def assert_best_choice(run, q, k, key_bias=None, key="layer 0"):
     config, keep = run.state.config, run.layer(key).mask.to_dense()
     masses = exact_masses(q, k, key_bias, **config.blocks)
     error = mass_rounding(q, k, SCALE, **config.blocks)
-    _, held = select(masses, LAYOUT, replace(config, head_adaptive=False))
+    _, held = select(TORCH, masses, LAYOUT, replace(config, head_adaptive=False))
     # rounding does not decide which heads give blocks to others
     apart = [held[:, i] - held[:, j] for i in range(H) for j in range(i)]
     assert torch.stack([*apart, *(held - HIGH_RECALL).unbind(1)]).abs().min() > 4 * error
-    assert_same_choice(keep, select(masses, LAYOUT, config)[0], masses.double(), error * masses)
+    assert_same_choice(
+        keep, select(TORCH, masses, LAYOUT, config)[0], masses.double(), error * masses
+    )
     assert not keep.all()
     return keep
 

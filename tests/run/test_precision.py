@@ -7,13 +7,13 @@ import torch
 from close import assert_within
 
 from sparse_attn.backends import reference
-from sparse_attn.backends.torch import attention as eager
 from sparse_attn.run.dense import DenseChoice
 from sparse_attn.run.precision import NOT_ALLOWED
 from sparse_attn.run.state import OUT_OF_MEMORY
 from tests.run.fakes import (
     BLOCKS,
     SCALE,
+    TORCH,
     Backend,
     Run,
     call_of,
@@ -54,7 +54,7 @@ def test_sparse_steps_and_later_searches_run_in_the_precision_asked_for(make_fas
     # the first search stays exact
     assert did == [["dense"], ["dense with masses"], ["int8"], ["int8 masses", "int8"], ["int8"]]
     config = run.state.config
-    assert run.backend.asked == (config.block_q, config.block_k, "int8")
+    assert run.backend.asked == (config.block_q, config.block_k)
     q, k, v = tensors(4)
     out, _ = run.attend(4, (q, k, v))
     keep = run.layer().mask.to_dense()
@@ -79,11 +79,21 @@ def test_precision_does_not_change_what_the_first_search_selects():
 
 
 def test_a_later_search_stays_exact_where_low_precision_is_not_to_be_had():
-    run = Run("SsSs", precision="fp8")
-    run.backend.refuses = "needs compute capability 8.9 for fp8, got 8.0"
+    run = Run("SsSs", precision="int8")
+    run.backend.refuses = "needs an NVIDIA card for eight bits"
     did = [run.attend(step, tensors(step))[1] for step in range(4)]
     assert did[2] == ["masses", "sparse"] and run.statistics.low_precision_searches == 0
     assert not any("Later searches" in line for line in run.statistics.lines())
+
+
+def test_fp8_of_older_graphs_runs_as_int8_and_says_so():
+    run = Run("Ss", precision="fp8")
+    assert [run.attend(step)[1] for step in range(2)] == [["dense", "masses"], ["int8"]]
+    lines = run.statistics.lines()
+    assert "Precision: 1 calls in int8" in "\n".join(lines)
+    assert (
+        "Note: precision fp8 runs as int8, which is as fast and closer to the dense video" in lines
+    )
 
 
 @pytest.mark.parametrize("precision", ["auto", "bf16"])
@@ -94,14 +104,14 @@ def test_nobody_runs_in_low_precision_unasked(precision):
 
 
 def test_a_declined_call_runs_as_usual_and_is_counted_with_the_reason():
-    run = Run("Sss", precision="fp8")
-    run.backend.refuses = "needs compute capability 8.9 for fp8, got 8.0"
+    run = Run("Sss", precision="int8")
+    run.backend.refuses = "needs an NVIDIA card for eight bits"
     assert [run.attend(step)[1] for step in range(3)] == [
         ["dense", "masses"], ["sparse"], ["sparse"],
     ]  # fmt: skip
     assert run.statistics.not_low_precision == {run.backend.refuses: 2}
     text = "\n".join(run.statistics.lines())
-    assert "Precision: 0 calls in fp8\nNot in fp8: 2 calls, needs compute capability" in text
+    assert "Precision: 0 calls in int8\nNot in int8: 2 calls, needs an NVIDIA card" in text
 
 
 def test_a_call_that_the_host_wants_exact_stays_exact():
@@ -124,7 +134,7 @@ def test_out_of_memory_while_quantising_runs_as_usual():
 
 
 def test_plain_torch_says_why_it_computes_as_it_does():
-    run = Run("Ss", eager, precision="int8")
+    run = Run("Ss", TORCH, precision="int8")
     for step in range(2):
         run.state.attend(call_of(tensors(), step))
     assert run.statistics.not_low_precision == {"plain torch computes in float32": 1}

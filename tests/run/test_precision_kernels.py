@@ -9,7 +9,8 @@ pytest.importorskip("triton")
 
 from close import assert_within
 
-from sparse_attn.backends import reference, triton_backend
+from sparse_attn.backends import reference
+from sparse_attn.backends.choice import triton_kernels
 from sparse_attn.config import AdaSpaConfig
 from sparse_attn.run import state as run_state
 from sparse_attn.run.state import RunState
@@ -25,9 +26,8 @@ def relative_error(out, exact):
 @pytest.fixture
 def make_run(monkeypatch):
     def make(kinds, **config):
-        monkeypatch.setattr(
-            run_state.attention, "choose", lambda *args: (triton_backend, "Triton kernels")
-        )
+        chosen = triton_kernels(), "Triton kernels"
+        monkeypatch.setattr(run_state.attention, "choose", lambda *args: chosen)
         fields = {"sparsity": 0.6, "min_tokens": 0, "tail": "none", **config}
         return RunState(AdaSpaConfig(**fields), schedule(kinds))
 
@@ -45,12 +45,8 @@ def attend(run, step, qkv):
 
 
 @pytest.mark.parametrize("block_size", ["64", "128x64"])
-@pytest.mark.parametrize("precision", ["int8", "fp8"])
-def test_a_run_reads_its_mask_in_low_precision(make_run, qkv, precision, block_size):
-    run = make_run("Ss", precision=precision, block_size=block_size)
-    why = triton_backend.why_not_low_precision(*qkv, *run.config.blocks.values(), precision)
-    if why is not None:
-        pytest.skip(why)
+def test_a_run_reads_its_mask_in_low_precision(make_run, qkv, block_size):
+    run = make_run("Ss", precision="int8", block_size=block_size)
     for step in range(2):
         out = attend(run, step, qkv)
     run.end_step()
@@ -113,7 +109,7 @@ def test_a_dense_step_runs_in_low_precision_where_it_is_fastest(make_run, qkv, m
 def test_what_the_kernels_cannot_serve_runs_as_usual(make_run, qkv):
     run = make_run("Ss", precision="int8")
     odd = [x.float() for x in qkv]
-    assert "float16 or bfloat16" in triton_backend.why_not_low_precision(*odd, 64, 64, "int8")
+    assert "float16 or bfloat16" in triton_kernels().why_not_quantised(*odd, 64, 64)
     run.low_precision._reason = lambda *args: "a reason"
     for step in range(2):
         out = attend(run, step, qkv)

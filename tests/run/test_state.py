@@ -9,14 +9,15 @@ import torch
 from close import assert_within
 
 from sparse_attn.backends import reference
+from sparse_attn.block_mask import recall
 from sparse_attn.config import BLOCK_SIZES
-from sparse_attn.method.recall import recall
 from sparse_attn.method.selection import select
 from sparse_attn.run import state as run_state
 from sparse_attn.schedule import StepKind
 from tests.run.fakes import (
     LAYOUT,
     SCALE,
+    TORCH,
     Backend,
     L,
     Run,
@@ -101,7 +102,7 @@ def test_a_later_search_finds_the_new_pattern_with_the_old_lse():
     mask = run.layer().mask.to_dense()
     assert not torch.equal(mask, old)
     masses = exact_masses(*later[:2])
-    _, held = select(masses, LAYOUT, run.state.config)
+    _, held = select(TORCH, masses, LAYOUT, run.state.config)
     assert (held - recall(masses, mask) < 0.02).all()
 
 

@@ -5,22 +5,30 @@ import torch
 from close import assert_same_choice, assert_within, mass_rounding, rounding
 
 from sparse_attn.backends import reference
-from sparse_attn.backends.torch import attention as eager
+from sparse_attn.block_mask import recall
 from sparse_attn.call import LayerName
 from sparse_attn.config import TOKEN_ORDERS
-from sparse_attn.method.recall import recall
 from sparse_attn.method.selection import select
 from sparse_attn.orders.position import in_rods, rods
 from sparse_attn.patterns.file import load, save
 from sparse_attn.patterns.reuse import ONE_ORDER
 from sparse_attn.run.state import NOT_A_NUMBER, SPARSE_OUT_OF_MEMORY
 from sparse_attn.token_layout import TokenLayout
-from tests.run.fakes import SCALE, Backend, Run, call_of, exact_masses, host_attention, no_memory
+from tests.run.fakes import (
+    SCALE,
+    TORCH,
+    Backend,
+    Run,
+    call_of,
+    exact_masses,
+    host_attention,
+    no_memory,
+)
 
 # grids that rods of 4 x 4 do not divide, text on both sides, a last block that is not full
 LAYOUT = TokenLayout(30, 5, 6, 21, 40)
 H, D = 2, 16
-ARRANGED = in_rods(LAYOUT)
+PERMUTED = in_rods(LAYOUT)
 NAME = LayerName("positive", "double", 0, 0)
 BOTH_ORDERS = pytest.mark.parametrize("token_order", TOKEN_ORDERS)
 
@@ -86,13 +94,13 @@ def in_order(run, *tensors):
 
 
 SEQUENCES = [
-    ("Sss", False, [["arrange", "dense", "masses", "pooled masses"],
-                    ["arrange", "sparse"], ["arrange", "sparse"]]),
-    ("DSs", True, [["dense"], ["arrange", "dense with masses", "pooled masses"],
-                   ["arrange", "sparse"]]),
-    ("SSs", False, [["arrange", "dense", "masses", "pooled masses"],
-                    ["arrange", "masses", "pooled masses", "arrange", "sparse"],
-                    ["arrange", "sparse"]]),
+    ("Sss", False, [["permute", "dense", "masses", "pooled masses"],
+                    ["permute", "sparse"], ["permute", "sparse"]]),
+    ("DSs", True, [["dense"], ["permute", "dense with masses", "pooled masses"],
+                   ["permute", "sparse"]]),
+    ("SSs", False, [["permute", "dense", "masses", "pooled masses"],
+                    ["permute", "masses", "pooled masses", "permute", "sparse"],
+                    ["permute", "sparse"]]),
 ]  # fmt: skip
 
 
@@ -157,9 +165,9 @@ def test_a_search_keeps_the_blocks_whose_averages_err_most(token_order):
     lse = reference.scaled_logits(q, k, SCALE).logsumexp(-1)
     scores = reference.tail_error(q, k, v, lse, block_q=64, block_k=64, scale=SCALE).float()
     masses = exact_masses(q, k)
-    keep, held = select(masses, ARRANGED, run.state.config, scores)
+    keep, held = select(TORCH, masses, PERMUTED, run.state.config, scores)
     assert_same_choice(run.keep, keep, scores.double(), score_rounding(q, k, v, masses))
-    by_mass, most = select(masses, ARRANGED, run.state.config)
+    by_mass, most = select(TORCH, masses, PERMUTED, run.state.config)
     assert not torch.equal(keep, by_mass)
     # the recall shown is still one of masses
     run.state.end_step()
@@ -204,7 +212,7 @@ def test_a_later_search_finds_the_new_pattern_with_the_old_lse(one_pass, token_o
     q, k, v = (x.double() for x in in_order(run, *later))
     lse = reference.scaled_logits(q, k, SCALE).logsumexp(-1)
     scores = reference.tail_error(q, k, v, lse, block_q=64, block_k=64, scale=SCALE)
-    best, _ = select(scores.float(), ARRANGED, run.state.config)
+    best, _ = select(TORCH, scores.float(), PERMUTED, run.state.config)
     spared = (scores * new).sum() / (scores * best).sum()
     assert spared > 0.95, "close to the choice with today's LSE"
     if token_order == "position":
@@ -321,9 +329,9 @@ def test_bfloat16_errs_as_little_as_its_rounding():
 def test_a_recall_is_one_of_masses_and_sampled_in_the_masks_order():
     run = TailRun("Sss", recall=0.7)
     did = [run.attend(step, tensors(step))[1] for step in range(3)]
-    assert did[0] == ["arrange", "dense", "masses"], "no scores, the masses rank"
+    assert did[0] == ["permute", "dense", "masses"], "no scores, the masses rank"
     q, k, _ = in_order(run, *tensors(0))
-    keep, held = select(exact_masses(q, k), ARRANGED, run.state.config)
+    keep, held = select(TORCH, exact_masses(q, k), PERMUTED, run.state.config)
     assert (held >= 0.7).all() and abs(int(run.keep.sum()) - int(keep.sum())) <= H
     true = recall(exact_masses(q, k), run.keep)
     assert (true >= 0.7 - 2 * mass_rounding(q, k, SCALE)).all(), "with as few blocks as can be"
@@ -350,10 +358,10 @@ def test_nan_gives_the_call_to_the_host(step):
     assert torch.equal(out.isnan(), host_attention(q, k, v).isnan())
 
 
-def test_out_of_memory_while_arranging_keeps_sampling_dense():
+def test_out_of_memory_while_permuting_keeps_sampling_dense():
     run, qkv = TailRun("Sss"), tensors()
     run.attend(0, qkv)
-    run.backend.fails["arrange"] = no_memory()
+    run.backend.fails["permute"] = no_memory()
     out, _ = run.attend(1, qkv)
     assert_within("out", out, dense(*qkv), 1e-5)
     assert run.host_calls == 1 and run.layer().mask is None
@@ -363,16 +371,16 @@ def test_out_of_memory_while_arranging_keeps_sampling_dense():
 def test_low_precision_gets_what_the_sparse_kernel_gets(monkeypatch):
     run, given = TailRun("Ss", precision="int8"), {}
 
-    def attention(*qkv, precision, **options):
+    def attention(*qkv, **options):
         given.update(options)
-        return run.backend.sparse_attention(*qkv, **options)
+        return run.backend.attention(*qkv, **options)
 
-    monkeypatch.setattr(run.backend, "why_not_low_precision", lambda *args: None, raising=False)
-    monkeypatch.setattr(run.backend, "low_precision_attention", attention, raising=False)
+    monkeypatch.setattr(run.backend, "quantised_attention", attention)
     for step in range(2):
         out, _ = run.attend(step, tensors(step))
     assert run.statistics.low_precision_calls == 1
-    assert torch.equal(given["tail"], run.layer().mask.bits) and given["order"] is not None
+    assert torch.equal(given["mask"].bits, run.layer().mask.bits)
+    assert given["order"] is not None and given["pooled"] is not None
     assert_within("out", out, with_tail(*tensors(1), run), 1e-5)
 
 
@@ -383,7 +391,7 @@ def test_the_report_tells_of_the_tail():
         for step in range(2):
             _, did = run.attend(step, tensors(step))
         statistics = run.statistics
-        assert (text in statistics.lines()) == said == ("arrange" in did)
+        assert (text in statistics.lines()) == said == ("permute" in did)
         assert statistics.as_dict()["tail"] == ("pooled" if said else "none")
         note = "Note: blocks of 128 have no tail, that needs blocks of 64 keys"
         assert (note in statistics.lines()) == ("block_size" in config)
@@ -423,7 +431,7 @@ def test_a_carried_pattern_is_used_in_its_order(token_order, tmp_path):
     # clusters of other tokens would not hold enough here
     qkv = tensors(0 if own else 1)
     out, did = run.attend(0, qkv, name=NAME)
-    assert did == ["arrange", "sparse"]
+    assert did == ["permute", "sparse"]
     assert torch.equal(run.layer().mask.bits, pattern.layers[NAME].bits)
     if own:
         assert torch.equal(run.order, pattern.layers[NAME].order)
@@ -439,8 +447,8 @@ def test_a_second_search_replaces_a_carried_pattern():
     run = TailRun("DsSs", one_pass=True, carried=carried_from())
     did = [run.attend(step, tensors(step), name=NAME)[1] for step in range(4)]
     # with the LSE of the dense step
-    again = ["arrange", "masses", "pooled masses", "arrange", "sparse"]
-    assert did[1:] == [["arrange", "sparse"], again, ["arrange", "sparse"]]
+    again = ["permute", "masses", "pooled masses", "permute", "sparse"]
+    assert did[1:] == [["permute", "sparse"], again, ["permute", "sparse"]]
     assert not run.layer().carried
 
 
@@ -460,17 +468,3 @@ def test_a_pattern_of_another_tail_is_refused_with_the_reason(first, second):
     reason = f"the pattern was found with `tail` {first}, and this run has {second}"
     assert run.statistics.not_carried == {reason: 1}
     assert run.keep is not None and not run.layer().carried
-
-
-# ---- the backend
-
-
-def test_batches_of_rows_agree_with_single_rows(monkeypatch):
-    """Other devices attend many rows at once."""
-    outs = []
-    for attend in (eager._attend_rows, eager._attend_batches):
-        monkeypatch.setattr(eager, "_attend_rows", attend)
-        run = TailRun("Ss")
-        run.attend(0, tensors(0, 2), key_bias=padded(2))
-        outs.append(run.attend(1, tensors(1, 2), key_bias=padded(2))[0])
-    assert_within("out", outs[1], outs[0].double(), 2e-6)

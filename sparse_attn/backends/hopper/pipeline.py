@@ -8,7 +8,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from .. import launch as inputs
+from ..triton import launch as inputs
 from ..triton.softmax import LOG2_E
 
 DTYPES = {

@@ -6,32 +6,31 @@ one count for all rows leaves no area of the video without attention.
 
 import torch
 
+from ...block_mask import recall
+
 WORKSPACE_BYTES = 256 << 20
-
-
-def row_budget(density: float, num_k: int, num_sinks: int) -> int:
-    """Key blocks per row at `density`: the sinks and at least one more, at most all."""
-    return min(num_k, max(round(density * num_k), num_sinks + 1, 1))
 
 
 def row_wise_top_k(
     scores: torch.Tensor,
+    masses: torch.Tensor,
     budgets: torch.Tensor,
     largest_budget: int,
     sink_k: torch.Tensor,
-    sink_q: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """Keep the `budgets` blocks of highest score in every row, the sink among them.
+    sink_q: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keep the `budgets` blocks of highest score in every row, the sinks among them.
 
     Args:
-        scores: [B, H, Nq, Nk] float32: mass, error or any other score.
+        scores: [B, H, Nq, Nk] float32: mass, error or any other score. masses: the same shape.
         budgets: [B, H] int, key blocks per row; at least the number of sinks.
         largest_budget: the largest of `budgets`, known without reading the device.
         sink_k: [Nk] bool, key blocks that every row keeps.
-        sink_q: [Nq] bool, query blocks that keep everything; None where they are those of `sink_k`.
+        sink_q: [Nq] bool, query blocks that keep everything.
 
     Returns:
-        [B, H, Nq, Nk] bool.
+        keep: [B, H, Nq, Nk] bool.
+        recall: [B, H] float32, the share of mass on the kept blocks.
     """
     B, H, Nq, Nk = scores.shape
     keep = torch.zeros_like(scores, dtype=torch.bool)
@@ -44,4 +43,5 @@ def row_wise_top_k(
         best = ranked.topk(largest_budget, dim=-1, sorted=True).indices
         within = slots < budgets[:, heads, None, None]
         keep[:, heads].scatter_(-1, best, within.expand(best.shape))
-    return keep.logical_or_((sink_k if sink_q is None else sink_q)[:, None])
+    keep.logical_or_(sink_q[:, None])
+    return keep, recall(masses, keep)

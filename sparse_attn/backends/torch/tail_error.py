@@ -1,18 +1,17 @@
 """Tail error: what a pooled tail gets wrong about a block that is skipped.
 
-With M the exact mass of a block pair, P the mass of its pseudo key, vm the block's mean value, s the
+With M the exact mass of a block pair, P the mass of its pooled key, vm the block's mean value, s the
 deviation of its values and o the mean output of the query block, the score is
 
     sqrt(M (M - P)) s + (M - P) |vm - o|
 
 Keys that get unequal weight (M > P) mix their values otherwise than the mean does: the first term.
-The mass that the pseudo key lacks is spread over everything else: the second. Masses and means are
+The mass that the pooled key lacks is spread over everything else: the second. Masses and means are
 all it takes, no weight of a single token.
 """
 
 import torch
 
-from .. import triton as kernels
 from ..permuted import BLOCK, block_sizes
 
 WORKSPACE_BYTES = 256 << 20
@@ -25,15 +24,12 @@ def tail_error(
 
     Args:
         masses: [B, H, Nq, N] float32, of the softmax over all keys; a row sums to its queries.
-        pooled: [B, H, Nq, N] float32, of the pseudo keys; the result takes its place.
+        pooled: [B, H, Nq, N] float32, of the pooled keys; the result takes its place.
         v: [B, H, L, D]. v_mean: [B, H, N, D].
 
     Returns:
         [B, H, Nq, N] float32.
     """
-    kernel = kernels.kernel_for("tail_error", v, v_mean, masses, pooled)
-    if kernel is not None:
-        return kernel.tail_error(masses, pooled, v, v_mean)
     B, H, Nq, N = masses.shape
     # a few heads at a time: three maps of block pairs at once, and the values in float32
     per_head = 12 * Nq * N + 8 * v.shape[2] * v.shape[3]
@@ -67,8 +63,3 @@ def deviation(v: torch.Tensor, v_mean: torch.Tensor) -> torch.Tensor:
         rest = (v[:, whole * BLOCK :] - v_mean[:, whole:]).square_().sum((-1, -2))
         squares = torch.cat([squares, rest[:, None]], 1)
     return (squares / block_sizes(tokens, v.device)).sqrt_()
-
-
-def rows_of(tokens: int, block_q: int, device=None) -> torch.Tensor:
-    """Query rows of every block, [Nq] float32."""
-    return (tokens - torch.arange(0, tokens, block_q, device=device)).clamp(max=block_q).float()

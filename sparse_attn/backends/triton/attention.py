@@ -13,9 +13,11 @@ import torch
 import triton
 import triton.language as tl
 
-from .. import launch as inputs
 from .. import tiles
+from . import launch as inputs
+from .dense_attention import dense_attention
 from .softmax import LOG2_E, attend_pair, load_rows, store_rows
+from .unpack_mask import listed
 
 SIZES = [
     "stride_qb", "stride_qh", "stride_ql", "stride_kb", "stride_kh", "stride_kl",
@@ -113,6 +115,44 @@ def _sparse_attention_kernel(
     store_rows(out, lse, b_acc, b_sum, b_max, i_b, i_h, H, Lq, o_q, D, order, HAS_ORDER)
 
 
+def attention(q, k, v, *, scale, key_bias=None, mask=None, pooled=None, order=None):
+    """Attention over all keys, or over the blocks that a mask keeps and the means of the others.
+
+    Args:
+        q: [B, H, Lq, D] float16 or bfloat16; k, v: [B, H, Lk, D].
+        scale: positive factor of the scores.
+        key_bias: [B, Lk] float32 added to the scaled scores, or None.
+        mask: a `BlockMask` of q's and k's blocks; None is dense.
+        pooled: `Pooled` of k and v, or None.
+        order: [B, H, Lq] int32, the token at every place of q; `out` is in the order of the tokens.
+
+    Returns:
+        out [B, H, Lq, D] viewed on [B, Lq, H, D], and lse [B, H, Lq] float32 in the order of q.
+        A row without a key is zero, its lse -inf.
+    """
+    if mask is None:
+        return dense_attention(q, k, v, scale=scale, key_bias=key_bias)[:2]
+    return sparse_attention(
+        q, scale=scale, block_q=mask.block_q, block_k=mask.block_k, order=order,
+        **listed(k, v, key_bias, mask, pooled),
+    )  # fmt: skip
+
+
+def attention_with_masses(q, k, v, *, scale, previous_lse, block_q, block_k, key_bias=None):
+    """Attention over all keys, and block masses by an earlier step's LSE.
+
+    Args:
+        previous_lse: [B, H, Lq] float32. The others are those of `attention`.
+
+    Returns:
+        out, lse, and masses [B, H, Nq, Nk] float32 whose rows sum to their number of query rows.
+    """
+    return dense_attention(
+        q, k, v, scale=scale, key_bias=key_bias, previous_lse=previous_lse, block_q=block_q,
+        block_k=block_k,
+    )  # fmt: skip
+
+
 def sparse_attention(
     q, k, v, kv_indices, kv_num_blocks, *, block_q, block_k, scale, key_bias=None,
     tail=None, order=None, tile=None,
@@ -148,7 +188,7 @@ def sparse_attention(
         )
     q, k, v = inputs.aligned(q), inputs.aligned(k), inputs.aligned(v)
     key_bias = inputs.checked_bias(key_bias, B, Lk)
-    num_listed, tail = checked_tail(tail, Lk, kv_num_blocks.shape, block_k, key_bias)
+    num_listed, tail = inputs.checked_tail(tail, Lk, kv_num_blocks.shape, block_k, key_bias)
     order_strides = 0, 0
     if order is not None:
         order = inputs.checked_order(order, q)
@@ -195,25 +235,6 @@ def sparse_attention(
             num_stages=tile.num_stages,
         )  # fmt: skip
     return out, lse
-
-
-def checked_tail(tail, Lk: int, rows: tuple, block_k: int, key_bias):
-    """(N, contiguous bits) of a `tail` for Lk keys, (0, None) without one."""
-    if tail is None:
-        return 0, None
-    # N blocks of tokens and ceil(N / 64) blocks of means
-    total = Lk // 64
-    num_listed = total - triton.cdiv(total, 65)
-    if block_k != 64 or key_bias is None or Lk % 64 or tail.dtype != torch.uint8:
-        raise ValueError(
-            f"A tail needs key blocks of 64 tokens, a key bias, whole blocks of keys and uint8 "
-            f"bits, got blocks of {block_k}, {Lk} keys and {tail.dtype}."
-        )
-    if tail.shape != (*rows, triton.cdiv(num_listed, 8)):
-        raise ValueError(
-            f"`tail` must be {[*rows, triton.cdiv(num_listed, 8)]}, got {list(tail.shape)}."
-        )
-    return num_listed, tail.contiguous()
 
 
 def why_not(q, k, v, block_q: int, block_k: int) -> str | None:

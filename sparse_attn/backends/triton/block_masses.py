@@ -10,8 +10,8 @@ import torch
 import triton
 import triton.language as tl
 
-from .. import launch as inputs
 from .. import tiles
+from . import launch as inputs
 from .quantise import TILE, quantise
 from .quantised_attention import eight_bit_scores
 from .softmax import LOG2_E, load_rows, mask_scores, raw_scores, weights

@@ -10,8 +10,8 @@ import torch
 import triton
 import triton.language as tl
 
-from .. import launch as inputs
 from .. import tiles
+from . import launch as inputs
 from .block_masses import empty_masses, finished
 from .softmax import LOG2_E, attend_pair, load_rows, store_rows
 

@@ -7,7 +7,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .. import launch as inputs
+from . import launch as inputs
 from .softmax import FLOAT32, load_rows
 
 SIZES = [
@@ -70,7 +70,7 @@ def features(q, k, centres, directions, places) -> torch.Tensor:
     Returns:
         [B, H, V, 2 N + P] float32.
     """
-    inputs.refuse(why_not(q, k, directions))
+    inputs.refuse(why_not(q, k, centres, directions, places))
     B, H, V, D = q.shape
     N, P = directions.shape[-1], places.shape[-1]
     q, k = inputs.aligned(q), inputs.aligned(k)
@@ -84,7 +84,7 @@ def features(q, k, centres, directions, places) -> torch.Tensor:
     return out
 
 
-def why_not(q, k, directions) -> str | None:
+def why_not(q, k, centres, directions, places) -> str | None:
     """Reason why this kernel cannot serve the call, or None."""
     if directions.shape[-1] != 16:
         return f"needs 16 directions, got {directions.shape[-1]}"

@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .. import launch as inputs
+from . import launch as inputs
 
 BLOCK = 64
 SAMPLES = 128
@@ -116,7 +116,7 @@ def _take_kernel(
     tl.store(taken + i_h * V + first + o_t, b_order, mask=m_t)
 
 
-def halve(features: torch.Tensor) -> torch.Tensor:
+def pca_tree(features: torch.Tensor) -> torch.Tensor:
     """Order tokens so that every block of 64 holds alike ones.
 
     Args:

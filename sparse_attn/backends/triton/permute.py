@@ -9,11 +9,10 @@ import torch
 import triton
 import triton.language as tl
 
-from .. import launch as inputs
+from ..permuted import BLOCK, Permuted, permuted
+from . import launch as inputs
 
 SIZES = ["stride_b", "stride_h", "stride_l", "stride_ob", "stride_oh", "H", "L", "N", "rows"]
-# tokens per mean: the key block of the sparse kernel
-BLOCK = 64
 
 
 @triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=["order"])
@@ -53,6 +52,25 @@ def _arrange_kernel(
             tl.store(p_pad, b_zero, mask=m_pad[:, None])
     else:
         tl.store(p_out + o_l[:, None] * D + o_d[None, :], b_x, mask=m_l[:, None])
+
+
+def permute(q, k, v, order, key_bias=None) -> Permuted:
+    """Put tokens in `order` and pool them.
+
+    Args:
+        q, k, v: [B, H, L, D] float16 or bfloat16; any strides; q may be None.
+        order: [B, H, L] int32, the token at every place; any strides of batch and heads.
+        key_bias: [B, L] float32 or None.
+    """
+    return permuted(
+        q, k, v, order, key_bias, permute=arrange, permute_and_pool=_permute_and_pool
+    )  # fmt: skip
+
+
+def _permute_and_pool(x, order):
+    L, N = x.shape[2], triton.cdiv(x.shape[2], BLOCK)
+    found = arrange(x, order, means=True)
+    return found[:, :, :L], found[:, :, N * BLOCK :][:, :, :N]
 
 
 def arrange(x: torch.Tensor, order: torch.Tensor, *, means: bool = False) -> torch.Tensor:

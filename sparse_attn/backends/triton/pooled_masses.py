@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .. import launch as inputs
+from . import launch as inputs
 from .softmax import LOG2_E, load_rows, raw_scores
 
 SIZES = [

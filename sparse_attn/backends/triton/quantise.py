@@ -20,7 +20,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .. import launch as inputs
+from . import launch as inputs
 from .softmax import INTERPRETED, LOG2_E, load_rows, matmul
 
 # keys that share a scale, and values of one transposed tile

@@ -9,11 +9,11 @@ import torch
 import triton
 import triton.language as tl
 
-from .. import launch as inputs
 from .. import tiles
-from .attention import checked_tail
+from . import launch as inputs
 from .quantise import TILE, quantise, to_fp8
 from .softmax import INTERPRETED, LOG2_E, load_rows, mask_scores, matmul, store_rows
+from .unpack_mask import listed
 
 PRECISIONS = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
 
@@ -173,6 +173,23 @@ def _low_precision_attention_kernel(
     store_rows(out, lse, b_acc, b_sum, b_max, i_b, i_h, H, Lq, o_q, D, order, HAS_ORDER)
 
 
+def quantised_attention(q, k, v, *, scale, key_bias=None, mask=None, pooled=None, order=None):
+    """Attention with INT8 scores and, where the card has it, FP8 values; all as of `attention`."""
+    if mask is None:
+        return low_precision_attention(
+            q, k, v, scale=scale, precision="int8", key_bias=key_bias, order=order
+        )
+    return low_precision_attention(
+        q, scale=scale, precision="int8", block_q=mask.block_q, block_k=mask.block_k, order=order,
+        **listed(k, v, key_bias, mask, pooled),
+    )  # fmt: skip
+
+
+def why_not_quantised(q, k, v, block_q: int, block_k: int) -> str | None:
+    """Reason why `quantised_attention` cannot serve the call, or None."""
+    return why_not(q, k, v, block_q, block_k, "int8")
+
+
 def low_precision_attention(
     q, k, v, *, scale, precision,
     kv_indices=None, kv_num_blocks=None, block_q=64, block_k=64, key_bias=None,
@@ -212,7 +229,7 @@ def low_precision_attention(
         kv_num_blocks = kv_num_blocks.to(torch.int32).contiguous()
     q, k, v = inputs.aligned(q), inputs.aligned(k), inputs.aligned(v)
     key_bias = inputs.checked_bias(key_bias, B, Lk)
-    num_listed, tail = checked_tail(tail, Lk, (B, H, Nq), block_k if listed else 0, key_bias)
+    num_listed, tail = inputs.checked_tail(tail, Lk, (B, H, Nq), block_k if listed else 0, key_bias)
     order_strides = (0, 0)
     if order is not None:
         order = inputs.checked_order(order, q)

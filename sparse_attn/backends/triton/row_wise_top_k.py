@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .. import launch as inputs
+from . import launch as inputs
 
 # scores a program can hold; longer rows are left to torch. Rows of up to 1,024, 2,048, 4,096 and
 # 8,192 have a binary each
@@ -64,12 +64,15 @@ def _top_blocks_kernel(
     tl.store(total + row, tl.sum(b_mass, 0))
 
 
-def top_blocks(scores, masses, budgets, sink_k, sink_q) -> tuple[torch.Tensor, torch.Tensor]:
+def row_wise_top_k(
+    scores, masses, budgets, largest_budget, sink_k, sink_q
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Keep the `budgets` blocks of highest score in every row, the sinks among them.
 
     Args:
         scores, masses: [B, H, Nq, Nk] float32.
         budgets: [B, H] int, key blocks per row; from the number of sinks, and 1, to Nk.
+        largest_budget: not needed here.
         sink_k: [Nk] bool, key blocks that every row keeps.
         sink_q: [Nq] bool, query blocks that keep everything.
 
@@ -102,7 +105,7 @@ def top_blocks(scores, masses, budgets, sink_k, sink_q) -> tuple[torch.Tensor, t
     return keep.view(torch.bool), held / total
 
 
-def why_not(scores: torch.Tensor) -> str | None:
+def why_not(scores: torch.Tensor, *_) -> str | None:
     """Reason why this kernel cannot serve the call, or None."""
     if scores.dtype != torch.float32 or scores.ndim != 4:
         return (

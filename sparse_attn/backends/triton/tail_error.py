@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .. import launch as inputs
+from . import launch as inputs
 from .softmax import load_rows, matmul
 
 BLOCK = 64
@@ -101,7 +101,7 @@ def tail_error(masses, pooled, v, v_mean) -> torch.Tensor:
     Returns:
         [B, H, Nq, N] float32.
     """
-    inputs.refuse(why_not(v, v_mean, masses, pooled))
+    inputs.refuse(why_not(masses, pooled, v, v_mean))
     B, H, Nq, N = masses.shape
     L, D = v.shape[2:]
     v, v_mean = inputs.aligned(v), inputs.aligned(v_mean)
@@ -122,7 +122,7 @@ def tail_error(masses, pooled, v, v_mean) -> torch.Tensor:
     return pooled
 
 
-def why_not(v, v_mean, masses, pooled) -> str | None:
+def why_not(masses, pooled, v, v_mean) -> str | None:
     """Reason why this kernel cannot serve the call, or None."""
     if not masses.dtype == pooled.dtype == torch.float32 or not pooled.is_contiguous():
         return "needs float32 masses, and contiguous pooled ones"

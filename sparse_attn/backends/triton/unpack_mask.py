@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .. import launch as inputs
+from . import launch as inputs
 
 # bits per turn of one warp. ms at 24 heads x 1860 x 1860 blocks, density 0.2 (H200, torch 2.11,
 # Triton 3.6, 2026-11-23): 256 bits 0.18, 512 0.16; 4 warps with 1024 0.23, 8 with 2048 0.28
@@ -72,6 +72,31 @@ def unpack_mask(bits: torch.Tensor, num_k: int, max_blocks: int | None = None, m
                 num_warps=1,
             )
     return kv_indices, kv_num_blocks
+
+
+def listed(k, v, key_bias, mask, pooled) -> dict:
+    """k, v, bias, lists and tail as the kernels take them."""
+    if pooled is None:
+        indices, counts = unpack_mask(mask.bits, mask.num_k)
+        return {
+            "k": k, "v": v, "key_bias": key_bias, "kv_indices": indices, "kv_num_blocks": counts
+        }  # fmt: skip
+    B, _, Lk, _ = k.shape
+    pads, N = -Lk % 64, mask.num_k
+    more = -(-N // 64)
+    indices, counts = unpack_mask(mask.bits, N, more=more)
+    nothing = torch.full((B, 64), float("-inf"), device=k.device)
+    bias = torch.zeros((B, Lk), device=k.device) if key_bias is None else key_bias
+    key_bias = torch.cat([bias, nothing[:, :pads], pooled.log_sizes, nothing[:, : -N % 64]], 1)
+    zeros = k.new_zeros(*k.shape[:2], 64, k.shape[3])
+    k, v = (
+        torch.cat([x, zeros[:, :, :pads], means, zeros[:, :, : -N % 64]], 2)
+        for x, means in ((k, pooled.k_mean), (v, pooled.v_mean))
+    )
+    return {
+        "k": k, "v": v, "key_bias": key_bias, "kv_indices": indices, "kv_num_blocks": counts,
+        "tail": mask.bits,
+    }  # fmt: skip
 
 
 def why_not(bits: torch.Tensor, num_k: int) -> str | None:

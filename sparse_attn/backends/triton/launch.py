@@ -97,6 +97,25 @@ def checked_lse(lse, q: torch.Tensor):
     return lse.to(torch.float32).contiguous()
 
 
+def checked_tail(tail, Lk: int, rows: tuple, block_k: int, key_bias):
+    """(N, contiguous bits) of a `tail` for Lk keys, (0, None) without one."""
+    if tail is None:
+        return 0, None
+    # N blocks of tokens and ceil(N / 64) blocks of means
+    total = Lk // 64
+    num_listed = total - triton.cdiv(total, 65)
+    if block_k != 64 or key_bias is None or Lk % 64 or tail.dtype != torch.uint8:
+        raise ValueError(
+            f"A tail needs key blocks of 64 tokens, a key bias, whole blocks of keys and uint8 "
+            f"bits, got blocks of {block_k}, {Lk} keys and {tail.dtype}."
+        )
+    if tail.shape != (*rows, triton.cdiv(num_listed, 8)):
+        raise ValueError(
+            f"`tail` must be {[*rows, triton.cdiv(num_listed, 8)]}, got {list(tail.shape)}."
+        )
+    return num_listed, tail.contiguous()
+
+
 def checked_order(order: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     """`order` of the tokens of x [B, H, L, D], its last dimension contiguous."""
     if order.shape != x.shape[:3] or order.dtype != torch.int32:
