@@ -23,14 +23,16 @@ class AdaSpaLoadPattern(io.ComfyNode):
                 tooltip="A pattern in the folder adaspa of ComfyUI's output or input folder. "
                 "It decides how much is skipped, whatever sparsity is set to.",
             ),
-            AdaSpaRun.Output("adaspa", display_name="adaspa"),
+            outputs=(AdaSpaRun.Output("adaspa", display_name="adaspa"),),
         )
 
     @classmethod
     def fingerprint_inputs(cls, file=None, **inputs):
-        path = listed().get(file)
-        stat = path.stat() if path else None
-        return stat and (stat.st_mtime_ns, stat.st_size)
+        try:
+            stat = listed()[file].stat()
+        except (KeyError, OSError):
+            return None
+        return stat.st_mtime_ns, stat.st_size
 
     @classmethod
     def execute(cls, model, adaspa, file) -> io.NodeOutput:

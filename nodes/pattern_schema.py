@@ -5,11 +5,13 @@ from comfy_api.latest import io
 from .sockets import AdaSpaRun
 
 
-def pattern_schema(verb: str, description: str, widget: io.Input, *outputs: io.Output) -> io.Schema:
+def pattern_schema(
+    verb: str, description: str, *widgets: io.Input, outputs: tuple[io.Output, ...] = ()
+) -> io.Schema:
     """The schema of the node that does `verb` to a pattern.
 
     Args:
-        widget: what the user decides.
+        widgets: what the user decides.
         outputs: what follows the model.
     """
     return io.Schema(
@@ -21,7 +23,8 @@ def pattern_schema(verb: str, description: str, widget: io.Input, *outputs: io.O
         inputs=[
             io.Model.Input("model", tooltip="From the AdaSpa Attention node."),
             AdaSpaRun.Input("adaspa", tooltip="From the same AdaSpa Attention node."),
-            widget,
+            *widgets,
         ],
         outputs=[io.Model.Output(display_name="model"), *outputs],
+        hidden=[io.Hidden.unique_id],
     )

@@ -1,11 +1,10 @@
 """AdaSpa Save Pattern: writes what a run found, for another run of the same size."""
 
-from functools import partial
-
 from comfy_api.latest import io, ui
 
 from ..sparse_attn.host.pattern_requests import save_after_run
-from .pattern_files import FOLDER, checked_name, free_path
+from ..sparse_attn.patterns.file import save
+from .pattern_files import FOLDER, checked_name, folders
 from .pattern_schema import pattern_schema
 
 
@@ -22,11 +21,27 @@ class AdaSpaSavePattern(io.ComfyNode):
                 tooltip="Name of the file in the folder adaspa of ComfyUI's output folder. A "
                 "file of that name is kept, and the new one gets a number.",
             ),
+            # younger than prompts that people saved: those lack it
+            io.Boolean.Input(
+                "every_sampler",
+                optional=True,
+                default=False,
+                advanced=True,
+                tooltip="Where several samplers of a workflow use this model, only the first of them "
+                "writes its pattern. On writes a file for each; they are hundreds of megabytes "
+                "for a long video.",
+            ),
         )
 
     @classmethod
-    def execute(cls, model, adaspa, name="pattern") -> io.NodeOutput:
+    def execute(cls, model, adaspa, name="pattern", every_sampler=False) -> io.NodeOutput:
         name = checked_name(name)
-        patched = save_after_run(model, adaspa, partial(free_path, name))
+
+        def write(pattern):
+            return save(pattern, folders()["output"], name)
+
+        patched = save_after_run(
+            model, adaspa, write, node_id=cls.hidden.unique_id, every_run=every_sampler
+        )
         text = f"The pattern will be written to {FOLDER}/{name} in the output folder"
         return io.NodeOutput(patched, ui=ui.PreviewText(text))

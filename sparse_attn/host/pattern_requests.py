@@ -1,13 +1,14 @@
 """Patterns on the MODEL wire: which one a run begins with, and where its own is written.
 
-Wishes travel as attachments of the ModelPatcher: they end with the wire, where a flag on the shared
-handle would outlive the node that set it in ComfyUI's cache.
+Requests travel as attachments of the ModelPatcher: they end with the wire, where a flag on the
+shared handle would outlive the node that set it in ComfyUI's cache.
 """
 
+import threading
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..patterns import file as files
 from ..patterns.pattern import CarriedPattern
 from ..run.handle import RunHandle
 from ..run.report import gib
@@ -16,21 +17,53 @@ from . import status as messages
 HANDLE, BEGIN, SAVE = "adaspa", "adaspa_begin", "adaspa_save"
 
 
+@dataclass
+class SaveRequest:
+    """The wish of one node to have a pattern written: once in a prompt, or after every run.
+
+    Args:
+        write: write(pattern) -> the path of the new file.
+        node_id: the node that asks, or None.
+    """
+
+    write: Callable[[CarriedPattern], Path]
+    node_id: str | None = None
+    every_run: bool = False
+    _prompt: str | None = None
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def begin(self, prompt: str | None) -> bool:
+        """Whether a run of a prompt is the one to write; without a prompt every run is."""
+        with self._lock:
+            mine = self.every_run or prompt is None or prompt != self._prompt
+            self._prompt = prompt
+        return mine
+
+    def failed(self) -> None:
+        """Let the next run of the prompt write."""
+        self._prompt = None
+
+
 def begin_with(model, socket: RunHandle, pattern: CarriedPattern):
     """Return a clone of `model` whose runs begin with `pattern`."""
     return _with(model, socket, BEGIN, pattern)
 
 
-def save_after_run(model, socket: RunHandle, free_path: Callable[[], Path]):
+def save_after_run(
+    model, socket: RunHandle, write: Callable[[CarriedPattern], Path], *,
+    node_id: str | None = None, every_run: bool = False,
+):  # fmt: skip
     """Return a clone of `model` whose runs write their pattern.
 
     Args:
-        free_path: called after each run; returns the path of a file that does not exist yet.
+        write: write(pattern) -> the path of the new file.
+        node_id: the node that shows what is written, or None.
+        every_run: also of those samplers that follow the first one in a prompt.
     """
-    return _with(model, socket, SAVE, free_path)
+    return _with(model, socket, SAVE, SaveRequest(write, node_id, every_run))
 
 
-def _with(model, socket: RunHandle, key: str, wish):
+def _with(model, socket: RunHandle, key: str, request):
     handle = model.get_attachment(HANDLE)
     if socket is None or handle is None or not handle.serves(socket):
         raise ValueError(
@@ -38,7 +71,7 @@ def _with(model, socket: RunHandle, key: str, wish):
             "both from the same node."
         )
     patched = model.clone()
-    patched.set_attachments(key, wish)
+    patched.set_attachments(key, request)
     return patched
 
 
@@ -49,8 +82,9 @@ def pattern_to_begin(patcher, handle: RunHandle) -> CarriedPattern | None:
 
 def end(run, patcher, handle: RunHandle) -> None:
     """End a run, and keep and save its pattern where that was asked for. Raises nothing."""
-    free_path = patcher.get_attachment(SAVE)
-    kept = run.end(keep_pattern=handle.keeps_pattern or free_path is not None)
+    request = patcher.get_attachment(SAVE)
+    saves = request is not None and request.begin(messages.prompt_id())
+    kept = run.end(keep_pattern=handle.keeps_pattern or saves)
     lines = run.statistics.kept_pattern
     if handle.keeps_pattern and kept is not None:
         handle.pattern = kept.named(f"the {handle.part or 'first'} expert")
@@ -58,17 +92,29 @@ def end(run, patcher, handle: RunHandle) -> None:
             f"Pattern kept for the next expert: {len(kept.layers)} masks, {gib(kept.nbytes())} "
             "on the CPU"
         )
-    if free_path is None:
-        return
+    if saves:
+        _save(kept, request, run.statistics)
+    elif request is not None:
+        lines.append(
+            "Pattern not saved: an earlier sampler of this prompt has saved one; `every_sampler` "
+            "saves them all"
+        )
+
+
+def _save(kept: CarriedPattern | None, request: SaveRequest, statistics) -> None:
     if kept is None:
-        run.statistics.warn("no pattern was saved, because no layer ran sparse")
+        request.failed()
+        statistics.warn("no pattern was saved, because no layer ran sparse")
         return
     try:
-        path = free_path()
-        files.save(kept, path)
+        messages.say(request.node_id, f"writing a pattern of {gib(kept.nbytes())}")
+        path = request.write(kept)
+        saved = f"{path.name}, {gib(path.stat().st_size)}"
     except Exception as error:
+        request.failed()
         # a full disk must not cost the user the finished video
         messages.log.warning("AdaSpa: the pattern was not saved", exc_info=True)
-        run.statistics.warn(f"the pattern was not saved ({error})")
+        statistics.warn(f"the pattern was not saved ({error})")
     else:
-        lines.append(f"Pattern saved: {path.name}, {gib(path.stat().st_size)}")
+        statistics.kept_pattern.append(f"Pattern saved: {saved}")
+        messages.say(request.node_id, f"saved {saved}")

@@ -24,6 +24,24 @@ def send(node_id: str | None, statistics: RunStatistics, text: str, step: int, d
     server.send_progress_text(text, node_id, server.client_id)
 
 
+def say(node_id: str | None, text: str) -> None:
+    """Log a line, and show it on a node that is none of attention. Raises nothing."""
+    log.info("AdaSpa: %s", text)
+    server = _server()
+    if server is None or node_id is None:
+        return
+    try:
+        server.send_progress_text(text, node_id, server.client_id)
+    except Exception:
+        # a message must not cost the user the run
+        log.warning("AdaSpa: a message could not be sent", exc_info=True)
+
+
+def prompt_id() -> str | None:
+    """Which of the queued prompts runs, or None without a server."""
+    return getattr(_server(), "last_prompt_id", None)
+
+
 def progress_line(statistics: RunStatistics, step: int) -> str:
     """Such as "step 5 of 20: sparse, density 0.20, recall 0.97"."""
     schedule = statistics.schedule

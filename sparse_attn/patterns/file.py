@@ -2,8 +2,11 @@
 
 import json
 import os
+import re
 import zlib
+from itertools import count
 from pathlib import Path
+from uuid import uuid4
 
 import torch
 
@@ -13,15 +16,27 @@ from ..orders.position import rods
 from ..token_layout import TokenLayout
 from .pattern import CarriedLayer, CarriedPattern
 
-FORMAT, VERSION = "adaspa pattern", 2
+SUFFIX = ".safetensors"
+# 1: tokens as every model has them, or in rods. 2: orders for each head as well. 3: the checksum
+# covers the whole file, before only masks and orders
+FORMAT, VERSION = "adaspa pattern", 3
+CHECKED_WHOLE = 3
 # what stands for skipped blocks -> the order of the video's tokens: (t, h, w), as every model of
 # today has them, that of `orders.position.rods`, or one for each head, which the file holds
 ORDERS = {"none": ("raster",), "pooled": ("rods", "similarity")}
-NO_PATTERN = "is not an AdaSpa pattern file; choose one that AdaSpa Save Pattern wrote"
+NO_PATTERN = "is not an AdaSpa pattern file; choose one that AdaSpa Save Pattern wrote."
+LONGEST_WORD = 100
 
 
-def save(pattern: CarriedPattern, path: Path) -> None:
+def save(pattern: CarriedPattern, folder: Path, name: str) -> Path:
     """Write a pattern as safetensors; the file appears whole or not at all.
+
+    Args:
+        name: of the file, without its ending. Where that is taken, the name gets a number: of any
+            number of threads and processes that save at once, each writes a file of its own.
+
+    Returns:
+        The path of the new file.
 
     Raises:
         ValueError: the pattern is empty. OSError: the file cannot be written.
@@ -30,36 +45,19 @@ def save(pattern: CarriedPattern, path: Path) -> None:
 
     if not pattern.layers:
         raise ValueError("there is no pattern to save, because no layer ran sparse")
-    layers, tensors, checksum = [], {}, 0
-    for number, (name, layer) in enumerate(pattern.layers.items()):
-        bits = layer.bits.contiguous()
-        tensors[_tensor_name(number)] = bits
-        checksum = _checksum(bits, checksum)
-        if layer.order is not None:
-            tensors[_order_name(number)] = order = layer.order.contiguous()
-            checksum = _checksum(order, checksum)
-        layers.append([*name, [round(d, 4) for d in layer.density],
-                       [round(r, 4) for r in layer.recall]])  # fmt: skip
-    layout = pattern.layout
-    metadata = {
-        "format": FORMAT,
-        "version": str(VERSION),
-        "family": pattern.family,
-        "grid": json.dumps([layout.frames, layout.height, layout.width]),
-        "before": str(layout.before),
-        "after": str(layout.after),
-        "block_size": pattern.block_size,
-        "order": pattern.order,
-        "tail": pattern.tail,
-        "density": f"{pattern.density():.4f}",
-        "recall": f"{pattern.recall():.4f}",
-        "crc32": str(checksum),
-        "layers": json.dumps(layers, separators=(",", ":")),
-    }
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    tensors, metadata = _contents(pattern)
+    folder.mkdir(parents=True, exist_ok=True)
+    part = folder / f".{uuid4().hex}.part"
     try:
+        part.touch()
+        # the library's file is for its owner alone; this one is as readable as any other
+        mode = part.stat().st_mode
         save_file(tensors, part, metadata=metadata)
-        os.replace(part, path)
+        part.chmod(mode)
+        for number in count():
+            path = folder / f"{name}{f'_{number:05}_' if number else ''}{SUFFIX}"
+            if _publish(part, path):
+                return path
     finally:
         part.unlink(missing_ok=True)
 
@@ -76,83 +74,189 @@ def load(path: Path) -> CarriedPattern:
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            if metadata.get("format") != FORMAT:
-                raise ValueError(f"{name} {NO_PATTERN}.")
-            _check_version(metadata, name)
+            _check_format(metadata)
             # a copy, so that the file is not kept open
             tensors = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118
+        return _build(metadata, tensors).named(name)
+    except _Unreadable as error:
+        why = str(error)
     except (SafetensorError, OSError) as error:
-        raise ValueError(
-            f"{name} cannot be read ({_first_line(error)}); save the pattern again."
-        ) from None
+        why = f"cannot be read ({_plain(error)}); save the pattern again."
+    except KeyError as error:
+        why = f"is damaged ({_plain(error.args[0])} is missing); save the pattern again."
+    except Exception as error:
+        # a file of anyone's making can be wrong in ways that no list has
+        why = f"is damaged ({_plain(error)}); save the pattern again."
+    raise ValueError(f"{name!r} {why}")
+
+
+class _Unreadable(ValueError):
+    """What is said of a file that is none of ours, or of a later version."""
+
+
+# ---- writing
+
+
+def _contents(pattern: CarriedPattern) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """The tensors and the metadata of a pattern's file."""
+    layers, tensors = [], {}
+    for number, (name, layer) in enumerate(pattern.layers.items()):
+        tensors[_mask_name(number)] = layer.bits.contiguous()
+        if layer.order is not None:
+            tensors[_order_name(number)] = layer.order.contiguous()
+        layers.append([*name, [round(d, 4) for d in layer.density],
+                       [round(r, 4) for r in layer.recall]])  # fmt: skip
+    layout = pattern.layout
+    metadata = {
+        "format": FORMAT,
+        "version": str(VERSION),
+        "family": pattern.family,
+        "grid": json.dumps([layout.frames, layout.height, layout.width]),
+        "before": str(layout.before),
+        "after": str(layout.after),
+        "block_size": pattern.block_size,
+        "order": pattern.order,
+        "tail": pattern.tail,
+        "density": f"{pattern.density():.4f}",
+        "recall": f"{pattern.recall():.4f}",
+        "layers": json.dumps(layers, separators=(",", ":")),
+    }
+    return tensors, {**metadata, "crc32": checksum(metadata, tensors)}
+
+
+def _publish(part: Path, path: Path) -> bool:
+    """Give a written file its name; False where another file has it, which stays as it is."""
     try:
-        pattern = _build(metadata, tensors)
-    except (KeyError, TypeError, IndexError, ValueError) as error:
-        why = f"{error.args[0]} is missing" if isinstance(error, KeyError) else error
-        raise ValueError(f"{name} is damaged ({why}); save the pattern again.") from None
-    return pattern.named(name)
+        os.link(part, path)
+        return True
+    except FileExistsError:
+        return False
+    except OSError:
+        # a file system without links: an empty file holds the name until the full one is there
+        try:
+            path.touch(exist_ok=False)
+        except FileExistsError:
+            return False
+        try:
+            os.replace(part, path)
+        except BaseException:
+            path.unlink(missing_ok=True)
+            raise
+        return True
 
 
-def _check_version(metadata, name):
+def checksum(metadata: dict[str, str], tensors: dict[str, torch.Tensor]) -> str:
+    """CRC-32 of everything that a file of format 3 says, its own entry aside."""
+    said = [sorted((key, value) for key, value in metadata.items() if key != "crc32")]
+    said += [[name, str(x.dtype), list(x.shape)] for name, x in sorted(tensors.items())]
+    found = zlib.crc32(json.dumps(said).encode())
+    for _, x in sorted(tensors.items()):
+        found = _checksum(x, found)
+    return str(found)
+
+
+def _checksum(x: torch.Tensor, before: int) -> int:
+    # views need no copy of what may be hundreds of megabytes
+    return zlib.crc32(x.contiguous().flatten().view(torch.uint8).numpy(), before)
+
+
+# ---- reading
+
+
+def _check_format(metadata) -> None:
     version = metadata.get("version", "")
-    if not version.isdigit():
-        raise ValueError(f"{name} {NO_PATTERN}.")
+    if metadata.get("format") != FORMAT or not re.fullmatch("[0-9]{1,9}", version):
+        raise _Unreadable(NO_PATTERN)
     if int(version) > VERSION:
-        raise ValueError(
-            f"{name} was written by a newer AdaSpa (format {version}, this one reads {VERSION}); "
+        raise _Unreadable(
+            f"was written by a newer AdaSpa (format {version}, this one reads {VERSION}); "
             "update AdaSpa."
         )
 
 
 def _build(metadata, tensors) -> CarriedPattern:
-    # files of earlier versions do not name a tail
+    whole = int(metadata["version"]) >= CHECKED_WHOLE
+    if whole and checksum(metadata, tensors) != metadata["crc32"]:
+        raise ValueError("it is not what was written")
+    # the first files do not name a tail
     tail = metadata.get("tail", "none")
     if tail not in ORDERS:
-        raise ValueError(f"tail {tail!r} is not one of {', '.join(ORDERS)}")
+        raise ValueError(f"tail {_shown(tail)} is not one of {', '.join(ORDERS)}")
     if metadata["order"] not in ORDERS[tail]:
-        raise ValueError(f"token order {metadata['order']!r} is not {' or '.join(ORDERS[tail])}")
-    frames, height, width = json.loads(metadata["grid"])
-    layout = TokenLayout(int(metadata["before"]), frames, height, width, int(metadata["after"]))
-    sizes = frames, height, width
-    if not all(isinstance(n, int) and n > 0 for n in sizes) or min(layout.before, layout.after) < 0:
-        raise ValueError("its grid is not positive")
+        raise ValueError(
+            f"token order {_shown(metadata['order'])} is not {' or '.join(ORDERS[tail])}"
+        )
     block_size = metadata["block_size"]
     if block_size not in BLOCK_SIZES:
-        raise ValueError(f"blocks of {block_size} instead of {', '.join(BLOCK_SIZES)}")
+        raise ValueError(f"blocks of {_shown(block_size)} instead of {', '.join(BLOCK_SIZES)}")
+    family = _word(metadata["family"])
+    layout = _layout(metadata)
     listed = json.loads(metadata["layers"])
     masks = sum(name.startswith("mask.") for name in tensors)
-    if len(listed) != masks or not listed:
-        raise ValueError(f"{masks} masks for {len(listed)} layers")
+    if not isinstance(listed, list) or len(listed) != masks or not listed:
+        raise ValueError(f"{masks} masks for other layers")
     orders = len(tensors) - masks
     if bool(orders) != (metadata["order"] == "similarity") or orders > masks:
         raise ValueError(f"{orders} token orders of {masks} masks by {metadata['order']}")
-    rows, blocks = (layout.num_blocks(size) for size in BLOCK_SIZES[block_size])
-    layers, checksum = {}, 0
-    for number, (role, kind, index, occurrence, density, recall) in enumerate(listed):
-        bits = tensors[_tensor_name(number)]
-        checksum = _checksum(bits, checksum)
-        if bits.dtype != torch.uint8:
-            raise ValueError(f"a mask of {bits.dtype} instead of uint8")
-        if bits.ndim != 4 or tuple(bits.shape[2:]) != (rows, -(-blocks // 8)):
-            raise ValueError(f"a mask of shape {list(bits.shape)} for {rows} x {blocks} blocks")
-        if not len(density) == len(recall) == bits.shape[1] > 0 or not len(bits):
+    layers, found = {}, 0
+    for number, entry in enumerate(listed):
+        name, density, recall = _entry(entry)
+        if name in layers:
+            raise ValueError(f"two masks of one layer, {' '.join(map(str, name))}")
+        bits, order = tensors[_mask_name(number)], tensors.get(_order_name(number))
+        _check_mask(bits, layout, BLOCK_SIZES[block_size])
+        if not len(density) == len(recall) == bits.shape[1]:
             raise ValueError("its numbers per head do not fit its masks")
-        if not all(0 <= float(x) <= 1.001 for x in (*density, *recall)):
-            raise ValueError("a density or recall outside 0 to 1")
-        if (bits.amax(-1) == 0).any():
-            raise ValueError("a mask that leaves a part of the video without attention")
-        order = tensors.get(_order_name(number))
         if order is not None:
-            checksum = _checksum(order, checksum)
             _check_order(order, bits, layout)
-        if blocks % 8 and (bits[..., -1] >> (blocks % 8)).any():
-            raise ValueError("a mask that lists blocks behind the last")
-        layer_name = LayerName(str(role), str(kind), int(index), int(occurrence))
-        layers[layer_name] = CarriedLayer(bits, tuple(density), tuple(recall), order)
-    if str(checksum) != metadata["crc32"]:
+        for x in (bits, order):
+            found = found if x is None or whole else _checksum(x, found)
+        layers[name] = CarriedLayer(bits, density, recall, order)
+    if not whole and str(found) != metadata["crc32"]:
         raise ValueError("its masks are not those that were written")
-    pooled = tail == "pooled"
-    return CarriedPattern(metadata["family"], layout, block_size, layers, pooled=pooled)
+    return CarriedPattern(family, layout, block_size, layers, pooled=tail == "pooled")
+
+
+def _layout(metadata) -> TokenLayout:
+    sizes = json.loads(metadata["grid"])
+    if not isinstance(sizes, list) or len(sizes) != 3 or not all(map(_is_count, sizes)):
+        raise ValueError(f"a grid of {_shown(metadata['grid'])}")
+    before, after = metadata["before"], metadata["after"]
+    for number in (before, after):
+        if not re.fullmatch("[0-9]{1,9}", number):
+            raise ValueError(f"{_shown(number)} tokens beside the video")
+    if not all(sizes):
+        raise ValueError("its grid is not positive")
+    return TokenLayout(int(before), *sizes, int(after))
+
+
+def _entry(entry) -> tuple[LayerName, tuple[float, ...], tuple[float, ...]]:
+    """What the list of layers says of one: its name, and density and recall by head."""
+    if not isinstance(entry, list) or len(entry) != len(LayerName._fields) + 2:
+        raise ValueError(f"a layer of {_shown(entry)}")
+    *name, density, recall = entry
+    name = LayerName(*name)
+    if not all(map(_is_count, (name.block_index, name.occurrence))):
+        raise ValueError(f"a layer of {_shown(entry)}")
+    for numbers in (density, recall):
+        if not isinstance(numbers, list) or not all(type(x) in (int, float) for x in numbers):
+            raise ValueError(f"{_shown(numbers)} instead of a number per head")
+        if not all(0 <= x <= 1.001 for x in numbers):
+            raise ValueError("a density or recall outside 0 to 1")
+    name = name._replace(role=_word(name.role), block_type=_word(name.block_type))
+    return name, tuple(map(float, density)), tuple(map(float, recall))
+
+
+def _check_mask(bits, layout, block_size) -> None:
+    rows, blocks = (layout.num_blocks(size) for size in block_size)
+    if bits.dtype != torch.uint8:
+        raise ValueError(f"a mask of {bits.dtype} instead of uint8")
+    if bits.ndim != 4 or tuple(bits.shape[2:]) != (rows, -(-blocks // 8)) or not bits.numel():
+        raise ValueError(f"a mask of shape {list(bits.shape)} for {rows} x {blocks} blocks")
+    if (bits.amax(-1) == 0).any():
+        raise ValueError("a mask that leaves a part of the video without attention")
+    if blocks % 8 and (bits[..., -1] >> (blocks % 8)).any():
+        raise ValueError("a mask that lists blocks behind the last")
 
 
 def _check_order(order, bits, layout) -> None:
@@ -168,7 +272,17 @@ def _check_order(order, bits, layout) -> None:
         raise ValueError("a token order that is not one of all tokens")
 
 
-def _tensor_name(number: int) -> str:
+def _is_count(x) -> bool:
+    return type(x) is int and 0 <= x < 10**9
+
+
+def _word(x) -> str:
+    if not isinstance(x, str) or not x.isprintable() or not 0 < len(x) <= LONGEST_WORD:
+        raise ValueError(f"a name of {_shown(x)}")
+    return x
+
+
+def _mask_name(number: int) -> str:
     return f"mask.{number:05}"
 
 
@@ -176,10 +290,13 @@ def _order_name(number: int) -> str:
     return f"order.{number:05}"
 
 
-def _checksum(bits, before: int) -> int:
-    # a memory view needs no copy of what may be hundreds of megabytes
-    return zlib.crc32(memoryview(bits.contiguous().view(torch.uint8).numpy()).cast("B"), before)
+def _shown(x) -> str:
+    """A value of a file for people: its characters are anyone's, and so is its length."""
+    text = repr(x)
+    return text if len(text) <= LONGEST_WORD else f"{text[: LONGEST_WORD - 3]}..."
 
 
-def _first_line(error) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
+def _plain(text) -> str:
+    """The first line of a text, without what no console and no UTF-8 message can hold."""
+    lines = str(text).splitlines() or [type(text).__name__]
+    return lines[0].encode("utf-8", "backslashreplace").decode()

@@ -155,8 +155,8 @@ class Bench(StackRuns):
             name = names[0]._replace(block_index=n)
             many[name] = replace(layer, bits=layer.bits.clone())
         with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / "pattern.safetensors"
-            saved = clock(lambda: pattern_files.save(replace(few, layers=many), path))
+            path, pattern = Path(folder) / "pattern.safetensors", replace(few, layers=many)
+            saved = clock(lambda: pattern_files.save(pattern, path.parent, path.stem))
             size = path.stat().st_size
             read = {}
             loaded = clock(lambda: read.update(pattern=pattern_files.load(path)))

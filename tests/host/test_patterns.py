@@ -1,9 +1,13 @@
 """Patterns in ComfyUI: on the MODEL wire, in the user's folders, and what a run says before it."""
 
+import os
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from sparse_attn.patterns.file import load as read
 from tests.host.host_fixtures import VIDEO, assert_same_video, calls, kept_dense, sample, sparse
@@ -98,13 +102,32 @@ def test_a_file_is_never_overwritten(saved, attention, nodes, folders):
 
 @pytest.mark.parametrize(
     "name",
-    ["", " ", "../city", "a/b", "a\\b", "/city", "..", ".hidden", "C:city", "a\0b", 120 * "a"],
-)
-def test_a_name_that_leaves_the_folder_is_refused_before_sampling(attention, nodes, folders, name):
+    [
+        "", " ", "../city", "a/b", "a\\b", "/city", "..", ".hidden", "C:city", "a\0b", "a\nb",
+        "city.", "city. ", "city..safetensors", ".safetensors", "\udce9", 101 * "a", 51 * "é",
+        34 * "城", "nul", "CON", "con.txt", "Aux .b", "com1", "LPT9.city", "COM¹", "prn.safetensors",
+    ],
+)  # fmt: skip
+def test_a_name_that_no_system_takes_is_refused_before_sampling(attention, nodes, folders, name):
     model, handle = attention()
     with pytest.raises(ValueError, match="`name` must be a file name"):
         nodes["AdaSpaSavePattern"].execute(model, handle, name)
     assert not folders.output.exists()
+
+
+@pytest.mark.parametrize(
+    "name, file",
+    [
+        (100 * "a", 100 * "a"), (33 * "城", 33 * "城"), (" city .safetensors", "city"),
+        ("nul_1", "nul_1"), ("console", "console"), ("com10", "com10"), ("cafe\u0301", "café"),
+        ("v1.2 (night)", "v1.2 (night)"),
+    ],
+)  # fmt: skip
+def test_any_other_name_becomes_the_file(attention, nodes, folders, name, file):
+    model, handle = attention()
+    (model,) = nodes["AdaSpaSavePattern"].execute(model, handle, name).args
+    sample(model)
+    assert [path.name for path in folders.output.iterdir()] == [f"{file}.safetensors"]
 
 
 def test_a_full_disk_does_not_cost_the_video(attention, nodes, monkeypatch, saved):
@@ -124,6 +147,102 @@ def test_a_dense_run_has_no_pattern_to_save(attention, nodes, folders):
     sample(model)
     assert "no pattern was saved, because no layer ran sparse" in handle.latest().warnings
     assert not folders.output.exists()
+
+
+@pytest.fixture
+def messages(nodes):
+    """The pack's own module of messages; the nodes do not know those of the tests."""
+    return sys.modules[f"{comfy_inprocess.load_pack().__name__}.sparse_attn.host.status"]
+
+
+@pytest.fixture
+def prompt(messages, monkeypatch):
+    """prompt(id): from now on the server says that it runs this prompt."""
+
+    def runs(prompt_id):
+        monkeypatch.setattr(messages, "prompt_id", lambda: prompt_id)
+
+    return runs
+
+
+def not_saved(handle):
+    lines = handle.latest().lines()
+    return any(line.startswith("Pattern not saved: an earlier sampler of this") for line in lines)
+
+
+def test_of_the_samplers_of_a_prompt_the_first_writes(attention, nodes, folders, prompt):
+    model, handle = attention()
+    (model,) = nodes["AdaSpaSavePattern"].execute(model, handle, "city").args
+    found = []
+    for number in (1, 1, 1, 2, 2):
+        prompt(f"prompt {number}")
+        sample(model, cfg=1.0)
+        found.append((len(list(folders.output.iterdir())), not_saved(handle)))
+    assert found == [(1, False), (1, True), (1, True), (2, False), (2, True)]
+
+
+def test_every_sampler_writes_where_that_is_asked_for(attention, nodes, folders, prompt):
+    model, handle = attention()
+    save = nodes["AdaSpaSavePattern"]
+    (model,) = save.execute(model, handle, "city", every_sampler=True).args
+    prompt("prompt 1")
+    for _ in range(3):
+        sample(model, cfg=1.0)
+        assert not not_saved(handle)
+    assert len(list(folders.output.iterdir())) == 3
+
+
+def test_a_run_that_has_nothing_to_save_or_fails_to_leaves_it_to_the_next(
+    attention, nodes, folders, prompt, monkeypatch
+):
+    model, handle = attention()
+    (model,) = nodes["AdaSpaSavePattern"].execute(model, handle, "city").args
+    prompt("prompt 1")
+    # too short
+    sample(model, (1, 16, 1, 4, 4), cfg=1.0)
+    with monkeypatch.context() as full:
+        full.setattr("safetensors.torch.save_file", lambda *args, **options: 1 / 0)
+        sample(model, cfg=1.0)
+    assert "the pattern was not saved (division by zero)" in handle.latest().warnings
+    sample(model, cfg=1.0)
+    assert [path.name for path in folders.output.iterdir()] == ["city.safetensors"]
+
+
+def test_the_size_is_said_before_the_file_is_written(
+    attention, nodes, folders, messages, monkeypatch
+):
+    told = []
+    monkeypatch.setattr(
+        messages, "say", lambda node, text: told.append((text, folders.output.exists()))
+    )
+    model, handle = attention()
+    (model,) = nodes["AdaSpaSavePattern"].execute(model, handle, "city").args
+    sample(model)
+    (before, existed), (after, exists) = told
+    assert (existed, exists) == (False, True)
+    # two layers, two prompts, four heads of 5 x 5 blocks in a byte a row, and 288 tokens in order
+    assert before == f"writing a pattern of {2 * 2 * 4 * (5 + 288 * 4) / 2**20:.1f} MiB"
+    assert after.startswith("saved city.safetensors, ")
+
+
+def test_a_message_that_cannot_be_sent_costs_neither_the_file_nor_the_run(
+    attention, nodes, folders, messages, monkeypatch
+):
+    class Server:
+        client_id = None
+
+        def send_progress_text(self, *args):
+            raise UnicodeEncodeError("utf-8", "\udce9", 0, 1, "surrogates not allowed")
+
+        def send_sync(self, *args):
+            pass
+
+    monkeypatch.setattr(messages, "_server", Server)
+    model, handle = attention()
+    (model,) = nodes["AdaSpaSavePattern"].execute(model, handle, "city").args
+    monkeypatch.setattr(model.get_attachment("adaspa_save"), "node_id", "7")
+    sample(model)
+    assert (folders.output / "city.safetensors").exists()
 
 
 # ---- loading
@@ -185,7 +304,7 @@ def test_a_video_of_another_batch_searches(saved, attention, nodes):
 
 def test_a_damaged_file_is_refused_before_sampling(saved, attention, nodes):
     saved.path.write_bytes(saved.path.read_bytes()[:-9])
-    with pytest.raises(ValueError, match=r"city\.safetensors cannot be read"):
+    with pytest.raises(ValueError, match=r"'city\.safetensors' cannot be read"):
         begin(nodes, *attention())
 
 
@@ -198,6 +317,39 @@ def test_only_files_in_the_users_folders_are_listed(saved, nodes, folders, tmp_p
     (folders.input / "link.safetensors").symlink_to(outside)
     (file,) = [put for put in nodes["AdaSpaLoadPattern"].GET_SCHEMA().inputs if put.id == "file"]
     assert file.options == ["city.safetensors [output]", "mine.safetensors [input]"]
+
+
+def test_what_cannot_be_named_or_read_is_not_listed(saved, nodes, folders):
+    for name in (b"caf\xe9.safetensors", b"\xff\xfe.safetensors"):
+        try:
+            (folders.output / os.fsdecode(name)).write_bytes(saved.path.read_bytes())
+        except OSError:
+            pytest.skip("this file system has no such names")
+    (folders.output / "folder.safetensors").mkdir()
+    loop = folders.output / "loop.safetensors"
+    loop.symlink_to(loop)
+    folders.input.mkdir(parents=True)
+    folders.input.rmdir()
+    folders.input.write_text("a file where a folder is looked for")
+    node = nodes["AdaSpaLoadPattern"]
+    (file,) = [put for put in node.GET_SCHEMA().inputs if put.id == "file"]
+    assert file.options == ["city.safetensors [output]"]
+    assert node.fingerprint_inputs(file="caf\udce9.safetensors [output]") is None
+
+
+def test_a_folder_that_cannot_be_listed_costs_only_its_own_files(
+    saved, nodes, folders, monkeypatch
+):
+    glob = Path.glob
+
+    def refused(self, pattern):
+        if self == folders.input:
+            raise PermissionError("no")
+        return glob(self, pattern)
+
+    monkeypatch.setattr(Path, "glob", refused)
+    (file,) = [p for p in nodes["AdaSpaLoadPattern"].GET_SCHEMA().inputs if p.id == "file"]
+    assert file.options == ["city.safetensors [output]"]
 
 
 @pytest.mark.parametrize("file", ["../outside.safetensors", "link.safetensors [input]", ""])
@@ -333,6 +485,53 @@ def test_a_pattern_of_one_prompt_serves_the_next(comfy_server):
         comfy_server.post(second)
 
 
+def test_no_pattern_file_ends_the_thread_that_runs_prompts(comfy_server):
+    """Whatever is chosen, the prompt fails with a sentence and the next one runs."""
+    folder = comfy_server.base_directory / "output/adaspa"
+    folder.mkdir(exist_ok=True)
+    (folder / os.fsdecode(b"caf\xe9.safetensors")).write_bytes(b"no pattern")
+    (folder / "broken.safetensors").write_bytes(b"no pattern")
+    nested = {"format": "adaspa pattern", "version": "3", "crc32": "0", "layers": 9999 * "["}
+    save_file({"mask.00000": torch.zeros(1)}, folder / "nested.safetensors", metadata=nested)
+    options = comfy_server.object_info()["AdaSpaLoadPattern"]["input"]["required"]["file"]
+    assert "broken.safetensors [output]" in str(options) and "caf" not in str(options)
+    prompt = graph(warmup=0.0, seed=62)
+    prompt["carried"] = node(
+        "AdaSpaLoadPattern", model=["adaspa", 0], adaspa=["adaspa", 1], file=""
+    )
+    prompt["sampler"]["inputs"]["model"] = ["carried", 0]
+    for file, words in [
+        ("caf\udce9.safetensors", "not in list"),
+        ("broken.safetensors", "'broken.safetensors' cannot be read"),
+        ("nested.safetensors", "it is not what was written"),
+    ]:
+        prompt["carried"]["inputs"]["file"] = f"{file} [output]"
+        with pytest.raises(PromptFailed, match=words):
+            comfy_server.post(prompt)
+    assert comfy_server.post(graph(warmup=0.0, seed=63))["status"]["status_str"] == "success"
+
+
+def test_five_samplers_of_a_prompt_write_one_pattern(comfy_server):
+    prompt = graph(warmup=0.0, seed=64)
+    prompt["keep"] = node(
+        "AdaSpaSavePattern", model=["adaspa", 0], adaspa=["adaspa", 1], name="five"
+    )
+    prompt["sampler"]["inputs"]["model"] = ["keep", 0]
+    for number in range(4):
+        inputs = {**prompt["sampler"]["inputs"], "seed": 65 + number}
+        prompt[f"sampler {number}"] = node("KSampler", **inputs)
+        prompt[f"file {number}"] = node(
+            "SaveLatent", samples=[f"sampler {number}", 0], filename_prefix=f"latent{number}"
+        )
+    comfy_server.post(prompt)
+    folder = comfy_server.base_directory / "output/adaspa"
+    assert [path.name for path in folder.glob("five*")] == ["five.safetensors"]
+    # another prompt with the node's result from ComfyUI's cache
+    prompt["sampler 0"]["inputs"]["seed"] = 70
+    comfy_server.post(prompt)
+    assert len(list(folder.glob("five*"))) == 2
+
+
 def test_both_experts_on_a_server(comfy_server):
     prompt = graph()
     loader, settings = prompt["loader"], dict(prompt["adaspa"]["inputs"])
@@ -365,12 +564,20 @@ def test_both_experts_on_a_server(comfy_server):
 def test_the_server_serves_a_help_page_for_every_node(comfy_server):
     from tests.web.test_web import WEB, fetch
 
+    def inputs_of(name):
+        order = comfy_server.object_info()[name]["input_order"]
+        return {*order.get("required", []), *order.get("optional", [])}
+
     names = [name for name in comfy_server.object_info() if name.startswith("AdaSpa")]
     names = [name for name in names if "HostTest" not in name]
     assert len(names) == 6
     for name in names:
         text = fetch(comfy_server, f"/extensions/adaspa/docs/{name}.md")
         assert text == (WEB / "docs" / f"{name}.md").read_text(encoding="utf-8")
-        order = comfy_server.object_info()[name]["input_order"]
-        for put in [*order.get("required", []), *order.get("optional", [])]:
+        own = inputs_of(name)
+        if name == "AdaSpaAttentionPair":
+            # its page names the page of the settings that both have
+            assert "*AdaSpa Attention*" in text
+            own -= inputs_of("AdaSpaAttention")
+        for put in own:
             assert f"**{put}**" in text, (name, put)

@@ -3,7 +3,8 @@
 import torch
 
 from sparse_attn.block_mask import BlockMask
-from sparse_attn.patterns.pattern import CarriedLayer, CarriedPattern, LayerName
+from sparse_attn.call import LayerName
+from sparse_attn.patterns.pattern import CarriedLayer, CarriedPattern
 from sparse_attn.token_layout import TokenLayout
 
 NAME = LayerName("positive", "double", 0, 0)

@@ -54,8 +54,7 @@ def test_tall_blocks_are_carried_and_saved_as_such(tmp_path):
     run = Run("Ss", block_size="128x64")
     run.statistics.model = FAMILY
     call_of(run, 0, tensors(0))
-    save(run.state.end(keep_pattern=True), tmp_path / "tall.safetensors")
-    pattern = load(tmp_path / "tall.safetensors")
+    pattern = load(save(run.state.end(keep_pattern=True), tmp_path, "tall"))
     assert pattern.block_size == "128x64"
     assert pattern.layers[NAME].bits.shape == (1, 2, 5, 2)
     run, qkv = carrying("Ss", pattern, block_size="128x64"), tensors(0)

@@ -425,8 +425,7 @@ def test_a_carried_pattern_is_used_in_its_order(token_order, tmp_path):
     own = token_order == "similarity"
     assert pattern.order == ("similarity" if own else "rods")
     assert (pattern.layers[NAME].order is not None) == own
-    save(pattern, tmp_path / "pattern.safetensors")
-    pattern = load(tmp_path / "pattern.safetensors")
+    pattern = load(save(pattern, tmp_path, "pattern"))
     run = TailRun("Sss", carried=pattern)
     # clusters of other tokens would not hold enough here
     qkv = tensors(0 if own else 1)
