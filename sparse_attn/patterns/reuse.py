@@ -1,4 +1,4 @@
-"""Masks that one run hands to another: what a run keeps, and whether a kept mask still holds."""
+"""Whether a mask that another run has found holds here."""
 
 from typing import NamedTuple
 
@@ -9,8 +9,7 @@ from ..call import Call
 from ..config import AdaSpaConfig
 from ..method.recall import sample_rows, sampled_recall
 from ..orders.choice import biased_video
-from ..orders.position import is_shared, rods
-from ..run.layers import LayerState
+from ..orders.position import rods
 from .pattern import CarriedLayer, CarriedPattern
 
 # a carried mask may hold this much less of a layer than when it was found
@@ -88,27 +87,3 @@ def fitting_mask(
     if config.recall and not held.mean() >= config.recall - SAMPLE_ERROR:
         return f"recall below the {config.recall} asked for"
     return FittingMask(layer, mask, held.mean(0), cells, order, similar)
-
-
-def pattern_of(
-    states: list[LayerState], family: str, config: AdaSpaConfig
-) -> CarriedPattern | None:
-    """The masks of a run, copied to the CPU, or None where there are none."""
-    layers, first = {}, None
-    for state in states:
-        if state.mask is None or state.name is None or state.name in layers:
-            continue
-        like = state.layout, state.mask.bits.shape
-        # one sequence a pattern: a part of the picture with a prompt of its own may be another
-        first = first or like
-        if like == first:
-            order = None if state.order is None or is_shared(state.order) else state.order
-            layers[state.name] = CarriedLayer(
-                state.mask.bits.cpu(),
-                tuple(state.density.tolist()),
-                tuple(state.recall.tolist()),
-                order if order is None else order.cpu(),
-            )
-    if not layers:
-        return None
-    return CarriedPattern(family, first[0], config.block_size, layers, pooled=config.pooled)

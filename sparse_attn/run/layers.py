@@ -9,7 +9,9 @@ import torch
 from ..backends.choice import Backend, Backends
 from ..block_mask import BlockMask
 from ..call import Call, LayerName
+from ..config import AdaSpaConfig
 from ..orders.position import is_shared
+from ..patterns.pattern import CarriedLayer, CarriedPattern
 from ..token_layout import TokenLayout
 from .cache import Cache
 from .statistics import RunStatistics
@@ -121,3 +123,27 @@ class Layers(dict[Hashable, LayerState]):
         super().clear()
         self.following.clear()
         self._last_key = None
+
+
+def pattern_of(
+    states: list[LayerState], family: str, config: AdaSpaConfig
+) -> CarriedPattern | None:
+    """The masks of a run, copied to the CPU, or None where there are none."""
+    layers, first = {}, None
+    for state in states:
+        if state.mask is None or state.name is None or state.name in layers:
+            continue
+        like = state.layout, state.mask.bits.shape
+        # one sequence a pattern: a part of the picture with a prompt of its own may be another
+        first = first or like
+        if like == first:
+            order = None if state.order is None or is_shared(state.order) else state.order
+            layers[state.name] = CarriedLayer(
+                state.mask.bits.cpu(),
+                tuple(state.density.tolist()),
+                tuple(state.recall.tolist()),
+                order if order is None else order.cpu(),
+            )
+    if not layers:
+        return None
+    return CarriedPattern(family, first[0], config.block_size, layers, pooled=config.pooled)

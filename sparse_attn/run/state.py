@@ -15,13 +15,13 @@ from ..method import selection
 from ..method.recall import sample_rows, sampled_recall
 from ..orders.position import in_rods, rods
 from ..patterns.pattern import CarriedPattern
-from ..patterns.reuse import SAMPLED_ROWS, fitting_mask, pattern_of
+from ..patterns.reuse import SAMPLED_ROWS, fitting_mask
 from ..schedule import Schedule, StepKind
 from ..token_layout import TokenLayout
 from .cache import Cache, predict
 from .dense import DenseChoice
 from .dense_steps import DenseSteps
-from .layers import Layers
+from .layers import Layers, pattern_of
 from .precision import LowPrecision
 from .readback import NOT_A_NUMBER, Findings
 from .statistics import RunStatistics
