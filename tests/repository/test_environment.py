@@ -1,38 +1,19 @@
 """The decisions of run.py's set-up, without setting anything up."""
 
-import ast
-import hashlib
 import io
 import json
 import os
-import re
-import subprocess
 import sys
 import tarfile
+from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
-from tests.tools import comfyui_source, commands, environment, pins, stamps, torch_plan, virtual_env
-from tests.tools.comfy_client import ServerFailed, _raise_if_failed, _refusal
-from tests.tools.comfy_server import ComfyServer, PromptFailed, free_port, port_is_free
-from tests.tools.console import ExpectedFailure, seconds, size
-from tests.tools.lock import Held
-from tests.tools.mounts import link_pack
-from tests.tools.pip_runner import announced_download, explain
+from tests.tools import comfyui_source, environment, pins, requirements, stamps, torch_build
+from tests.tools.console import ExpectedFailure
 
 ROOT = Path(__file__).resolve().parents[2]
-CUDA_NEEDS = ['nvidia-cudnn-cu13==9.20; platform_system == "Linux"', "filelock"]
-
-
-def torch_item(version, needs=("filelock",)):
-    return {"name": "torch", "version": version, "requires": needs and list(needs)}
-
-
-CPU = torch_item("2.13.0+cpu")
-INDEX = torch_item("2.13.0", CUDA_NEEDS)
-NEWEST = torch_item("2.15.0", CUDA_NEEDS)
 
 
 @pytest.fixture
@@ -51,43 +32,29 @@ def comfyui(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("item", "platform", "cuda"),
+    ("wheel", "platform", "cuda"),
     [
-        (CPU, "linux", False),  # marked
-        (INDEX, "linux", True),  # the index's build for Linux
-        (INDEX, "darwin", False),  # its CUDA needs hold on Linux only
-        (torch_item("2.13.0+cu130", CUDA_NEEDS), "win32", True),  # marked, on any system
-        (torch_item("2.13.0"), "linux", False),  # an Arm build without CUDA
-        (torch_item("2.13.0", None), "linux", True),  # the index does not tell its needs
+        ("torch-2.13.0+cpu-cp311-cp311-manylinux_2_28_x86_64.whl", "linux", False),
+        ("torch-2.13.0-cp311-cp311-manylinux_2_28_x86_64.whl", "linux", True),
+        ("torch-2.13.0-cp311-none-macosx_14_0_arm64.whl", "darwin", False),
+        ("torch-2.13.0+cu130-cp311-cp311-win_amd64.whl", "win32", True),
     ],
 )
-def test_recognises_cuda_builds(item, platform, cuda):
-    assert torch_plan.is_cuda_build(item, platform) is cuda
+def test_recognises_cuda_builds(wheel, platform, cuda):
+    assert torch_build.has_cuda(wheel, platform) is cuda
 
 
 @pytest.mark.parametrize(
-    ("found", "gpu", "version", "suits"),
+    ("gpu", "env", "platform", "asks"),
     [
-        ([CPU], False, "2.13.0+cpu", True),
-        ([INDEX, CPU], False, "2.13.0+cpu", True),  # a CPU build further down wins
-        ([INDEX, NEWEST], False, "2.13.0", False),  # none: the first, and say so
-        ([CPU, NEWEST], True, "2.15.0", True),  # a GPU wants CUDA
-        ([CPU], True, "2.13.0+cpu", False),
+        (False, {}, "linux", f"torch=={pins.TORCH}"),  # whichever build pip prefers
+        (True, {}, "linux", f"torch==={pins.TORCH}"),  # not one marked +cpu
+        (True, {}, "win32", f"torch=={pins.TORCH}"),
+        (True, {"ADASPA_TORCH": "torch==2.9.1+cu128"}, "linux", "torch==2.9.1+cu128"),
     ],
 )
-def test_chooses_the_torch_that_suits(found, gpu, version, suits):
-    item, good = torch_plan.choose(found, gpu, "linux")
-    assert (item["version"], good) == (version, suits)
-
-
-def test_chooses_nothing_from_nothing():
-    assert torch_plan.choose([], False) is None
-
-
-def test_tries_the_pinned_torch_then_marked_cpu_builds_then_any():
-    tried = torch_plan.candidates(False, ["2.15.0", "2.14.0+cpu", "2.13.0+cpu", "2.13.0"])
-    assert tried == [f"torch=={pins.TORCH}", "torch==2.14.0+cpu", "torch"]
-    assert torch_plan.candidates(True, ["2.14.0+cpu"]) == [f"torch=={pins.TORCH}", "torch"]
+def test_asks_pip_for_the_pinned_torch_or_a_named_one(gpu, env, platform, asks):
+    assert torch_build.wanted(gpu, env, platform) == asks
 
 
 @pytest.mark.parametrize(
@@ -101,24 +68,7 @@ def test_tries_the_pinned_torch_then_marked_cpu_builds_then_any():
     ],
 )
 def test_borrows_torch_only_if_it_serves_the_machine(device, gpu, usable):
-    assert torch_plan.usable({"device": device}, gpu) is usable
-
-
-@pytest.mark.parametrize(
-    ("level", "device", "have", "lacks"),
-    [
-        ("tests", "cpu", {}, True),
-        ("tests", "cpu", {"triton": "3.6.0"}, True),  # its interpreter fails with a new numpy
-        ("tests", "cpu", {"triton": pins.triton(sys.version_info[:2]).replace("*", "0")}, False),
-        ("tests", "cuda", {"triton": "3.6.0"}, False),  # the one torch was built with
-        ("torch", "cpu", {}, False),  # doctor alone needs none
-    ],
-)
-def test_asks_for_triton_where_kernels_are_interpreted(level, device, have, lacks, monkeypatch):
-    monkeypatch.setattr(sys, "platform", "linux")
-    assert environment.lacks_triton(level, device, have) is lacks
-    monkeypatch.setattr(sys, "platform", "darwin")
-    assert not environment.lacks_triton(level, device, have)
+    assert torch_build.usable({"device": device}, gpu) is usable
 
 
 @pytest.mark.parametrize(
@@ -130,8 +80,104 @@ def test_asks_for_triton_where_kernels_are_interpreted(level, device, have, lack
     ],
 )
 def test_matches_torch_and_its_family(torch, vision, audio):
-    assert comfyui_source.matching_torchvision(torch) == vision
-    assert comfyui_source.matching_torchaudio(torch) == audio
+    family = torch_build.matching_family(torch)
+    assert family == {"torchvision": vision, "torchaudio": audio}
+
+
+@pytest.mark.parametrize(
+    ("device", "have", "lacks"),
+    [
+        ("cpu", {}, True),
+        ("cpu", {"triton": "3.6.0"}, True),  # its interpreter fails with a new numpy
+        ("cpu", {"triton": pins.triton(sys.version_info[:2])}, False),
+        ("cuda", {"triton": "3.6.0"}, False),  # the one torch was built with
+    ],
+)
+def test_asks_for_triton_where_kernels_are_interpreted(device, have, lacks, monkeypatch):
+    monkeypatch.setattr(sys, "platform", "linux")
+    assert environment.lacks_triton(device, have) is lacks
+    monkeypatch.setattr(sys, "platform", "darwin")
+    assert not environment.lacks_triton(device, have)
+
+
+# what is installed
+
+WHEEL = "torch-2.13.0{}-cp311-cp311-manylinux_2_28_x86_64.whl"
+
+
+def build(mark=""):
+    return torch_build.Build(Path(WHEEL.format(mark)), "0" * 64, named=False)
+
+
+def names(needs=(), have=None, build=None, device="cpu"):
+    return [r.name for r in environment.to_install(list(needs), have or {}, build, device)]
+
+
+def test_a_cpu_build_comes_without_cuda_and_with_an_interpreter(monkeypatch):
+    monkeypatch.setattr(sys, "platform", "linux")
+    got = names(build=build("+cpu"))
+    assert not [n for n in got if n.startswith(("cuda-", "nvidia-"))]
+    assert got.count("torch") == 1 and got.count("triton") == 2  # for older and newer Pythons
+    assert {*pins.TEST_PACKAGES, "torchvision", "torchaudio"} <= set(got)
+
+
+def test_a_cuda_build_brings_its_libraries_and_its_own_triton(monkeypatch):
+    monkeypatch.setattr(torch_build, "has_cuda", lambda wheel: True)
+    got = {r.name: r.text for r in environment.to_install([], {}, build(), "cuda")}
+    assert "nvidia-cudnn-cu13" in got and "cuda-toolkit" in got
+    in_lock = next(p for p in requirements.locked("packages") if p.name == "triton")
+    assert got["triton"] == in_lock.text
+
+
+def test_the_build_is_installed_from_its_file_by_its_hash(tmp_path):
+    wheel = replace(build("+cpu"), file=tmp_path / WHEEL.format("+cpu"), sha256="a" * 64)
+    chosen = environment.to_install([], {}, wheel, "cpu")
+    (line,) = [release.text for release in chosen if release.name == "torch"]
+    assert line == f"torch @ {wheel.file.as_uri()} --hash=sha256:{'a' * 64}"
+
+
+def test_borrowed_packages_stay_but_for_exact_versions_that_comfyui_needs():
+    have = {"torch": "2.9.1", "numpy": "1.26.4", "comfy-kitchen": "0.1.0", "scipy": "1.11"}
+    got = names(have=have, device="cuda", needs=[("comfy-kitchen", "==0.2.26")])
+    assert "comfy-kitchen" in got and "pytest" in got
+    assert not {"torch", "torchvision", "torchaudio", "numpy", "scipy", "triton"} & set(got)
+
+
+def test_nothing_is_installed_where_nothing_lacks():
+    have = {"torch": "2.9.1", "comfy-kitchen": "0.2.26", **dict.fromkeys(pins.TEST_PACKAGES, "1")}
+    assert names(have=have, device="cuda", needs=[("comfy-kitchen", "==0.2.26")]) == []
+
+
+@pytest.mark.parametrize("name", [file.stem for file in sorted(requirements.LOCKED.glob("*.txt"))])
+def test_every_locked_release_has_hashes(name):
+    releases = requirements.locked(name)
+    text = (requirements.LOCKED / f"{name}.txt").read_text(encoding="utf-8")
+    assert len(releases) == text.count("==") - text.count("== '")
+    assert releases and all(release.hashes for release in releases)
+
+
+def test_the_lock_holds_what_tests_and_every_pinned_comfyui_need():
+    have = {release.name: release.version for release in requirements.locked("packages")}
+    assert set(pins.TEST_PACKAGES) | pins.TORCH_FAMILY <= set(have)
+    assert have["torch"] == pins.TORCH
+    assert {r.version for r in requirements.locked("triton")} == {
+        pins.triton(pins.OLDEST_PYTHON),
+        pins.triton(pins.NEWEST_PYTHON),
+    }
+    (uv,) = requirements.locked("uv")
+    assert uv.version.startswith(f"{pins.UV_SERIES}.")
+    root = os.environ.get("COMFYUI_PATH")
+    version = comfyui_source.version_of(Path(root)) if root else None
+    if version in pins.COMFYUI:
+        have |= {r.name: r.version for r in requirements.locked(f"comfyui-{version}")}
+        assert requirements.unmet(comfyui_source.needs(Path(root)), have) == {}
+
+
+def test_known_builds_of_torch_are_the_locked_ones_and_those_pinned_beside():
+    hashes = torch_build.known_hashes()
+    assert set(pins.TORCH_CPU_BUILDS.values()) < hashes
+    assert all(name.startswith(f"torch-{pins.TORCH}+cpu-") for name in pins.TORCH_CPU_BUILDS)
+    assert all(len(bytes.fromhex(h)) == 32 for h in hashes)
 
 
 # which ComfyUI
@@ -185,18 +231,18 @@ PyOpenGL>=3.1.8
 
 
 def test_leaves_out_torch_and_what_no_server_needs():
-    names = [name for name, _ in comfyui_source.requirements(REQUIREMENTS)]
+    names = [name for name, _ in requirements.parse(REQUIREMENTS)]
     assert names == ["comfyui-frontend-package", "torchsde", "numpy", "sqlalchemy", "pydantic"]
 
 
 def test_lists_missing_packages_and_other_exact_versions():
-    wanted = comfyui_source.requirements(REQUIREMENTS)
+    wanted = requirements.parse(REQUIREMENTS)
     have = {"comfyui-frontend-package": "1.45.15", "numpy": "1.20", "torchsde": "0.2.6"}
-    assert comfyui_source.unmet(wanted, have) == [
-        "comfyui-frontend-package==1.47.12",
-        "sqlalchemy>=2.0.0",
-        "pydantic~=2.0",
-    ]
+    assert requirements.unmet(wanted, have) == {
+        "comfyui-frontend-package": "comfyui-frontend-package==1.47.12",
+        "sqlalchemy": "sqlalchemy>=2.0.0",
+        "pydantic": "pydantic~=2.0",
+    }
 
 
 def test_unpacks_only_the_folder_asked_for(tmp_path):
@@ -209,16 +255,6 @@ def test_unpacks_only_the_folder_asked_for(tmp_path):
     assert sorted(files) == ["a.tar.gz", "out/main.py"]
     with pytest.raises(ExpectedFailure, match="holds no vendor/Other"):
         comfyui_source.unpack_folder(archive, "vendor/Other", tmp_path / "out")
-
-
-def test_a_changed_archive_is_not_verified(tmp_path):
-    file = tmp_path / "a.tar.gz"
-    file.write_bytes(b"content")
-    expected = hashlib.sha256(b"content").hexdigest()
-    assert comfyui_source.verified(file, expected)
-    file.write_bytes(b"Content")
-    assert not comfyui_source.verified(file, expected)
-    assert not comfyui_source.verified(tmp_path / "missing", expected)
 
 
 def test_every_pin_carries_a_whole_hash():
@@ -258,12 +294,12 @@ def test_a_stamp_does_not_vouch_for_what_is_gone(tmp_path, comfyui, gone):
 
 def test_fingerprint_changes_with_machine_and_comfyui(comfyui):
     (comfyui / "requirements.txt").write_text("numpy\n")
-    one = stamps.fingerprint("comfyui", False, comfyui)
+    one = stamps.fingerprint(False, comfyui, None)
     assert json.loads(json.dumps(one)) == one
-    assert stamps.fingerprint("comfyui", True, comfyui) != one
-    assert stamps.fingerprint("tests", False, comfyui) != one
+    assert stamps.fingerprint(True, comfyui, None) != one
+    assert stamps.fingerprint(False, comfyui, "torch==2.9.1") != one
     (comfyui / "requirements.txt").write_text("numpy\nscipy\n")
-    assert stamps.fingerprint("comfyui", False, comfyui) != one
+    assert stamps.fingerprint(False, comfyui, None) != one
 
 
 def test_the_recipe_covers_files_that_exist():
@@ -283,220 +319,8 @@ def test_home_leaves_a_project_that_cannot_be_written(tmp_path):
     assert file not in stamps.home_folder(file, env).parents
 
 
-def test_environments_that_differ_get_folders_that_differ():
-    names = {
-        virtual_env.venv_name((3, 11), False, None),
-        virtual_env.venv_name((3, 12), False, None),
-        virtual_env.venv_name((3, 11), True, None),
-        virtual_env.venv_name((3, 11), False, "/a"),
-        virtual_env.venv_name((3, 11), False, "/b"),
-    }
-    assert len(names) == 5
-
-
 def test_commands_see_the_project_before_other_paths():
     env = stamps.Environment("python", "cpu", "2.13.0", "/comfy", "/home")
     got = env.variables({"PYTHONPATH": "/mine", "PATH": "p"})
     assert got["PYTHONPATH"].split(os.pathsep) == [str(ROOT), str(ROOT / "tests"), "/mine"]
     assert (got["COMFYUI_PATH"], got["ADASPA_DEVICE"], got["PATH"]) == ("/comfy", "cpu", "p")
-
-
-# locks
-
-
-def test_a_second_process_does_not_get_the_lock(tmp_path):
-    held = Held(tmp_path / "lock")
-    assert held.acquire()
-    ask = (
-        "import sys; sys.path.insert(0, sys.argv[1]); from pathlib import Path;"
-        "from tools.lock import Held; sys.exit(0 if Held(Path(sys.argv[2])).acquire() else 7)"
-    )
-    command = [sys.executable, "-c", ask, str(ROOT / "tests"), str(tmp_path / "lock")]
-    assert subprocess.run(command, check=False).returncode == 7
-    held.release()
-    assert subprocess.run(command, check=False).returncode == 0
-
-
-# what is said
-
-
-@pytest.mark.parametrize(
-    ("output", "says"),
-    [
-        ("OSError: [Errno 28] No space left on device", "disk is full"),
-        ("NewConnectionError('<HTTPSConnection>: Failed to establish', )", "cannot be reached"),
-        ("SSLError(SSLCertVerificationError(1, 'CERTIFICATE_VERIFY_FAILED'))", "certificate"),
-        ("ERROR: No matching distribution found for torch==2.13.0\n", "no torch==2.13.0 for this"),
-        ("ERROR: Could not find x (from versions: none)", "check the network and pip's index"),
-        ("Collecting x\nERROR: broken thing\n\n", "broken thing"),
-    ],
-)
-def test_pip_failures_become_one_sentence(output, says):
-    sentence = explain(output)
-    assert says in sentence
-    assert "\n" not in sentence
-
-
-def test_reads_the_size_of_a_download():
-    assert announced_download("  Downloading a-1.whl (526.6 MB)") == ("a-1.whl", 526.6e6)
-    assert announced_download("  Downloading a-1.whl.metadata (31 kB)") is None
-    assert announced_download("Collecting a") is None
-
-
-def test_formats_sizes_and_durations():
-    assert [size(n) for n in (2.63e9, 11_897_382, 800)] == ["2.6 GB", "12 MB", "1 kB"]
-    assert [seconds(s) for s in (4.21, 65)] == ["4.2 s", "1 min 05 s"]
-
-
-def test_unknown_commands_and_versions_are_one_line(capsys, monkeypatch):
-    assert commands.main(["sevre"], ROOT) == 2
-    assert "choose one of demo, test" in capsys.readouterr().out
-    assert commands.main(["serve", "--comfyui", "9.9"], ROOT) == 1
-    assert "no pinned ComfyUI 9.9" in capsys.readouterr().out
-
-
-def test_the_oldest_comfyui_is_the_one_the_pack_promises():
-    assert f'requires-comfyui = ">={pins.OLDEST_COMFYUI}"' in (ROOT / "pyproject.toml").read_text()
-    assert pins.OLDEST_COMFYUI in pins.COMFYUI and pins.DEFAULT_COMFYUI in pins.COMFYUI
-
-
-@pytest.mark.parametrize(
-    ("wanted", "extra", "own", "both"),
-    [
-        (None, [], False, True),
-        ("0.27.0", [], False, False),
-        (None, ["-k", "pair"], False, False),
-        (None, [], True, False),
-    ],
-)
-def test_all_tests_of_a_pinned_comfyui_run_on_the_oldest_too(
-    comfyui, tmp_path, monkeypatch, wanted, extra, own, both
-):
-    monkeypatch.delenv("COMFYUI_PATH", raising=False)
-    root = comfyui / "custom_nodes" / "adaspa" if own else tmp_path
-    options = SimpleNamespace(comfyui=wanted, root=root)
-    assert commands.runs_oldest(options, extra) == both
-
-
-def test_tests_of_the_host_are_found_by_their_names():
-    """What needs a ComfyUI runs on both, but for our graphs and our model, made for one of them."""
-    tests = ROOT / "tests"
-    named = {Path(file) for file in commands.host_tests()}
-    asks = re.compile(r"def \w+\([^)]*\b(comfyui|load|comfy_server|model_paths)\b")
-    need = {file for file in tests.rglob("test_*.py") if asks.search(file.read_text("utf-8"))}
-    own = {tests / "tiny_model" / "test_procedural_video.py", Path(__file__)}
-    assert {file for file in need - named if file.parent.name != "workflows"} <= own
-    assert len(named) > 15 and all(file in need for file in named)
-
-
-def test_a_program_beside_speaks_when_asked_and_ends_with_its_context(tmp_path, capsys):
-    env = stamps.Environment(sys.executable, "cpu", "2.13.0", None, str(tmp_path))
-    with commands.Beside(env, ["-c", "print('late'); raise SystemExit(3)"]) as beside:
-        assert beside.result() == 3
-    assert "late" in capsys.readouterr().out
-    with commands.Beside(env, ["-c", "import time; time.sleep(60)"]) as beside:
-        assert beside.process.poll() is None
-    assert beside.process.poll() is not None
-
-
-def test_help_names_every_command(capsys):
-    assert commands.main(["--help"], ROOT) == 0
-    said = capsys.readouterr().out
-    assert all(f"\n  {name} " in said for name in commands.COMMANDS)
-
-
-def test_an_old_python_can_still_read_run_py():
-    source = (ROOT / "run.py").read_text(encoding="utf-8")
-    ast.parse(source, feature_version=(3, 5))
-    assert 'f"' not in source
-
-
-@pytest.mark.parametrize(
-    "file", sorted((ROOT / "tests" / "tools").glob("*.py")), ids=lambda f: f.name
-)
-def test_tools_parse_on_the_oldest_python(file):
-    ast.parse(file.read_text(encoding="utf-8"), feature_version=pins.OLDEST_PYTHON)
-
-
-# the server, as far as it needs no ComfyUI
-
-
-def test_a_port_in_use_is_noticed(comfyui, tmp_path):
-    import socket
-
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        s.listen()
-        port = s.getsockname()[1]
-        assert not port_is_free(port)
-        with pytest.raises(ServerFailed, match=f"Port {port} is in use; .* --port"):
-            ComfyServer(comfyui, tmp_path / "base", port=port, cpu=True).start()
-    assert port_is_free(free_port())
-
-
-def test_a_server_that_ends_at_once_shows_its_log(comfyui, tmp_path):
-    (comfyui / "main.py").write_text("raise SystemExit('no such flag')")
-    with pytest.raises(ServerFailed, match=r"exit code 1(.|\n)*no such flag"):
-        ComfyServer(comfyui, tmp_path / "base", cpu=True).start()
-
-
-def test_the_mounted_pack_is_what_users_install(tmp_path):
-    source = tmp_path / "source"
-    for name in ("nodes", "tests", ".adaspa", "web"):
-        (source / name).mkdir(parents=True)
-    for name in ("__init__.py", "run.py", ".gitignore"):
-        (source / name).touch()
-    mounted = link_pack(tmp_path / "custom_nodes", source)
-    assert sorted(p.name for p in mounted.iterdir()) == ["__init__.py", "nodes", "web"]
-    link_pack(tmp_path / "custom_nodes", source)
-    assert (source / "__init__.py").exists()
-
-
-def test_refusals_name_node_and_reason():
-    text = json.dumps(
-        {
-            "error": {"message": "Prompt outputs failed validation"},
-            "node_errors": {
-                "4": {
-                    "class_type": "AdaSpaAttention",
-                    "errors": [{"message": "Value too big", "details": "sparsity"}],
-                }
-            },
-        }
-    )
-    assert "node 4 (AdaSpaAttention): Value too big: sparsity" in _refusal(text)
-    assert "502" in _refusal("502 Bad Gateway")
-
-
-@pytest.mark.parametrize(
-    ("status", "says"),
-    [
-        (
-            {
-                "status_str": "error",
-                "messages": [
-                    ["execution_start", {}],
-                    [
-                        "execution_error",
-                        {
-                            "node_id": "6",
-                            "node_type": "KSampler",
-                            "exception_type": "ValueError",
-                            "exception_message": "no frames\n",
-                        },
-                    ],
-                ],
-            },
-            r"node 6 \(KSampler\) failed with ValueError: no frames$",
-        ),
-        (
-            {"status_str": "error", "messages": [["execution_interrupted", {}]]},
-            "interrupted",
-        ),
-        ({"status_str": "error", "messages": []}, "ended as error"),
-    ],
-)
-def test_failed_prompts_say_where(status, says):
-    with pytest.raises(PromptFailed, match=says):
-        _raise_if_failed({"status": status})
-    _raise_if_failed({"status": {"status_str": "success"}})

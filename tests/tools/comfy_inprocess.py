@@ -42,9 +42,6 @@ def start(comfyui_path=None, args: tuple[str, ...] | None = None) -> Path:
         on_cpu = not torch.cuda.is_available() and not torch.backends.mps.is_available()
         args = ("--cpu", "--use-pytorch-cross-attention") if on_cpu else ()
     sys.path.insert(0, str(comfyui))
-    packages = comfyui.parent / "packages"
-    if packages.is_dir():
-        sys.path.insert(0, str(packages))
     import comfy.options
 
     comfy.options.enable_args_parsing()

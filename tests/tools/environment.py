@@ -1,137 +1,86 @@
 """Prepares what a command needs, once: an interpreter with torch, test packages and a ComfyUI.
 
-The interpreter that runs `run.py` serves as it is when it has everything. Otherwise a virtual
-environment is made in `.adaspa/`, which borrows that interpreter's torch if it works. Nothing is
-ever installed outside `.adaspa/`.
+A virtual environment is made in `.adaspa/`. It borrows the packages of the interpreter that runs
+`run.py` if the torch there works, and gets the rest as `locked/` pins it. Nothing is ever installed
+outside `.adaspa/`.
 """
 
 from __future__ import annotations
 
 import hashlib
 import importlib.util
-import json
 import os
 import shutil
+import subprocess
 import sys
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
-from . import comfyui_source, pins, torch_plan
-from .console import ExpectedFailure, say, seconds, step
+from . import comfyui_source, pins, requirements, torch_build
+from .console import ExpectedFailure, say, seconds, size, step
+from .installer import Installer, make_venv, python_of
 from .lock import exclusive
-from .pip_runner import Pip
 from .probe import probe
-from .stamps import (
-    ROOT,
-    Environment,
-    fingerprint,
-    home_folder,
-    installed_here,
-    read_stamp,
-    write_stamp,
-)
-from .virtual_env import make_venv, require_room, venv_name
+from .stamps import ROOT, Environment, fingerprint, home_folder, read_stamp, write_stamp
 
-# each level includes the ones before it
-LEVELS = ("torch", "tests", "comfyui")
+# each level includes the ones before it, and names the packages an interpreter must have to serve
+LEVELS = {"torch": (), "kernels": ("numpy", "pytest"), "comfyui": pins.TEST_PACKAGES}
 COMFYUI_IMPORTS = ("torchvision", "torchaudio")
+# measured size of a finished environment on Linux, and the room its downloads need
+ROOM_CPU = 4e9
+ROOM_CUDA = 12e9
+BORROWED = "adaspa_borrowed.pth"
 
 
 def prepare(level: str, root: Path = ROOT, env: Mapping[str, str] = os.environ) -> Environment:
     """Return an environment for `level`, setting it up where that was not done before."""
     home = home_folder(root, env)
-    gpu = torch_plan.has_nvidia_gpu()
-    own_comfyui = comfyui_source.locate(root, env) if level == "comfyui" else None
-    expected = fingerprint(level, gpu, own_comfyui)
-    key = hashlib.sha256(f"{sys.prefix} {gpu} {own_comfyui}".encode()).hexdigest()[:8]
+    gpu = torch_build.has_nvidia_gpu()
+    own_comfyui = comfyui_source.locate(root, env)
+    named_torch = env.get("ADASPA_TORCH")
+    expected = fingerprint(gpu, own_comfyui, named_torch)
+    which = f"{sys.prefix} {gpu} {own_comfyui} {named_torch}"
+    key = hashlib.sha256(which.encode()).hexdigest()[:8]
+    # what serves a later level serves this one too
+    later = list(LEVELS)[list(LEVELS).index(level) :]
+    stamps = {name: home / "ready" / f"{name}-{key}.json" for name in later}
 
     def find() -> Environment | None:
-        # what serves a later level serves this one too
-        for name in LEVELS[LEVELS.index(level) :]:
-            ready = read_stamp(home / "ready" / f"{name}-{key}.json", {**expected, "level": name})
-            if ready:
-                return ready
-        return None
+        return next(filter(None, (read_stamp(stamps[name], expected) for name in later)), None)
 
-    ready = find()
-    if ready:
+    if ready := find():
         return ready
     with exclusive(home / "lock"):
-        ready = find()
-        if ready:
+        if ready := find():
             return ready
         say("Preparing the environment; this happens once.")
         started = time.monotonic()
-        prepared = _set_up(level, home, gpu, own_comfyui)
-        write_stamp(home / "ready" / f"{level}-{key}.json", expected, prepared)
+        borrowed = _torch_here(gpu, named_torch)
+        if borrowed and level != "comfyui" and borrowed["versions"].keys() >= set(LEVELS[level]):
+            prepared = _environment(sys.executable, borrowed, home, None)
+        else:
+            level = "comfyui"
+            folder = home / f"py{sys.version_info[0]}{sys.version_info[1]}-{key}"
+            prepared = _made(folder, gpu, own_comfyui, borrowed, env)
+        write_stamp(stamps[level], expected, prepared)
         say(f"Ready after {seconds(time.monotonic() - started)}.")
         return prepared
 
 
-def _set_up(level: str, home: Path, gpu: bool, own_comfyui: Path | None) -> Environment:
-    log = home / "setup.log"
-    borrow = False
-    own_comfyui_root = own_comfyui
-    if importlib.util.find_spec("torch"):
-        with step("Looking at the torch of this Python"):
-            facts = probe(sys.executable)
-            borrow = torch_plan.usable(facts, gpu)
-            say(f"    {_torch_in_words(facts, gpu)}")
-    if borrow and level == "comfyui" and own_comfyui is None and importlib.util.find_spec("pip"):
-        with step(f"Fetching ComfyUI {pins.DEFAULT_COMFYUI}") as current:
-            own_comfyui_root = comfyui_source.unpack_pinned(
-                home, pins.DEFAULT_COMFYUI, Pip(sys.executable, log), current
-            )
-    if borrow and (level != "comfyui" or own_comfyui_root):
-        env = _as_it_is(level, home, own_comfyui_root)
-        if env:
-            return env
-    if own_comfyui:
-        say(f"  ComfyUI is yours, {own_comfyui}; nothing is installed into it or its Python.")
-    return _in_venv(level, home, gpu, borrow, own_comfyui, log)
-
-
-def _torch_in_words(facts: dict, gpu: bool) -> str:
-    if facts["device"] is None:
-        return f"it does not work ({facts.get('error')}), so another one is needed"
-    if torch_plan.usable(facts, gpu):
-        return f"torch {facts['torch']} on {facts['device']} works and is used"
-    return f"torch {facts['torch']} does not reach the NVIDIA GPU, so another one is needed"
-
-
-def _lacking(level: str, have: Mapping[str, str], comfyui_root: Path | None) -> list[str]:
-    """Requirements of `level` that `have` does not meet; torch and its family aside."""
-    wanted = []
-    if level != "torch":
-        wanted += comfyui_source.requirements("\n".join(pins.TEST_PACKAGES))
-    if level == "comfyui":
-        wanted += comfyui_source.needs(comfyui_root)
-    return list(dict.fromkeys(comfyui_source.unmet(wanted, have)))
-
-
-def lacks_triton(level: str, device: str, have: Mapping[str, str]) -> bool:
-    """Whether Triton's interpreter is needed and not there; on a GPU torch's own Triton serves."""
-    if level == "torch" or sys.platform != "linux" or device != "cpu":
-        return False
-    return not have.get("triton", "").startswith(_triton().rstrip("*"))
-
-
-def _triton() -> str:
-    return pins.triton(sys.version_info[:2])
-
-
-def _as_it_is(level: str, home: Path, comfyui_root: Path | None) -> Environment | None:
-    """The running interpreter, if it lacks nothing."""
-    have = installed_here()
-    if _lacking(level, have, comfyui_root):
+def _torch_here(gpu: bool, named_torch: str | None) -> dict | None:
+    """What the running interpreter's torch can do, if it will do and no other one was named."""
+    if named_torch or importlib.util.find_spec("torch") is None:
         return None
-    imports = COMFYUI_IMPORTS if level == "comfyui" else ()
-    facts = probe(sys.executable, imports)
-    if any(facts["imports"].values()) or lacks_triton(level, facts["device"], have):
-        return None
-    say(f"  This Python has everything: {sys.executable}")
-    return _environment(sys.executable, facts, home, comfyui_root)
+    with step("Looking at the torch of this Python"):
+        facts = probe(sys.executable)
+        if torch_build.usable(facts, gpu):
+            say(f"    torch {facts['torch']} on {facts['device']} works and is used")
+            return facts
+        why = "does not reach the NVIDIA GPU" if facts["device"] else f"fails: {facts.get('error')}"
+        say(f"    torch {facts['torch'] or ''} {why}, so another one is needed")
+    return None
 
 
 def _environment(python, facts: dict, home: Path, comfyui_root: Path | None) -> Environment:
@@ -139,146 +88,165 @@ def _environment(python, facts: dict, home: Path, comfyui_root: Path | None) -> 
     return Environment(str(python), facts["device"], facts["torch"], root, str(home))
 
 
-def _in_venv(
-    level: str, home: Path, gpu: bool, borrow: bool, own_comfyui: Path | None, log: Path
+def _made(
+    folder: Path, gpu: bool, own_comfyui: Path | None, borrowed: dict | None, env: Mapping[str, str]
 ) -> Environment:
-    if not borrow and sys.version_info[:2] > pins.NEWEST_PYTHON:
+    """Make the virtual environment, afresh: what an interrupted set-up left is not to be trusted.
+
+    Downloads are kept, by uv, pip and us.
+    """
+    home = folder.parent
+    if borrowed is None and sys.version_info[:2] > pins.NEWEST_PYTHON:
         raise ExpectedFailure(
             f"Python {sys.version_info[0]}.{sys.version_info[1]} is newer than what torch is known"
             " to be built for; start again with Python 3.10 to 3.13 (--python PATH)."
         )
-    name = venv_name(sys.version_info[:2], gpu, sys.prefix if borrow else None)
-    folder = home / name
-    require_room(home, gpu and not borrow)
-    unfinished = folder / "setting-up"
-    if unfinished.exists():
-        say("  An earlier set-up was interrupted; starting it afresh.")
-        shutil.rmtree(folder, ignore_errors=True)
-    python = make_venv(folder, borrow, log)
-    unfinished.touch()
-    try:
-        pip = Pip(str(python), log)
-        # older ones download whole wheels only to resolve
-        if pip.version() < (24,):
-            pip.attempt(["install", "--upgrade", "pip"])
-        comfyui_root = _fill(level, home, python, pip, gpu, own_comfyui)
-    except ExpectedFailure:
-        # pip undid its own work, so what is there can be built upon
-        unfinished.unlink(missing_ok=True)
-        raise
-    facts = _verified(python, level, folder, pip)
-    unfinished.unlink()
-    return _environment(python, facts, home, comfyui_root)
-
-
-def _fill(level: str, home: Path, python: Path, pip: Pip, gpu: bool, own_comfyui) -> Path | None:
-    """Install what is missing into the virtual environment; returns ComfyUI's root."""
-    facts = probe(str(python))
-    if facts["device"] is None:
-        with step("Installing torch") as current:
-            torch_plan.install(pip, gpu, current)
-        facts = probe(str(python))
-    if facts["device"] is None:
-        raise ExpectedFailure(
-            f"torch is installed but does not work here ({facts.get('error')}); delete"
-            f" {python.parents[1]} and start again, or use --python with another Python."
-        )
-    comfyui_root = own_comfyui
-    if level == "comfyui":
-        with step("Preparing ComfyUI") as current:
-            if own_comfyui is None:
-                comfyui_root = comfyui_source.unpack_pinned(
-                    home, pins.DEFAULT_COMFYUI, pip, current
-                )
-            _install_torch_family(pip, facts, current)
-    if lacks_triton(level, facts["device"], facts["versions"]):
-        with step("Installing Triton, whose interpreter runs the kernels in tests") as current:
-            # without its place in torch's own requirements, which name one release
-            pip.run(["install", "--no-compile", "--no-deps", f"triton=={_triton()}"], current)
-    lacking = _lacking(level, facts["versions"], comfyui_root)
-    if lacking:
-        constraints = home / "constraints.txt"
-        # pip compares the version of the package, which need not name the build as torch does
-        torch = facts["versions"].get("torch", facts["torch"])
-        constraints.write_text(f"torch=={torch}\n", encoding="utf-8")
-        what = "the packages of ComfyUI and the tests" if level == "comfyui" else "packages"
-        much = ", about 200 MB to download" if len(lacking) > 20 else ""
-        with step(f"Installing {what}: {len(lacking)} and what they need{much}") as current:
-            pip.run(
-                ["install", "--no-compile", "--constraint", str(constraints), *lacking], current
-            )
-    return comfyui_root
-
-
-def _install_torch_family(pip: Pip, facts: dict, current) -> None:
-    wanted = []
-    if "torchvision" not in facts["versions"]:
-        wanted.append(comfyui_source.matching_torchvision(facts["torch"]))
-    if "torchaudio" not in facts["versions"]:
-        wanted.append(comfyui_source.matching_torchaudio(facts["torch"]))
-    if wanted:
-        # without their own requirements, which would replace torch
-        pip.run(["install", "--no-compile", "--no-deps", *wanted], current)
-
-
-def _verified(python: Path, level: str, folder: Path, pip: Pip) -> dict:
-    """Import what ComfyUI imports; where only torchaudio's compiled part fails, take it out."""
-    imports = COMFYUI_IMPORTS if level == "comfyui" else ()
+    require_room(home, gpu and borrowed is None)
+    installer = Installer(home)
+    root = own_comfyui
+    if root:
+        say(f"  ComfyUI is yours, {root}; nothing is installed into it or its Python.")
+    else:
+        with step(f"Fetching ComfyUI {pins.DEFAULT_COMFYUI}") as current:
+            root = comfyui_source.unpack_pinned(pins.DEFAULT_COMFYUI, installer, current)
+    make_venv(folder, installer.log)
+    python = python_of(folder)
+    if borrowed:
+        _borrow(python, [p for p in sys.path if p.endswith(("site-packages", "dist-packages"))])
+    _fill(python, installer, gpu, root, borrowed, env)
     with step("Checking that everything imports"):
-        facts = probe(str(python), imports)
-        if facts["imports"].get("torchaudio"):
-            _mend_torchaudio(folder, pip, facts)
-            facts = probe(str(python), imports)
-    failed = {name: error for name, error in facts["imports"].items() if error}
+        facts = probe(str(python), COMFYUI_IMPORTS)
+    failed = [f"{name}: {error}" for name, error in facts["imports"].items() if error]
     if facts["device"] is None or failed:
-        reason = facts.get("error") or "; ".join(f"{n}: {e}" for n, e in failed.items())
         raise ExpectedFailure(
-            f"The prepared Python does not work ({reason}); delete {folder} and start again, or use"
-            " --python with another Python."
+            f"The prepared Python does not work ({facts.get('error') or '; '.join(failed)}); delete"
+            f" {folder} and start again, or use --python with another Python."
         )
-    return facts
+    return _environment(python, facts, home, root)
 
 
-def _mend_torchaudio(folder: Path, pip: Pip, facts: dict) -> None:
+def require_room(home: Path, cuda: bool) -> None:
+    needed = ROOM_CUDA if cuda else ROOM_CPU
+    home.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(home).free
+    if free < needed:
+        raise ExpectedFailure(
+            f"About {size(needed)} are needed in {home} and {size(free)} are free; make room or set"
+            " ADASPA_HOME to a folder on a larger disk."
+        )
+
+
+def _site_of(python: Path | str) -> Path:
+    ask = [str(python), "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"]
+    return Path(subprocess.run(ask, capture_output=True, text=True, check=True).stdout.strip())
+
+
+def _borrow(python: Path, folders: list[str]) -> None:
+    """Let a virtual environment see the packages in `folders` after its own."""
+    lines = [f"import site; site.addsitedir({p!r})" for p in folders]
+    (_site_of(python) / BORROWED).write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def _fill(
+    python: Path,
+    installer: Installer,
+    gpu: bool,
+    comfyui_root: Path,
+    borrowed: dict | None,
+    env: Mapping[str, str],
+) -> None:
+    """Install torch and what ComfyUI and the tests need beside it."""
+    build = None
+    if borrowed is None:
+        with step("Fetching torch") as current:
+            build = torch_build.fetch(installer, gpu, env, current)
+            if build.named:
+                installer.install(python, [str(build.file)], current)
+                borrowed, build = probe(str(python)), None
+    have = borrowed["versions"] if borrowed else {}
+    device = borrowed["device"] if borrowed else "cuda" if gpu and build.has_cuda else "cpu"
+    needs = comfyui_source.needs(comfyui_root)
+    chosen = to_install(needs, have, build, device)
+    with step("Installing the packages of ComfyUI and the tests") as current:
+        if chosen:
+            listed = python.parents[1] / "requirements.txt"
+            listed.write_text("\n".join(r.text for r in chosen) + "\n", encoding="utf-8")
+            # all that is needed is listed, so no other torch comes along
+            installer.install(python, ["--no-deps", "-r", str(listed)], current)
+        family = torch_build.matching_family(borrowed["torch"]) if borrowed else {}
+        if lacking := [text for name, text in family.items() if name not in have]:
+            installer.install(python, ["--no-deps", *lacking], current)
+        # a ComfyUI of the user's may ask for what is not locked
+        if rest := requirements.unmet(needs, {**have, **{r.name: r.version for r in chosen}}):
+            installer.install_beside_torch(python, list(rest.values()), current)
+    if device == "cpu":
+        _mend_torchaudio(_site_of(python))
+    shutil.rmtree(installer.home / "downloads" / "torch", ignore_errors=True)
+
+
+def to_install(
+    needs: list[tuple[str, str]],
+    have: Mapping[str, str],
+    build: torch_build.Build | None,
+    device: str,
+) -> list[requirements.Pinned]:
+    """The locked releases to install; none where nothing lacks.
+
+    Args:
+        needs: what ComfyUI asks for, name and version specifier.
+        have: packages that are there, name to version. They stay, but for exact versions needed.
+        build: the wheel of torch to install; None if torch is there, with libraries of its own.
+        device: where torch will run; on a CPU, kernels are interpreted.
+    """
+    lacking = requirements.unmet([*needs, *((name, "") for name in pins.TEST_PACKAGES)], have)
+    left_out = ({"torch"} if build else pins.TORCH_FAMILY) | (have.keys() - lacking.keys())
+    libraries = () if build and build.has_cuda else pins.CUDA_LIBRARIES
+    chosen = [
+        release
+        for release in requirements.locked("packages")
+        if lacking and not (release.name in left_out or release.name.startswith(libraries))
+    ]
+    if build:
+        line = f"torch @ {build.file.resolve().as_uri()} --hash=sha256:{build.sha256}"
+        chosen.append(requirements.Pinned("torch", build.version, line))
+    if lacks_triton(device, have):
+        chosen = [r for r in chosen if r.name != "triton"] + requirements.locked("triton")
+    return chosen
+
+
+def lacks_triton(device: str, have: Mapping[str, str]) -> bool:
+    """Whether Triton's interpreter is needed and not there; on a GPU torch's own Triton serves."""
+    needed = sys.platform == "linux" and device == "cpu"
+    return needed and have.get("triton") != pins.triton(sys.version_info[:2])
+
+
+def _mend_torchaudio(site: Path) -> None:
     """Move torchaudio's libraries, made for CUDA, out of its sight; it imports without them."""
-    site = "Lib/site-packages" if os.name == "nt" else "lib/python*/site-packages"
-    if not any(folder.glob(f"{site}/torchaudio")):
-        # a borrowed one is not ours to change
-        wanted = comfyui_source.matching_torchaudio(facts["torch"])
-        pip.run(["install", "--no-compile", "--no-deps", "--ignore-installed", wanted])
-    for lib in folder.glob(f"{site}/torchaudio/lib"):
+    for lib in site.glob("torchaudio/lib"):
         aside = lib.with_name("lib_not_loadable")
         aside.mkdir(exist_ok=True)
         for file in [*lib.glob("*.so"), *lib.glob("*.pyd"), *lib.glob("*.dylib")]:
             os.replace(file, aside / file.name)
 
 
-# further ComfyUI versions
-
-
-def comfyui(version: str = pins.DEFAULT_COMFYUI, python: str = sys.executable) -> Path:
-    """A pinned ComfyUI of that version, set up beside the default one.
-
-    Packages it pins to other versions are put into a folder of their own, which `ComfyServer` and
-    `comfy_inprocess` place before the others.
-
-    Returns:
-        The folder that holds its `main.py`.
-    """
-    home = home_folder(ROOT)
-    pip = Pip(python, home / "setup.log")
+def with_comfyui(env: Environment, version: str) -> Environment:
+    """The same packages with another pinned ComfyUI; those it pins to other versions come first."""
+    if env.comfyui and comfyui_source.version_of(Path(env.comfyui)) == version:
+        return env
+    home = Path(env.home)
+    lock = requirements.LOCKED / f"comfyui-{version}.txt"
+    folder = Path(env.python).parents[1].with_name(f"{Path(env.python).parents[1].name}-{version}")
+    python, stamp = python_of(folder), home / "ready" / f"{folder.name}.json"
+    expected = {"lock": lock.read_text(encoding="utf-8"), "under": env.python}
     with exclusive(home / "lock"):
-        root = comfyui_source.pinned_folder(home, version)
-        note = root.parent / "packages.json"
-        if note.is_file() and comfyui_source.is_comfyui(root):
-            return root
+        if ready := read_stamp(stamp, expected):
+            return ready
+        installer = Installer(home)
         with step(f"Preparing ComfyUI {version}") as current:
-            root = comfyui_source.unpack_pinned(home, version, pip, current)
-            have = probe(python)["versions"]
-            lacking = comfyui_source.unmet(comfyui_source.needs(root), have)
-            packages = root.parent / "packages"
-            shutil.rmtree(packages, ignore_errors=True)
-            if lacking:
-                pip.run(["install", "--no-deps", "--target", str(packages), *lacking], current)
-            note.write_text(json.dumps(lacking), encoding="utf-8")
-        return root
+            root = comfyui_source.unpack_pinned(version, installer, current)
+            make_venv(folder, installer.log)
+            _borrow(python, [str(_site_of(env.python))])
+            installer.install(python, ["--no-deps", "-r", str(lock)], current)
+        ready = replace(env, python=str(python), comfyui=str(root))
+        write_stamp(stamp, expected, ready)
+    return ready

@@ -45,8 +45,36 @@ OLDEST_PYTHON = (3, 10)
 NEWEST_PYTHON = (3, 13)
 
 TORCH = "2.13.0"
+# its builds beside the package index's own, whose hashes are in locked/packages.txt; those of
+# Python 3.12 and 3.13 are as lock files in public repositories give them
+TORCH_CPU_BUILDS = {
+    "torch-2.13.0+cpu-cp311-cp311-manylinux_2_28_x86_64.whl": (
+        "6746dbcbeb526eb61330b76b41ff1b4eb848951103a892eeb080dfa2b264667b"
+    ),
+    "torch-2.13.0+cpu-cp312-cp312-manylinux_2_28_x86_64.whl": (
+        "4ca4a9394b0c771238a4f73590fdbbc4debad85ed0fa63d026ae1b085da7d6e2"
+    ),
+    "torch-2.13.0+cpu-cp313-cp313-manylinux_2_28_x86_64.whl": (
+        "3fbf9c9d1f3c10c2d59d04aca426dee9ccc6ceb32d255c61e93acc3b4f75fae6"
+    ),
+}
 
-TEST_PACKAGES = ("numpy", "pillow", "pytest>=8", "ruff>=0.9", "safetensors")
+# the releases of uv that serve: the one in locked/uv.txt and its patches
+UV_SERIES = "0.13"
+
+TEST_PACKAGES = (
+    "matplotlib",
+    "numpy",
+    "pillow",
+    "pip",
+    "playwright",
+    "pyright",
+    "pytest",
+    "pytest-xdist",
+    "ruff",
+    "safetensors",
+    "scikit-image",
+)
 
 # what ComfyUI lists but a server, its page and video sampling do not need: official templates
 # (about 300 MB of pictures), help pages of core nodes, and OpenGL for one shader node
@@ -58,6 +86,8 @@ NOT_NEEDED = {
     "pyopengl",
 }
 TORCH_FAMILY = {"torch", "torchvision", "torchaudio"}
+# what a torch with CUDA brings along
+CUDA_LIBRARIES = ("cuda-", "nvidia-", "triton")
 
 
 def triton(python: tuple[int, ...]) -> str:
@@ -65,4 +95,4 @@ def triton(python: tuple[int, ...]) -> str:
 
     3.6's fails with the numpy of Python 3.11 and newer; 3.9 is not built for 3.10.
     """
-    return "3.7.*" if python < (3, 11) else "3.9.*"
+    return "3.7.1" if python < (3, 11) else "3.9.0"

@@ -12,12 +12,12 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from . import comfyui_source, pins
+from . import comfyui_source, pins, requirements
 
 ROOT = Path(__file__).resolve().parents[2]
 TOOLS = Path(__file__).resolve().parent
-# files that decide what a prepared environment contains
-RECIPE = ("comfyui_source", "environment", "pins", "probe", "torch_plan", "virtual_env")
+# files that decide what a prepared environment contains, beside the locked requirements
+RECIPE = ("comfyui_source", "environment", "pins", "probe", "requirements", "torch_build")
 
 
 @dataclass(frozen=True)
@@ -72,34 +72,34 @@ def installed_here() -> dict[str, str]:
     """Every project the running interpreter sees, with its version."""
     found: dict[str, str] = {}
     for dist in importlib.metadata.distributions():
-        name = dist.metadata["Name"]
-        if name:
-            found.setdefault(comfyui_source.canonical(name), dist.version)
+        if name := dist.metadata["Name"]:
+            found.setdefault(requirements.canonical(name), dist.version)
     return found
 
 
-def recipe_hash() -> str:
-    """Changes when the way an environment is prepared changes."""
-    digest = hashlib.sha256()
-    for name in RECIPE:
-        digest.update((TOOLS / f"{name}.py").read_bytes())
-    return digest.hexdigest()
+def fingerprint(gpu: bool, own_comfyui: Path | None, torch: str | None) -> dict:
+    """Everything on which a prepared environment depends; equal means it can be reused.
 
-
-def fingerprint(level: str, gpu: bool, own_comfyui: Path | None) -> dict:
-    """Everything on which a prepared environment depends; equal means it can be reused."""
+    Args:
+        torch: the build that was asked for by name.
+    """
+    recipe = [TOOLS / f"{name}.py" for name in RECIPE] + sorted(requirements.LOCKED.glob("*.txt"))
     own_torch = importlib.util.find_spec("torch") is not None
-    packages = json.dumps(installed_here(), sort_keys=True) if own_torch else ""
-    listed = json.dumps(comfyui_source.needs(own_comfyui)) if own_comfyui else ""
+    listed = {
+        "recipe": [file.read_text(encoding="utf-8") for file in recipe],
+        "packages": installed_here() if own_torch else None,
+        "requirements": comfyui_source.needs(own_comfyui) if own_comfyui else None,
+    }
     return {
-        "level": level,
-        "recipe": recipe_hash(),
         "python": sys.version,
         "prefix": sys.prefix,
-        "packages": hashlib.sha256(packages.encode()).hexdigest(),
         "gpu": gpu,
+        "torch": torch,
         "comfyui": str(own_comfyui) if own_comfyui else pins.DEFAULT_COMFYUI,
-        "requirements": hashlib.sha256(listed.encode()).hexdigest(),
+        **{
+            name: hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+            for name, value in listed.items()
+        },
     }
 
 
@@ -107,16 +107,13 @@ def read_stamp(file: Path, expected: dict) -> Environment | None:
     """The environment a stamp vouches for, or None if it is missing, of another make, or gone."""
     try:
         stamp = json.loads(file.read_text(encoding="utf-8"))
-        if stamp["fingerprint"] != expected:
-            return None
         env = Environment(**stamp["environment"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    if not Path(env.python).exists():
-        return None
-    if env.comfyui and not comfyui_source.is_comfyui(Path(env.comfyui)):
-        return None
-    return env
+    there = Path(env.python).exists() and (
+        env.comfyui is None or comfyui_source.is_comfyui(Path(env.comfyui))
+    )
+    return env if there and stamp.get("fingerprint") == expected else None
 
 
 def write_stamp(file: Path, expected: dict, env: Environment) -> None:
