@@ -1,11 +1,10 @@
 """Trains the lab's models side by side on one GPU, each by the recipe in `models.py`.
 
-    python tests/lab/train_models.py --comfyui PATH --out FIRST --minutes 5
-    python tests/lab/train_models.py --comfyui PATH --out OUT --minutes 3 --resume FOLDER --number 1
+    python tests/lab/train_models.py --comfyui PATH --out OUT --minutes 8
 
-FOLDER holds the weights of the training before: NAME.safetensors. OUT then holds one folder per
-model: weights, `training.json` with the loss and the checks, and contact sheets. Two models share
-the GPU better than they take turns: one compiles, draws scenes or checks while the other computes.
+OUT then holds one folder per model: weights, `training.json` with the loss and the checks, and
+contact sheets. Two models share the GPU better than they take turns: one compiles, draws scenes or
+checks while the other computes.
 """
 
 import argparse
@@ -21,11 +20,9 @@ TRAINED = [name for name, spec in MODELS.items() if spec.recipe]
 
 def command(name: str, options) -> list[str]:
     words = [sys.executable, str(TINY / "train.py"), "--name", name]
-    words += MODELS[name].training(options.number).split()
+    words += MODELS[name].recipe.split()
     words += ["--comfyui", options.comfyui, "--minutes", str(options.minutes)]
     words += ["--out", str(options.out / name)]
-    if options.number:
-        words += ["--resume", str(options.resume / f"{name}.safetensors")]
     return words + options.more.split()
 
 
@@ -33,14 +30,10 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--comfyui", default=os.environ.get("COMFYUI_PATH", ""))
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--minutes", type=float, default=4.5, help="for training, checks on top")
+    parser.add_argument("--minutes", type=float, default=8.0, help="for training, checks on top")
     parser.add_argument("--models", nargs="+", choices=TRAINED, default=TRAINED)
-    parser.add_argument("--number", type=int, default=0, help="of the training, 0 is the first")
-    parser.add_argument("--resume", type=Path, help="folder of weights that later ones go on from")
     parser.add_argument("--more", default="", help="more arguments for train.py, in one string")
     options = parser.parse_args()
-    if bool(options.number) != bool(options.resume):
-        parser.error("later trainings, and only they, go on from weights: --number and --resume")
     running = [subprocess.Popen(command(name, options)) for name in options.models]
     sys.exit(max([process.wait() for process in running]))
 

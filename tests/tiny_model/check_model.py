@@ -166,20 +166,25 @@ def animation(frames: torch.Tensor, path: Path, columns: int = 3, scale: int = 2
     images[0].save(path, save_all=True, append_images=images[1:], duration=83, loop=0)
 
 
-def score(model, size, steps: int, count: int, rich: bool) -> dict[str, float]:
-    """Share of one-thing prompts whose video reads back as the prompt says."""
+def score(model, size, steps: int, count: int, rich: bool, out: Path) -> dict[str, float]:
+    """Share of one-thing prompts whose video reads back as the prompt says; a sheet of them all."""
     rng = random.Random(1234)
     scenes = []
     while len(scenes) < count:
         scene = video.random_scene(rng, video.FRAMES_PER_LATENT * size[0], size[2] / size[1], rich)
         scenes += [scene] if len(scene.things) == 1 else []
     right = dict.fromkeys(("colour", "shape", "direction", "speed"), 0)
+    sheet = []
     for part in [scenes[i : i + 8] for i in range(0, count, 8)]:
         frames = video.decode(generate(model, [video.prompt(s) for s in part], size, steps, 77))
+        sheet.append(frames[:, :, :: max(1, frames.shape[2] // 4)])
         for scene, clip in zip(part, frames, strict=True):
             found = video.describe(clip)
             for key in right:
                 right[key] += bool(found) and found[0][key] == getattr(scene.things[0], key)
+    sheet = torch.cat(sheet)
+    # two videos in a row
+    contact_sheet(torch.cat((sheet[::2], sheet[1::2]), 2), out / "scored.png", 2 * sheet.shape[2])
     return {key: round(n / count, 3) for key, n in right.items()}
 
 
@@ -202,6 +207,8 @@ def check(
     animation(dense, out / "dense.gif")
     note(prompts=list(prompts), latent_std=round(float(latents.std()), 3))
 
+    if scored:
+        note(read_back=score(model, size, steps, scored, rich, out), read_back_videos=scored)
     search = round(0.2 * steps)
     recalls, distances, sparse = {density: [] for density in DENSITIES}, [], []
     for i, prompt in enumerate(prompts[: 6 if torch.cuda.is_available() else 1]):
@@ -224,8 +231,6 @@ def check(
         psnr_at_sparsity_07=distances,
         search_step=search,
     )
-    if scored:
-        note(read_back=score(model, size, steps, scored, rich), read_back_videos=scored)
     return result
 
 

@@ -4,6 +4,7 @@ import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import procedural_video as video
 import safetensors
 import safetensors.torch
@@ -152,15 +153,60 @@ def metadata(args) -> dict[str, str]:
     return {"config": json.dumps({"transformer": config})} if args.family == "wan" else {}
 
 
+# Matrices from this size on are stored in few bits, in groups along a row that share a scale.
+LARGE = 2**16
+GROUP = 64
+
+
+def is_large(value: torch.Tensor) -> bool:
+    return value.ndim == 2 and value.numel() >= LARGE and value.shape[1] % GROUP == 0
+
+
+def codes(value: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Signed whole numbers [..., columns] and float16 scales [..., columns / GROUP] of float32 rows.
+
+    The largest of a group becomes 2**(bits - 1) - 1; number * scale is the stored weight.
+    """
+    top = 2 ** (bits - 1) - 1
+    groups = value.unflatten(-1, (-1, GROUP))
+    scales = (groups.abs().amax(-1) / top).clamp(min=2**-24).half()
+    numbers = (groups / scales.float()[..., None]).round().clamp(-top, top)
+    return numbers.flatten(-2), scales
+
+
+def decoded(numbers: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    """The float32 weights that `codes` stand for."""
+    return (numbers.float().unflatten(-1, (-1, GROUP)) * scales.float()[..., None]).flatten(-2)
+
+
+def rounded(value: torch.Tensor, bits: int) -> torch.Tensor:
+    """What is left of float32 rows after they were stored."""
+    return decoded(*codes(value, bits))
+
+
+def packed(numbers: torch.Tensor, bits: int) -> torch.Tensor:
+    """[rows, columns] signed numbers below 2**(bits - 1) -> uint8 [rows, columns * bits / 8]."""
+    unsigned = (numbers.numpy().astype(np.int16) + 2 ** (bits - 1)).astype(np.uint8)
+    places = np.unpackbits(unsigned[..., None], axis=-1, count=bits, bitorder="little")
+    return torch.from_numpy(np.packbits(places.reshape(len(unsigned), -1), -1, bitorder="little"))
+
+
+def unpacked(stored: torch.Tensor, columns: int) -> torch.Tensor:
+    """[rows, columns] int16, the numbers that `packed` got."""
+    bits = 8 * stored.shape[1] // columns
+    places = np.unpackbits(stored.numpy(), axis=-1, bitorder="little")
+    places = places.reshape(len(stored), columns, bits).astype(np.int16)
+    return torch.from_numpy(places @ (1 << np.arange(bits, dtype=np.int16)) - 2 ** (bits - 1))
+
+
 def save(state: dict[str, torch.Tensor], path: Path, metadata: dict[str, str], bits: int) -> None:
-    """bf16, or with 8 bits large matrices as int8 with a scale per row, under NAME and NAME.rows."""
+    """bf16, or with at most 8 bits large matrices packed under NAME, their scales NAME.scales."""
     stored = {}
     for name, value in state.items():
         value = value.detach().float().cpu()
-        if bits == 8 and value.ndim == 2 and value.numel() > 2**14:
-            rows = value.abs().amax(1, keepdim=True).clamp(min=1e-12) / 127
-            stored[name] = (value / rows).round().to(torch.int8)
-            stored[f"{name}.rows"] = rows
+        if bits <= 8 and is_large(value):
+            numbers, stored[f"{name}.scales"] = codes(value, bits)
+            stored[name] = packed(numbers, bits)
         else:
             stored[name] = value.bfloat16()
     safetensors.torch.save_file(stored, path, metadata=metadata or None)
@@ -171,8 +217,8 @@ def read(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str] | None]:
     with safetensors.safe_open(path, "pt") as file:
         stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         found = file.metadata()
-    scales = {name: stored.pop(name) for name in list(stored) if name.endswith(".rows")}
-    for name, rows in scales.items():
-        name = name.removesuffix(".rows")
-        stored[name] = (stored[name].float() * rows).bfloat16()
+    for name in [name for name in stored if name.endswith(".scales")]:
+        scales, name = stored.pop(name), name.removesuffix(".scales")
+        numbers = unpacked(stored[name], scales.shape[1] * GROUP)
+        stored[name] = decoded(numbers, scales).bfloat16()
     return stored, found

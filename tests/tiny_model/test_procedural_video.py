@@ -272,16 +272,14 @@ SMALL = {
 @pytest.mark.parametrize("family", SMALL)
 def test_a_trained_model_is_loaded_and_resumed_as_it_was(family, comfyui, tmp_path):
     path = tmp_path / "small.safetensors"
-    args = train.parser().parse_args(["--out", str(tmp_path), "--no-compile", "--family", family])
-    vars(args).update(SMALL[family], comfyui=str(comfyui), rich=True, workers=0, gate=0.3)
-    trainer = train.Trainer(args, torch.device("cpu"))
+    trainer, args = small_trainer(family, comfyui, tmp_path)
     stage = train.Stage(2, 8, 10, count=2, share=1.0, shift=args.shift)
     batch = next(train.batches(args, stage, "cpu"))
     losses = [float(trainer.step(*batch, 3e-3, stage.shift)) for _ in range(12)]
     assert losses[-1] < losses[0]
     image = train.Stage(1, 8, 10, count=2, share=1.0, shift=3.0)
     assert trainer.step(*next(train.batches(args, image, "cpu")), 3e-3, image.shift).isfinite()
-    trainer.save(path)
+    trainer.save(path, 16)
 
     model = check_model.load(path, str(comfyui)).model.diffusion_model.float()
     latent, sigma = torch.randn(2, 16, 2, 8, 10), torch.tensor([300.0, 800.0])
@@ -295,15 +293,62 @@ def test_a_trained_model_is_loaded_and_resumed_as_it_was(family, comfyui, tmp_pa
     assert torch.allclose(found, expected, atol=1e-4)
 
 
-def test_eight_bit_rows_round_by_half_a_step(tmp_path):
-    state = {"wide": torch.randn(256, 128), "small": torch.randn(8), "thin": torch.randn(2, 2)}
-    networks.save(state, tmp_path / "w.safetensors", {"config": "{}"}, bits=8)
-    found, metadata = networks.read(tmp_path / "w.safetensors")
+@pytest.mark.parametrize("bits", [4, 5, 6, 8])
+def test_large_matrices_are_packed_and_come_back_half_a_step_off_at_most(bits, tmp_path):
+    wide = torch.randn(256, 512) * torch.logspace(-2, 1, 256)[:, None]
+    wide[7] = 0
+    state = {"wide": wide, "small": torch.randn(8), "thin": torch.randn(2, 64)}
+    path = tmp_path / "w.safetensors"
+    networks.save(state, path, {"config": "{}"}, bits)
+    assert path.stat().st_size < wide.numel() * (bits + 0.25) / 8 + 2000
+    found, metadata = networks.read(path)
     assert metadata == {"config": "{}"} and found.keys() == state.keys()
-    step = state["wide"].abs().amax(1, keepdim=True) / 127
-    error = (found["wide"].float() - state["wide"]).abs()
-    assert (error <= 0.5 * step + 0.004 * state["wide"].abs()).all()
+    groups = wide.unflatten(1, (-1, 64))
+    step = (
+        (groups.abs().amax(-1, keepdim=True) / (2 ** (bits - 1) - 1)).expand_as(groups).flatten(1)
+    )
+    error = (found["wide"].float() - wide).abs()
+    # a scale is float16 and a weight bf16
+    assert (error <= 0.505 * step + 0.005 * wide.abs()).all()
+    assert (error > 0.2 * step).float().mean() > 0.3, "no other bits than were asked for"
     assert torch.equal(found["small"], state["small"].bfloat16())
+
+
+def test_what_was_rounded_once_is_stored_without_loss(tmp_path):
+    state = {"wide": networks.rounded(torch.randn(256, 256), 4)}
+    networks.save(state, tmp_path / "w.safetensors", {}, 4)
+    found, _ = networks.read(tmp_path / "w.safetensors")
+    assert torch.equal(found["wide"], state["wide"].bfloat16())
+
+
+def small_trainer(family, comfyui, out, **changes):
+    args = train.parser().parse_args(["--out", str(out), "--no-compile", "--family", family])
+    vars(args).update(SMALL[family], comfyui=str(comfyui), rich=True, workers=0, gate=0.3)
+    vars(args).update(changes)
+    return train.Trainer(args, torch.device("cpu")), args
+
+
+def test_a_stage_in_few_bits_computes_with_weights_as_they_will_be_stored(comfyui, tmp_path):
+    trainer, args = small_trainer("wan", comfyui, tmp_path, heads=4)
+    stage = train.Stage(1, 8, 8, count=2, share=1.0, shift=3.0)
+    batch = next(train.batches(args, stage, "cpu"))
+    for bits in (16, 4):
+        trainer.bits = bits
+        assert trainer.step(*batch, 3e-3, stage.shift).isfinite()
+        large = [
+            (weight, master)
+            for weight, master in zip(trainer.weights, trainer.masters, strict=True)
+            if networks.is_large(master)
+        ]
+        assert large
+        for weight, master in large:
+            assert torch.equal(weight, networks.rounded(master, 4)) == (bits == 4)
+    stored, losses = train.fewest_bits(trainer, args, stage)
+    assert stored == 16 and losses == {16: losses[16]}
+    args.bits = 4
+    stored, losses = train.fewest_bits(trainer, args, stage)
+    assert list(losses) == [16, 8, 6, 5, 4]
+    assert stored == min(bits for bits, loss in losses.items() if loss <= 1.01 * losses[16])
 
 
 def test_a_short_small_run_shows_the_colours_and_the_directions(tiny):

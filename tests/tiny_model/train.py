@@ -7,7 +7,8 @@ others, `--rich` adds textures, `--resume` goes on from saved weights with a new
 
 Flow matching as ComfyUI samples it: x = (1 - sigma) * video + sigma * noise, the model is told
 1000 * sigma and predicts noise - video. Weights are bf16 on the GPU over float32 masters; what
-is saved is a moving average of the masters.
+is saved is a moving average of the masters. With `--bits` below 16 the last stage computes with
+weights as rounded as the saved ones will be, and its gradients go to the masters unrounded.
 """
 
 import argparse
@@ -191,8 +192,6 @@ class Trainer:
         self.model = networks.build(args, device)
         if args.resume:
             self.model.load_state_dict(networks.read(args.resume)[0])
-            for name in args.zero:
-                self.model.get_parameter(name).data.zero_()
         if args.compile:
             for block in networks.attention_blocks(self.model):
                 block.compile(dynamic=False)
@@ -204,6 +203,10 @@ class Trainer:
         for name, master in zip(names, self.masters, strict=True):
             is_matrix = "blocks." in name and master.ndim == 2 and "mod" not in name.lower()
             (for_muon if is_matrix and args.optimizer == "muon" else for_adam).append(master)
+        self.bits = 16
+        large = [i for i, master in enumerate(self.masters) if networks.is_large(master)]
+        shapes = {self.masters[i].shape for i in large}
+        self.large = [[i for i in large if self.masters[i].shape == shape] for shape in shapes]
         self.muon = Muon(for_muon)
         self.adam = torch.optim.AdamW(
             for_adam, lr=args.lr, betas=(0.9, 0.98), weight_decay=0.0, fused=device.type == "cuda"
@@ -217,7 +220,7 @@ class Trainer:
         dtype = precision(self.device)
         inputs = [torch.lerp(latent, noise, s).to(dtype), 1000 * sigma, text.to(dtype)]
         if self.args.family == "hunyuan":
-            inputs.append(networks.pooled(text if self.args.pooled else 0 * text).to(dtype))
+            inputs.append(networks.pooled(text).to(dtype))
         options = {"optimized_attention_override": plain_attention}
         out = self.model(*inputs, transformer_options=options)
         return F.mse_loss(out.float(), noise - latent)
@@ -236,8 +239,8 @@ class Trainer:
         self.adam.step()
         if self.muon.groups:
             self.muon.step(rate, weight_decay=0.02)
+        self.publish(self.masters, self.bits)
         with torch.no_grad():
-            torch._foreach_copy_(self.weights, self.masters)
             keep = min(self.args.ema, (1 + self.steps) / (10 + self.steps))
             torch._foreach_lerp_(self.average, self.masters, 1 - keep)
         for weight in self.weights:
@@ -245,24 +248,40 @@ class Trainer:
         self.steps += 1
         return loss.detach()
 
-    def save(self, path: Path) -> None:
+    @torch.no_grad()
+    def publish(self, values: list[torch.Tensor], bits: int) -> None:
+        """Makes float32 values the weights that the model computes with, large ones rounded."""
+        torch._foreach_copy_(self.weights, values)
+        for group in self.large if bits <= 8 else ():
+            stored = networks.rounded(torch.stack([values[i] for i in group]), bits)
+            torch._foreach_copy_([self.weights[i] for i in group], list(stored.unbind()))
+
+    def held_out(self, stage: Stage, bits: int, count: int = 12) -> float:
+        """Mean loss of the averaged weights over scenes that no training draws."""
+        self.publish(self.average, bits)
+        torch.manual_seed(1)
+        found = batches(self.args, stage, self.device, seed="held out", workers=0)
+        losses = [self.loss(*next(found), stage.shift).detach() for _ in range(count)]
+        return round(float(torch.stack(losses).mean()), 6)
+
+    def save(self, path: Path, bits: int) -> None:
         names = [name for name, _ in self.model.named_parameters()]
         state = dict(zip(names, self.average, strict=True))
-        networks.save(state, path, networks.metadata(self.args), self.args.bits)
+        networks.save(state, path, networks.metadata(self.args), bits)
 
 
-def learning_rate(args, progress: float) -> float:
-    """Short warm-up, flat, then down to nothing."""
-    return args.lr * min(1.0, progress / 0.02, (1 - progress) / 0.6 + 0.002)
+def learning_rate(args, step: int, progress: float) -> float:
+    """Short warm-up, flat, then down to nothing; `progress` is the share of the time."""
+    return args.lr * min(1.0, (step + 1) / 100, (1 - progress) / 0.6 + 0.002)
 
 
-def batches(args, stage: Stage, device):
+def batches(args, stage: Stage, device, seed=None, workers: int | None = None):
     """Endless latents [N, 16, T, H, W] and text of one stage."""
     pixels = video.FRAMES_PER_LATENT * stage.frames, 2 * stage.height, 2 * stage.width
     aspect = stage.width / stage.height
-    data = Data(args.seed, args.rich, stage.count, pixels[0], aspect, stage.plain)
-    loader = torch.utils.data.DataLoader(data, batch_size=None, num_workers=args.workers)
-    for scenes, text in loader:
+    seed, workers = seed or args.seed, args.workers if workers is None else workers
+    data = Data(seed, args.rich, stage.count, pixels[0], aspect, stage.plain)
+    for scenes, text in torch.utils.data.DataLoader(data, batch_size=None, num_workers=workers):
         yield video.encode(video.paint(scenes.to(device), *pixels)), text.to(device)
 
 
@@ -273,11 +292,13 @@ def train(args, device, started: float) -> tuple[Trainer, list[dict]]:
     for stage in stages(args):
         done_share += stage.share
         losses, first, clock = [], trainer.steps, time.monotonic()
+        if stage == stages(args)[-1]:
+            trainer.bits = args.bits
         for batch in batches(args, stage, device):
             elapsed = time.monotonic() - started
             if elapsed >= budget * done_share:
                 break
-            rate = learning_rate(args, elapsed / budget)
+            rate = learning_rate(args, trainer.steps, elapsed / budget)
             losses.append(trainer.step(*batch, rate, stage.shift))
             # the first four steps of a stage hold its compilation
             if len(losses) < args.log_every and trainer.steps != first + 4:
@@ -290,12 +311,19 @@ def train(args, device, started: float) -> tuple[Trainer, list[dict]]:
                 "ms_per_step": round(1000 * (time.monotonic() - clock) / len(losses), 1),
             }
             log.append(row)
-            print(json.dumps(row), flush=True)
+            print(args.name, json.dumps(row), flush=True)
             losses, clock = [], time.monotonic()
             if time.monotonic() - saved > 60:
-                trainer.save(args.out / f"{args.name}.safetensors")
+                trainer.save(args.out / f"{args.name}_8bit.safetensors", 8)
                 saved = clock = time.monotonic()
     return trainer, log
+
+
+def fewest_bits(trainer: Trainer, args, stage: Stage) -> tuple[int, dict[int, float]]:
+    """The fewest bits a weight, from `args.bits` on, that cost at most 1 % of held-out loss."""
+    losses = {bits: trainer.held_out(stage, bits) for bits in (16, 8, 6, 5, 4) if bits >= args.bits}
+    good = [bits for bits, loss in losses.items() if loss <= 1.01 * losses[16]]
+    return min(good), losses
 
 
 def parser() -> argparse.ArgumentParser:
@@ -318,13 +346,11 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--qk-gain", type=float, default=1.0, help="of new weights")
     parser.add_argument("--gate", type=float, default=0.0, help="of new weights")
     parser.add_argument("--resume", type=Path, help="weights to go on from")
-    parser.add_argument("--zero", nargs="*", default=[], help="parameters to resume with from zero")
-    parser.add_argument(
-        "--pooled", action=argparse.BooleanOptionalAction, default=True,
-        help="the text as one vector too, hunyuan only",
-    )  # fmt: skip
     parser.add_argument("--rich", action="store_true", help="textures, clouds, pans up and down")
-    parser.add_argument("--bits", type=int, choices=(8, 16), default=16, help="of the saved file")
+    parser.add_argument(
+        "--bits", type=int, choices=(4, 5, 6, 8, 16), default=16,
+        help="a weight in the saved file, or as many more as the held-out loss asks for",
+    )  # fmt: skip
     parser.add_argument("--workers", type=int, default=4, help="processes that draw scenes")
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--optimizer", choices=("muon", "adamw"), default="muon")
@@ -348,7 +374,10 @@ def main() -> None:
     with sdpa_kernel(backends, set_priority=True):
         trainer, log = train(args, device, started)
     path = args.out / f"{args.name}.safetensors"
-    trainer.save(path)
+    with sdpa_kernel(backends, set_priority=True):
+        trainer.save(args.out / f"{args.name}_8bit.safetensors", 8)
+        bits, held_out = fewest_bits(trainer, args, stages(args)[-1])
+    trainer.save(path, bits)
     settings = {k: v for k, v in vars(args).items() if k not in ("comfyui", "out", "resume")}
     settings["resumed"] = args.resume is not None
     result = {
@@ -360,6 +389,9 @@ def main() -> None:
         "parameters": sum(p.numel() for p in trainer.weights),
         "attention": backends[0].name,
         "training_seconds": round(time.monotonic() - started, 1),
+        "held_out_loss_by_bits": held_out,
+        "bits": bits,
+        "bytes": path.stat().st_size,
         "log": log,
     }
     report = args.out / "training.json"
