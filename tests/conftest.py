@@ -2,17 +2,28 @@ import os
 import sys
 from importlib.util import find_spec
 
+# Tests multiply small matrices, and a second thread waits more than it works: 128 x 64 times
+# 64 x 128 took 0.1 ms alone and 15 ms in two threads, on two cores that others wanted too
+# (OpenBLAS 0.3.31). NumPy reads this as it is imported, PyTorch is told below.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
 import pytest
 import torch
 
-from tests.host.host_fixtures import comfy_server, comfyui, load, loaded_models, model_paths  # noqa: F401
+from tests.host.host_fixtures import (
+    comfy_server,  # noqa: F401
+    comfyui,  # noqa: F401
+    load,  # noqa: F401
+    loaded_models,  # noqa: F401
+    model_paths,  # noqa: F401
+)
 
 TILES = "tests.backends.test_tiles"
 
 # must be decided before triton is imported: without a GPU every kernel runs interpreted
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
-    torch.set_num_threads(min(2, os.cpu_count() or 1))
+torch.set_num_threads(1)
 
 
 def pytest_collection_finish(session):

@@ -47,11 +47,7 @@ def load(loaded_models, model_paths):
             loaded_models[name] = comfy.sd.load_diffusion_model(str(model_paths[name]))
         return loaded_models[name].clone()
 
-    # threads cost these sizes more than they give
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield load
-    torch.set_num_threads(threads)
+    return load
 
 
 @pytest.fixture(scope="session")
@@ -62,7 +58,7 @@ def comfy_server(comfyui, model_paths, tmp_path_factory):
         tmp_path_factory.mktemp("server"),
         extra_custom_nodes=[("adaspa_host_tests", HERE / "host_nodes")],
         model_files=list(model_paths.values()),
-        env={"OMP_NUM_THREADS": str(torch.get_num_threads())},
+        env={"OMP_NUM_THREADS": "1"},
     )
     with server:
         server.url = server.address

@@ -50,11 +50,7 @@ def patcher(comfyui, patchers):
             patchers[name] = build(name)
         return patchers[name].clone()
 
-    # threads cost these sizes more than they give
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield patcher
-    torch.set_num_threads(threads)
+    return patcher
 
 
 def packed(tensors):
