@@ -18,6 +18,8 @@ from tests.host.host_fixtures import (
     model_paths,  # noqa: F401
 )
 
+pytest_plugins = ["tests.tools.long_tests"]
+
 TILES = "tests.backends.test_tiles"
 
 # must be decided before triton is imported: without a GPU every kernel runs interpreted
@@ -30,8 +32,15 @@ def pytest_collection_finish(session):
     """Let the compiler work through what `test_tiles` asks of it while other tests run."""
     modules = {item.module.__name__: item.module for item in session.items}
     wanted = TILES in modules and len(modules) > 1 and find_spec("triton")
-    if wanted and not session.config.option.collectonly:
+    # several processes of pytest have each collected everything, and leave no core idle
+    beside = "PYTEST_XDIST_WORKER" in os.environ
+    if wanted and not beside and not session.config.option.collectonly:
         modules[TILES].PROCESSES.begin(at_a_time=1)
+
+
+def pytest_collection_modifyitems(items):
+    # the longest file first: where files are handed out to several processes, none waits for it
+    items.sort(key=lambda item: item.path.stem != "test_tiles")
 
 
 def pytest_sessionfinish(session):

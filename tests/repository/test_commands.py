@@ -81,7 +81,7 @@ def test_all_tests_of_a_pinned_comfyui_run_on_the_oldest_too(
 ):
     monkeypatch.delenv("COMFYUI_PATH", raising=False)
     root = comfyui / "custom_nodes" / "adaspa" if own else tmp_path
-    options = SimpleNamespace(comfyui=wanted, root=root)
+    options = SimpleNamespace(comfyui=wanted, long=False, root=root)
     assert commands.runs_oldest(options, extra) == both
 
 
@@ -89,7 +89,7 @@ def test_tests_of_the_host_are_found_by_their_names():
     """What needs a ComfyUI runs on both, but for our graphs and our model, made for one of them."""
     tests = ROOT / "tests"
     named = {Path(file) for file in commands.host_tests()}
-    asks = re.compile(r"def \w+\([^)]*\b(comfyui|load|comfy_server|model_paths)\b")
+    asks = re.compile(r"def \w+\([^)]*\b(comfyui|load|comfy_server|model_paths|page)\b")
     need = {file for file in tests.rglob("test_*.py") if asks.search(file.read_text("utf-8"))}
     own = {
         Path(__file__),
@@ -211,3 +211,10 @@ def test_failed_prompts_say_where(status, says):
     with pytest.raises(PromptFailed, match=says):
         _raise_if_failed({"status": status})
     _raise_if_failed({"status": {"status_str": "success"}})
+
+
+def test_gpu_tests_are_refused_in_a_sentence_where_there_is_no_gpu(capsys, monkeypatch, tmp_path):
+    env = stamps.Environment(sys.executable, "cpu", "2.13.0", None, str(tmp_path))
+    monkeypatch.setattr(commands.environment, "prepare", lambda *args: env)
+    assert commands.main(["test", "--gpu"], ROOT) == 1
+    assert "--gpu needs an NVIDIA GPU" in capsys.readouterr().out

@@ -29,7 +29,7 @@ class PromptFailed(Exception):
 
 
 class ComfyClient:
-    """Speaks to the ComfyUI at `address`."""
+    """Speaks to the ComfyUI at `address`, http://HOST:PORT."""
 
     address: str
 

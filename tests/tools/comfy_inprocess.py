@@ -30,7 +30,7 @@ def start(comfyui_path=None, args: tuple[str, ...] | None = None) -> Path:
     """
     comfyui = Path(comfyui_path or os.environ["COMFYUI_PATH"]).resolve()
     loaded = sys.modules.get("comfy.cli_args")
-    if loaded is not None:
+    if loaded is not None and loaded.__file__:
         return Path(loaded.__file__).parents[1]
     for name in ("nodes", "server", "execution"):
         if name in sys.modules:
@@ -58,6 +58,7 @@ def load_pack(folder=ROOT, name: str = "custom_nodes_x_adaspa") -> ModuleType:
     if name in sys.modules:
         return sys.modules[name]
     spec = importlib.util.spec_from_file_location(name, Path(folder) / "__init__.py")
+    assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
     try:

@@ -14,7 +14,6 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -70,7 +69,6 @@ class ComfyServer(ComfyClient):
         port: None takes a free one.
         args: more arguments for ComfyUI's `main.py`.
         cpu: None looks whether torch sees an accelerator.
-        echo: also print the log as it comes.
         end_with_parent: stop when this process dies; never needed on Windows.
     """
 
@@ -87,7 +85,6 @@ class ComfyServer(ComfyClient):
         cpu: bool | None = None,
         python: str = sys.executable,
         timeout: float = 240,
-        echo: bool = False,
         env: dict[str, str] | None = None,
     ):
         self.comfyui_path = Path(comfyui_path).resolve()
@@ -100,11 +97,9 @@ class ComfyServer(ComfyClient):
         self.cpu = cpu
         self.python = str(python)
         self.timeout = timeout
-        self.echo = echo
         self.env = env or {}
         self.process: subprocess.Popen | None = None
         self.started_in = 0.0
-        self._reader: threading.Thread | None = None
         self._lock: Held | None = None
 
     # set-up
@@ -120,12 +115,6 @@ class ComfyServer(ComfyClient):
             return self.log_path.read_text(encoding="utf-8", errors="replace")
         except FileNotFoundError:
             return ""
-
-    @property
-    def address(self) -> str:
-        host = self.listen.split(",")[0]
-        host = "127.0.0.1" if host in ("0.0.0.0", "::", "") else host
-        return f"http://[{host}]:{self.port}" if ":" in host else f"http://{host}:{self.port}"
 
     def prepare(self) -> None:
         """Lay out the base directory: folders, the pack, extra nodes, model files."""
@@ -197,6 +186,9 @@ class ComfyServer(ComfyClient):
             self.port = free_port()
         elif not port_is_free(self.port, self.listen):
             raise ServerFailed(f"Port {self.port} is in use; choose another one with --port.")
+        host = self.listen.split(",")[0]
+        host = "127.0.0.1" if host in ("0.0.0.0", "::", "") else host
+        self.address = f"http://{f'[{host}]' if ':' in host else host}:{self.port}"
         self._lock = Held(self.base_directory / "server.lock")
         if not self._lock.acquire():
             self._lock.release()
@@ -215,32 +207,18 @@ class ComfyServer(ComfyClient):
         return self
 
     def _launch(self) -> None:
-        group = (
-            {"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP}
-            if os.name == "nt"
-            else {"start_new_session": True}
-        )
-        self.process = subprocess.Popen(
-            self._command(),
-            cwd=self.comfyui_path,
-            env=self._environment(),
-            stdin=subprocess.DEVNULL if os.name == "nt" else subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            **group,
-        )
-        self._reader = threading.Thread(
-            target=self._collect_log, args=(self.process.stdout, self.log_path), daemon=True
-        )
-        self._reader.start()
-
-    def _collect_log(self, pipe, path: Path) -> None:
-        with open(path, "wb", buffering=0) as file:
-            while chunk := os.read(pipe.fileno(), 65536):
-                file.write(chunk)
-                if self.echo:
-                    sys.stdout.write(chunk.decode("utf-8", "replace"))
-                    sys.stdout.flush()
+        on_windows = os.name == "nt"
+        with open(self.log_path, "wb") as log:
+            self.process = subprocess.Popen(
+                self._command(),
+                cwd=self.comfyui_path,
+                env=self._environment(),
+                stdin=subprocess.DEVNULL if on_windows else subprocess.PIPE,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                creationflags=getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0),
+                start_new_session=not on_windows,
+            )
 
     def _wait_until_up(self, started: float) -> None:
         while time.monotonic() - started < self.timeout:
@@ -259,12 +237,14 @@ class ComfyServer(ComfyClient):
             f"ComfyUI did not answer within {seconds(self.timeout)}; its log is {self.log_path}."
         )
 
+    def is_alive(self) -> bool:
+        return self.process is not None and self.process.poll() is None
+
     def require_alive(self) -> None:
         if self.process is None:
             raise ServerFailed("The server is not running; call start() first.")
         code = self.process.poll()
         if code is not None:
-            self._reader.join(5)
             last = "\n".join(self.log.strip().splitlines()[-15:])
             raise ServerFailed(
                 f"ComfyUI stopped with exit code {code}; its log is {self.log_path} and ends:\n"
@@ -298,8 +278,6 @@ class ComfyServer(ComfyClient):
         process.wait()
         if process.stdin:
             process.stdin.close()
-        self._reader.join(5)
-        process.stdout.close()
 
     def __enter__(self) -> ComfyServer:
         return self.start()

@@ -77,7 +77,9 @@ def unpack_folder(archive: Path, inside: str, target: Path) -> None:
             if member.isfile() and below.parts:
                 file = partial / below
                 file.parent.mkdir(parents=True, exist_ok=True)
-                with tar.extractfile(member) as source, open(file, "wb") as copy:
+                source = tar.extractfile(member)
+                assert source
+                with source, open(file, "wb") as copy:
                     shutil.copyfileobj(source, copy)
     if not partial.is_dir():
         raise ExpectedFailure(

@@ -13,7 +13,7 @@ import sys
 import time
 from pathlib import Path
 
-from . import comfyui_source, environment, pins, torch_build
+from . import browser, comfyui_source, environment, pins, torch_build
 from .comfy_server import ComfyServer
 from .console import ExpectedFailure, say, seconds, size
 from .probe import probe
@@ -29,6 +29,8 @@ commands
   bench     measure attention on this machine's GPU (on a CPU: the plain backend against torch)
   test      run all checks, those that concern ComfyUI on {oldest} too; further arguments go to
             pytest, which then runs once
+              --long  run the tests marked long instead, and write down what they gave
+              --gpu   run the kernels' tests on this machine's GPU, and no others
 
 options
   --python PATH       prepare and run with another Python (3.10 to 3.13)
@@ -163,9 +165,11 @@ def bench(options, extra: list[str]) -> int:
 
 
 def test(options, extra: list[str]) -> int:
+    if options.gpu:
+        return test_on_gpu(options, extra)
     started = time.monotonic()
     env = prepared(options, "comfyui")
-    more = {} if env.device == "cuda" else {"TRITON_INTERPRET": "1"}
+    node = [script("tests/tools/node_programs.py")]
     results = []
 
     def part(name: str, run, begin: float | None = None) -> None:
@@ -175,33 +179,64 @@ def test(options, extra: list[str]) -> int:
         results.append((name, outcome, time.monotonic() - begin))
 
     part("ruff", lambda: run_in(env, ["-m", "ruff", "check", *_our_python()]))
+    part("format", lambda: run_in(env, ["-m", "ruff", "format", "--check", *_our_python()]))
+    if extra or options.long:
+        chosen = ["--long", *extra] if options.long else extra
+        part("pytest", lambda: _pytest(env, chosen))
+    else:
+        with Beside(env, [*node, "types"]) as types:
+            part("pytest", lambda: _pytest(env, side_by_side(env)))
+            part("pyright", types.result, types.began)
     if runs_oldest(options, extra):
         oldest = environment.with_comfyui(env, pins.OLDEST_COMFYUI)
-        say(f"Those that concern ComfyUI run on {pins.OLDEST_COMFYUI} too, at the same time.")
-        with Beside(
-            oldest, ["-m", "pytest", "-p", "no:cacheprovider", *host_tests()], more
-        ) as other:
-            part("pytest", lambda: run_in(env, ["-m", "pytest"], more))
-            part(f"ComfyUI {pins.OLDEST_COMFYUI}", other.result, other.began)
-    else:
-        part("pytest", lambda: run_in(env, ["-m", "pytest", *extra], more))
-    part("web tests", _web_tests)
+        part(
+            f"ComfyUI {pins.OLDEST_COMFYUI}",
+            lambda: _pytest(oldest, [*side_by_side(env), "-p", "no:cacheprovider", *host_tests()]),
+        )
+    part("web tests", lambda: run_in(env, [*node, "web"]))
     say("\n== summary")
     for name, outcome, took in results:
-        said = {None: "skipped", 0: "passed"}.get(outcome, f"FAILED (exit code {outcome})")
+        said = f"FAILED (exit code {outcome})" if outcome else "passed"
         say(f"{name:<14} {said:<26} {seconds(took)}")
     failed = [name for name, outcome, _ in results if outcome]
+    left_out = "" if browser.chromium() else f"; browser tests did not run: {browser.MISSING}"
     say(
         f"{'FAILED: ' + ', '.join(failed) if failed else 'All passed'} in"
-        f" {seconds(time.monotonic() - started)}"
+        f" {seconds(time.monotonic() - started)}{left_out}"
     )
     return 1 if failed else 0
+
+
+def _pytest(env: environment.Environment, args: list[str]) -> int:
+    more = {} if env.device == "cuda" else {"TRITON_INTERPRET": "1"}
+    return run_in(env, ["-m", "pytest", *args], more)
+
+
+def side_by_side(env: environment.Environment) -> list[str]:
+    """Arguments that let pytest use several cores: a file at a time, in the order of collection."""
+    # processes would share the GPU's memory, and each needs about 2 GB of the machine's
+    workers = 1 if env.device == "cuda" else min(4, os.cpu_count() or 1)
+    if workers == 1:
+        return []
+    return ["-n", str(workers), "--dist", "loadfile", "--no-loadscope-reorder"]
+
+
+def test_on_gpu(options, extra: list[str]) -> int:
+    """The kernels' own tests, compiled and run on this machine's GPU."""
+    env = prepared(options, "kernels")
+    if env.device != "cuda":
+        raise ExpectedFailure(
+            "--gpu needs an NVIDIA GPU that torch can use, and there is none; leave it out to run"
+            " the kernels in Triton's interpreter."
+        )
+    os.environ.pop("TRITON_INTERPRET", None)
+    return run_in(env, ["-m", "pytest", *(extra or ["tests/backends", "tests/orders"])])
 
 
 def runs_oldest(options, extra: list[str]) -> bool:
     """Whether `test` also runs on the oldest ComfyUI: only where no ComfyUI and no test is named."""
     own = comfyui_source.locate(options.root, os.environ)
-    return not (options.comfyui or extra or own)
+    return not (options.comfyui or options.long or extra or own)
 
 
 # what depends on the version of ComfyUI
@@ -219,22 +254,6 @@ def _our_python() -> list[str]:
     return [p.name for p in visible if p.suffix == ".py" or (p.is_dir() and any(p.rglob("*.py")))]
 
 
-def _web_tests() -> int | None:
-    files = sorted(str(f) for f in (environment.ROOT / "tests" / "web").glob("*.test.mjs"))
-    node = shutil.which("node")
-    if node is None or not files:
-        say("skipped: " + ("node is not installed" if files else "there are no web tests"))
-        return None
-    version = subprocess.run([node, "--version"], capture_output=True, text=True, check=False)
-    major = int(version.stdout.strip().lstrip("v").split(".")[0] or 0)
-    if major < 18:
-        say(f"skipped: node {version.stdout.strip()} has no test runner, 18 or newer does")
-        return None
-    # one line per test, also into a pipe
-    reporter = ["--test-reporter=spec"] if major >= 20 else []
-    return call([node, "--test", *reporter, *files])
-
-
 # serve
 
 
@@ -243,6 +262,7 @@ def serve(options, extra: list[str]) -> int:
     os.environ.update(ADASPA_DEVICE=env.device, ADASPA_HOME=env.home)
     tiny = environment.ROOT / "tests" / "tiny_model"
     base = Path(env.home) / "serve"
+    assert env.comfyui
     server = ComfyServer(
         env.comfyui,
         base,
@@ -261,7 +281,7 @@ def serve(options, extra: list[str]) -> int:
         say(f"Put your own models into {base / 'models'}")
         say("Stop it with Ctrl-C.")
         try:
-            while server.process.poll() is None:
+            while server.is_alive():
                 time.sleep(0.5)
         except KeyboardInterrupt:
             say("\nStopping ComfyUI ...")
@@ -357,6 +377,9 @@ def _parse(argv: list[str]):
     if argv[0] == "serve":
         parser.add_argument("--port", type=int, default=8188)
         parser.add_argument("--listen", default="127.0.0.1")
+    if argv[0] == "test":
+        parser.add_argument("--long", action="store_true")
+        parser.add_argument("--gpu", action="store_true")
     return parser.parse_known_args(argv[1:])
 
 

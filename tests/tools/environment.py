@@ -164,7 +164,9 @@ def _fill(
                 installer.install(python, [str(build.file)], current)
                 borrowed, build = probe(str(python)), None
     have = borrowed["versions"] if borrowed else {}
-    device = borrowed["device"] if borrowed else "cuda" if gpu and build.has_cuda else "cpu"
+    device = borrowed["device"] if borrowed else "cpu"
+    if gpu and build and build.has_cuda:
+        device = "cuda"
     needs = comfyui_source.needs(comfyui_root)
     chosen = to_install(needs, have, build, device)
     with step("Installing the packages of ComfyUI and the tests") as current:

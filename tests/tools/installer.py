@@ -20,6 +20,15 @@ from . import pins, pip_config, requirements
 from .console import ExpectedFailure, Step, say
 
 SHOW_FROM_BYTES = 5e6
+PIP_VARIABLES = {
+    "COLUMNS": "1000",
+    "PIP_DISABLE_PIP_VERSION_CHECK": "1",
+    "PIP_NO_INPUT": "1",
+    "PIP_PROGRESS_BAR": "off",
+    "PIP_REQUIRE_VIRTUALENV": "0",
+    "PIP_USER": "0",
+    "PYTHONIOENCODING": "utf-8",
+}
 # pip: "Downloading NAME (1.2 MB)" or "Using cached ..."; uv: "Downloading NAME (1.2MiB)"
 _DOWNLOADING = re.compile(r"(?:Downloading|Using cached) (\S+) \(([\d.]+) ?([kKMG]?i?B)\)")
 _UNITS = {"B": 1, "kB": 1e3, "MB": 1e6, "GB": 1e9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
@@ -128,9 +137,7 @@ class Installer:
 
     def attempt(self, args: Sequence[str], on_line=lambda line: None) -> tuple[int, str]:
         """Run `pip ARGS`; returns its exit code and output."""
-        off = ("DISABLE_PIP_VERSION_CHECK=1", "NO_INPUT=1", "PROGRESS_BAR=off", "USER=0")
-        more = dict(f"PIP_{text}".split("=") for text in (*off, "REQUIRE_VIRTUALENV=0"))
-        env = {**os.environ, **more, "COLUMNS": "1000", "PYTHONIOENCODING": "utf-8"}
+        env = {**os.environ, **PIP_VARIABLES}
         # pip would count what PYTHONPATH adds as installed
         env.pop("PYTHONPATH", None)
         return run_logged([*self._pip, *args], self.log, env, on_line)

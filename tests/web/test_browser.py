@@ -1,0 +1,32 @@
+"""Our front end in ComfyUI's own interface, driven in a browser."""
+
+import json
+from pathlib import Path
+
+GRAPHS = Path(__file__).resolve().parents[2] / "workflows"
+
+
+def load(page, graph: dict) -> None:
+    """Open a workflow as a user does who drops its file on the page."""
+    page.evaluate("graph => window.app.loadGraphData(graph)", graph)
+
+
+def test_a_stored_graph_shows_our_nodes_and_their_views(page):
+    load(page, json.loads((GRAPHS / "wan2_2_5b_t2v_i2v.json").read_text(encoding="utf-8")))
+    nodes = page.evaluate(
+        """() => window.app.graph.nodes
+            .filter(node => node.comfyClass?.startsWith("AdaSpa"))
+            .map(node => [node.comfyClass, (node.widgets ?? []).map(widget => widget.name)])"""
+    )
+    shown = dict(nodes)
+    assert set(shown) == {"AdaSpaAttention", "AdaSpaReport"}
+    # our view of the run stands where the interface would put plain progress text
+    assert all("$$node-text-preview" in widgets for widgets in shown.values())
+    assert "preset" in shown["AdaSpaAttention"]
+
+
+def test_an_error_of_ours_in_the_page_is_seen(page, errors):
+    with page.expect_event("pageerror"):
+        page.evaluate("() => { setTimeout(() => { throw new Error('of /extensions/adaspa/') }) }")
+    assert [text for text in errors if "adaspa" in text]
+    errors.clear()
