@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.tools.requirements import locked
+
 try:
     import tomllib
 except ModuleNotFoundError:
@@ -158,3 +160,24 @@ def test_the_changelog_knows_the_version():
 def test_ci_is_the_command_a_developer_runs():
     ci = (ROOT / ".ci/run").read_text()
     assert "run.py test" in ci
+
+
+def test_hooks_run_the_locked_ruff():
+    (ruff,) = [p for p in locked("packages") if p.name == "ruff"]
+    hooks = (ROOT / ".pre-commit-config.yaml").read_text()
+    assert set(re.findall(r"ruff==([\d.]+)", hooks)) == {ruff.version}
+
+
+def test_pages_name_files_that_exist():
+    pages = (".github/CONTRIBUTING.md", "sparse_attn/README.md")
+    tops = "sparse_attn|nodes|web|workflows|tests"
+    for page in pages:
+        named = re.findall(rf"`((?:{tops})/[\w./]*)`", (ROOT / page).read_text())
+        lost = [path for path in named if "OPERATION" not in path and not (ROOT / path).exists()]
+        assert named and lost == [], page
+
+
+def test_the_workflow_runs_the_readmes_command():
+    command = "python run.py test"
+    assert command in (ROOT / "README.md").read_text()
+    assert f"- run: {command}\n" in (ROOT / ".github/workflows/test.yml").read_text()
