@@ -35,6 +35,8 @@ class Call:
         role: which conditioning, for people: "positive" or "negative".
         key: names the layer within the run: device, conditioning, context window, block.
         name: names the layer in every run; None where its mask means nothing to another run.
+        by_position: [L] int32, the order of the tokens by their place in the video, as
+            `orders.position` has it; None where nothing stands for skipped blocks.
     """
 
     q: torch.Tensor
@@ -50,3 +52,4 @@ class Call:
     role: str = ""
     key: Hashable = None
     name: LayerName | None = None
+    by_position: torch.Tensor | None = None

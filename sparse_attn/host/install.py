@@ -8,14 +8,14 @@ import comfy.patcher_extension
 import torch
 
 from ..config import AdaSpaConfig
-from ..run.estimate import estimate, too_short
+from ..run.estimate import why_not_worth
 from ..run.handle import RunHandle
 from ..run.state import RunState
 from ..schedule import plan
-from . import pattern_requests as patterns
-from . import status as messages
+from . import pattern_requests, status
 from .families import family_of
-from .override import CAPTURED, CONTEXT, ModelCall, attention_override, captured
+from .model_call import CAPTURED, CONTEXT, Declined, ModelCall, captured
+from .override import attention_override
 from .sigmas import progress_of
 
 KEY = "adaspa"
@@ -44,10 +44,10 @@ def install(
         patched.remove_wrappers_with_key(kind, KEY)
         if config.enabled:
             patched.add_wrapper_with_key(kind, KEY, wrapper)
-    # a pattern wish of an earlier installation was for that one's runs
-    for wish in (patterns.BEGIN, patterns.SAVE):
-        patched.remove_attachments(wish)
-    patched.set_attachments(patterns.HANDLE, handle)
+    # a pattern request of an earlier installation was for that one's runs
+    for request in (pattern_requests.BEGIN, pattern_requests.SAVE):
+        patched.remove_attachments(request)
+    patched.set_attachments(pattern_requests.HANDLE, handle)
     return patched, handle
 
 
@@ -73,15 +73,15 @@ def _outer_sample(handle: RunHandle, node_id):
         except BaseException:
             run.stop()
             line = run.statistics.summary()
-            messages.log.info("%s", line)
-            messages.send(node_id, run.statistics, line, max(run.step, 0), True)
+            status.log.info("%s", line)
+            status.send(node_id, run.statistics, line, max(run.step, 0), True)
             raise
         else:
-            patterns.end(run, patcher, handle)
+            pattern_requests.end(run, patcher, handle)
             run.statistics.result_sum = latent_sum(out)
-            messages.log.info("AdaSpa: %s", run.statistics.summary())
+            status.log.info("AdaSpa: %s", run.statistics.summary())
             last = len(run.schedule.kinds) - 1
-            messages.send(node_id, run.statistics, "\n".join(run.statistics.lines()), last, True)
+            status.send(node_id, run.statistics, "\n".join(run.statistics.lines()), last, True)
             return out
         finally:
             handle.current = None
@@ -101,7 +101,7 @@ def _begin(handle: RunHandle, patcher, sigmas) -> RunState:
         # ComfyUI 0.35 and later record allocations per block; ours outlive it
         getattr(comfy.model_prefetch, "pause_malloc_graph", None) or RunState.NO_CONTEXT,
         comfy.model_management.get_free_memory(device) if on_gpu else None,
-        patterns.pattern_to_begin(patcher, handle),
+        pattern_requests.pattern_to_begin(patcher, handle),
     )
     run.statistics.part = handle.part
     # the new run's takes its place
@@ -124,65 +124,63 @@ def _apply_model(handle: RunHandle, node_id):
         options[OVERRIDE] = attention_override
         if captured(t.device):
             # which step it is lies on the device, and to read it would break the capture
-            options[CONTEXT] = ModelCall(
-                run, max(run.step, 0), None, None, None, CAPTURED, previous
-            )
+            options[CONTEXT] = Declined(run, max(run.step, 0), previous, CAPTURED)
             return executor(x, t, c_concat, c_crossattn, control, options, **inputs)
         step = run.schedule.step_of(float(t.flatten()[0]))
         first = run.step < 0
-        line = messages.progress_line(run.statistics, step) if run.enter_step(step) else ""
+        line = status.progress_line(run.statistics, step) if run.enter_step(step) else ""
         model = executor.class_obj.diffusion_model
         # a compiled model is a wrapper of another class
         model = getattr(model, "_orig_mod", model)
-        family, reason = family_of(model)
-        layout = None
+        known = {**inputs, "c_crossattn": c_crossattn, "transformer_options": options}
+        family, layout, reason = _family_and_layout(model, x, known)
         if family is not None:
             run.statistics.model = family.name
-            known = {**inputs, "c_crossattn": c_crossattn, "transformer_options": options}
-            layout, reason = _layout(family, model, x, known)
-        foretell = None
-        if first and layout is not None:
-            windows = options.get("context_window") is not None
-            foretell = _foreteller(handle, run, model, family, layout, node_id, windows)
-        elif line:
-            messages.send(node_id, run.statistics, line, step, False)
-        options[CONTEXT] = ModelCall(run, step, model, family, layout, reason, previous, foretell)
+        announce = None
+        if reason:
+            call = Declined(run, step, previous, reason)
+        else:
+            announce = _announcer(run, layout, node_id) if first else None
+            call = ModelCall(run, step, previous, model, family, layout, announce)
+        if line and announce is None:
+            status.send(node_id, run.statistics, line, step, False)
+        options[CONTEXT] = call
         out = executor(x, t, c_concat, c_crossattn, control, options, **inputs)
-        if foretell is not None:
+        if announce is not None:
             # said here if no attention call was ours
-            foretell(None)
+            announce(None)
         return out
 
     return wrapper
 
 
-def _foreteller(handle, run, model, family, layout, node_id, windows):
-    """Return foretell(q, batch), which says once, before the first attention, what to expect."""
-    step, waits = run.step, threading.Lock()
+def _announcer(run: RunState, layout, node_id):
+    """Return announce(estimate), which says once, before the first attention, what to expect."""
+    waits, step = threading.Lock(), run.step
 
-    def foretell(q, batch=1):
-        if not waits.acquire(blocking=False):
-            return
-        line = messages.progress_line(run.statistics, step)
-        if q is not None:
-            backend, _ = run.backends.of(q, q, q)
-            expected = estimate(
-                layout, run.schedule, handle.config,
-                layers=family.num_calls(model), batch=batch, heads=q.shape[1],
-                one_pass=backend is not None and backend.one_pass_search,
-                carried=run.carried is not None and run.carried.layout == layout,
-                windows=windows,
-            )  # fmt: skip
-            run.statistics.expected = expected.line()
-            line += "\n" + expected.line()
-        messages.send(node_id, run.statistics, line, step, False)
+    def announce(estimate):
+        if waits.acquire(blocking=False):
+            say("" if estimate is None else estimate.line())
 
-    if reason := too_short(layout, handle.config):
-        run.statistics.expected = reason
+    def say(expected):
+        run.statistics.expected = expected
+        line = status.progress_line(run.statistics, step)
+        text = f"{line}\n{expected}" if expected else line
+        status.send(node_id, run.statistics, text, step, False)
+
+    if reason := why_not_worth(layout, run.config):
         waits.acquire()
-        line = messages.progress_line(run.statistics, step) + "\n" + reason
-        messages.send(node_id, run.statistics, line, step, False)
-    return foretell
+        say(f"{reason}: leave AdaSpa off")
+    return announce
+
+
+def _family_and_layout(model, x, inputs):
+    """The model's family, the token layout of its call, and the reason where one is missing."""
+    family, reason = family_of(model)
+    if family is None:
+        return None, None, reason
+    layout, reason = _layout(family, model, x, inputs)
+    return family, layout, reason
 
 
 def _layout(family, model, x, inputs):

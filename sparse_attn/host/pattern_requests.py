@@ -12,14 +12,14 @@ from pathlib import Path
 from ..patterns.pattern import CarriedPattern
 from ..run.handle import RunHandle
 from ..run.report import gib
-from . import status as messages
+from . import status
 
 HANDLE, BEGIN, SAVE = "adaspa", "adaspa_begin", "adaspa_save"
 
 
 @dataclass
 class SaveRequest:
-    """The wish of one node to have a pattern written: once in a prompt, or after every run.
+    """The request of one node to have a pattern written: once in a prompt, or after every run.
 
     Args:
         write: write(pattern) -> the path of the new file.
@@ -83,9 +83,9 @@ def pattern_to_begin(patcher, handle: RunHandle) -> CarriedPattern | None:
 def end(run, patcher, handle: RunHandle) -> None:
     """End a run, and keep and save its pattern where that was asked for. Raises nothing."""
     request = patcher.get_attachment(SAVE)
-    saves = request is not None and request.begin(messages.prompt_id())
+    saves = request is not None and request.begin(status.prompt_id())
     kept = run.end(keep_pattern=handle.keeps_pattern or saves)
-    lines = run.statistics.kept_pattern
+    lines = run.statistics.reuse.kept
     if handle.keeps_pattern and kept is not None:
         handle.pattern = kept.named(f"the {handle.part or 'first'} expert")
         lines.append(
@@ -107,14 +107,14 @@ def _save(kept: CarriedPattern | None, request: SaveRequest, statistics) -> None
         statistics.warn("no pattern was saved, because no layer ran sparse")
         return
     try:
-        messages.say(request.node_id, f"writing a pattern of {gib(kept.nbytes())}")
+        status.say(request.node_id, f"writing a pattern of {gib(kept.nbytes())}")
         path = request.write(kept)
         saved = f"{path.name}, {gib(path.stat().st_size)}"
     except Exception as error:
         request.failed()
         # a full disk must not cost the user the finished video
-        messages.log.warning("AdaSpa: the pattern was not saved", exc_info=True)
+        status.log.warning("AdaSpa: the pattern was not saved", exc_info=True)
         statistics.warn(f"the pattern was not saved ({error})")
     else:
-        statistics.kept_pattern.append(f"Pattern saved: {saved}")
-        messages.say(request.node_id, f"saved {saved}")
+        statistics.reuse.kept.append(f"Pattern saved: {saved}")
+        status.say(request.node_id, f"saved {saved}")

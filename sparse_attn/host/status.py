@@ -8,10 +8,7 @@ log = logging.getLogger("adaspa")
 
 
 def send(node_id: str | None, statistics: RunStatistics, text: str, step: int, done: bool) -> None:
-    """Show a line on the node. Without a server (a script, a test) nothing happens."""
-    server = _server()
-    if server is None or node_id is None:
-        return
+    """Show a line on the node of a run. Raises nothing."""
     data = {
         "node": node_id,
         "text": text,
@@ -20,20 +17,26 @@ def send(node_id: str | None, statistics: RunStatistics, text: str, step: int, d
         "step": step,
         "done": done,
     }
-    server.send_sync("adaspa.status", data, server.client_id)
-    server.send_progress_text(text, node_id, server.client_id)
+    _tell(node_id, text, data)
 
 
 def say(node_id: str | None, text: str) -> None:
     """Log a line, and show it on a node that is none of attention. Raises nothing."""
     log.info("AdaSpa: %s", text)
-    server = _server()
-    if server is None or node_id is None:
-        return
+    _tell(node_id, text)
+
+
+def _tell(node_id: str | None, text: str, data: dict | None = None) -> None:
     try:
+        server = _server()
+        # without a server (a script, a test) nothing happens
+        if server is None or node_id is None:
+            return
+        if data is not None:
+            server.send_sync("adaspa.status", data, server.client_id)
         server.send_progress_text(text, node_id, server.client_id)
     except Exception:
-        # a message must not cost the user the run
+        # a message must not cost the user the video
         log.warning("AdaSpa: a message could not be sent", exc_info=True)
 
 
@@ -48,8 +51,8 @@ def progress_line(statistics: RunStatistics, step: int) -> str:
     number = schedule.first_step + step
     parts = [f"step {number} of {schedule.total_steps}: {schedule.kind(step).value}"]
     if statistics.patterns:
-        mean, _ = statistics.recall()
-        parts += [f"density {statistics.density():.2f}", f"recall {mean:.2f}"]
+        mean, _ = statistics.patterns.recall()
+        parts += [f"density {statistics.patterns.density():.2f}", f"recall {mean:.2f}"]
     return ", ".join(parts)
 
 

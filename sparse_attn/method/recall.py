@@ -3,6 +3,7 @@
 import torch
 
 from ..block_mask import BlockMask
+from ..call import Call
 
 # share of 1 by which an evenly spread, never repeating sequence moves on
 GOLDEN = 0.6180339887498949
@@ -14,19 +15,19 @@ def sample_rows(tokens: int, rows: int) -> list[int]:
 
 
 def sampled_recall(
-    q, k, mask: BlockMask, rows: list[int], *, scale: float, key_bias=None, order=None
+    call: Call, mask: BlockMask, rows: list[int], order: torch.Tensor | None = None
 ) -> torch.Tensor:
     """Recall of a mask on some query rows, each an exact float32 softmax over all keys.
 
     Args:
-        q, k: [B, H, L, D]. rows: numbers of query rows, places in `order` where there is one.
-        key_bias: [B, L] float32 or None.
+        rows: numbers of query rows, places in `order` where there is one.
         order: [B, H, L] int32, the token at every place of the mask's sequence; None is that of q
             and k.
 
     Returns:
         [B, H] float32.
     """
+    q, k = call.q, call.k
     B, H, L, _ = k.shape
     rows = torch.tensor(rows, device=q.device)
     held = torch.zeros(B, H, device=q.device)
@@ -35,9 +36,9 @@ def sampled_recall(
     for b in range(B):
         for h in range(H):
             chosen = rows if order is None else order[b, h, rows]
-            logits = (q[b, h, chosen].float() @ k[b, h].float().mT) * scale
-            if key_bias is not None:
-                logits += key_bias[b]
+            logits = (q[b, h, chosen].float() @ k[b, h].float().mT) * call.scale
+            if call.key_bias is not None:
+                logits += call.key_bias[b]
             weights = logits.softmax(-1)
             weights = weights if order is None else weights.index_select(-1, order[b, h])
             kept = listed[b, h].repeat_interleave(mask.block_k, -1)[:, :L]

@@ -17,7 +17,7 @@ def select(
     layout: TokenLayout,
     config: AdaSpaConfig,
     scores: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[BlockMask, torch.Tensor]:
     """Choose the blocks to keep. Nothing is read back from the device.
 
     Args:
@@ -26,9 +26,14 @@ def select(
             recall that was asked for is one of masses, and the masses rank there.
 
     Returns:
-        keep: [B, H, Nq, Nk] bool.
-        recall: [B, H] float32, the share of mass that `keep` holds.
+        mask: the blocks to keep. recall: [B, H] float32, the share of mass that they hold.
     """
+    keep, held = _choose(backend, masses, layout, config, scores)
+    return BlockMask.from_dense(keep, **config.blocks), held
+
+
+def _choose(backend, masses, layout, config, scores):
+    """(keep [B, H, Nq, Nk] bool, recall)."""
     B, H, _, Nk = masses.shape
     sinks = count_sinks(layout, config.block_k)
     sink_q = sink_blocks(layout, config.block_q, masses.device)
@@ -51,7 +56,3 @@ def select(
 def row_budget(density: float, num_k: int, num_sinks: int) -> int:
     """Key blocks per row at `density`: the sinks and at least one more, at most all."""
     return min(num_k, max(round(density * num_k), num_sinks + 1, 1))
-
-
-def pack(keep: torch.Tensor, config: AdaSpaConfig) -> BlockMask:
-    return BlockMask.from_dense(keep, **config.blocks)

@@ -7,57 +7,60 @@ blocks tell: the order wins that leaves the smaller tail error.
 
 import torch
 
-from .position import in_rods, rods
+from ..backends.choice import Backend
+from ..call import Call
+from ..config import AdaSpaConfig
+from .position import in_rods
 from .similarity import similar_order
 
 SAMPLED_BLOCKS = 24
 
 
-def find_order(backend, q, k, v, call, config) -> tuple[torch.Tensor, torch.Tensor]:
+def find_order(
+    backend: Backend, call: Call, config: AdaSpaConfig
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Find the order of every head. Nothing is read back from the device.
-
-    Args:
-        q, k, v: [B, H, L, D].
 
     Returns:
         order: [B, H, L] int32, the token at every place. similar: [B, H] bool, which are similar.
     """
-    B, H, L, _ = q.shape
-    in_place = rods(call.layout, q.device).expand(B, H, L)
+    B, H, L, _ = call.q.shape
+    in_place = call.by_position.expand(B, H, L)
     if config.token_order == "position":
-        return in_place, torch.zeros(B, H, dtype=torch.bool, device=q.device)
-    alike = similar_order(backend, q, k, call.layout)
-    similar = torch.lt(*_errors(backend, q, k, v, (alike, in_place), call, config))
+        return in_place, torch.zeros(B, H, dtype=torch.bool, device=call.q.device)
+    alike = similar_order(backend, call.q, call.k, call.layout)
+    similar = torch.lt(*_errors(backend, call, (alike, in_place), config))
     if call.key_bias is not None:
         # measured even where it is then thrown away: to ask first would wait for the device
         similar &= ~biased_video(call)
     return torch.where(similar[..., None], alike, in_place), similar
 
 
-def biased_video(call) -> torch.Tensor:
+def biased_video(call: Call) -> torch.Tensor:
     """Whether `call.key_bias` weighs the video, [] bool: heads share it, so they need one order."""
     layout = call.layout
     return (call.key_bias[:, layout.before :][:, : layout.video] != 0).any()
 
 
-def _errors(backend, q, k, v, orders, call, config) -> list[torch.Tensor]:
+def _errors(backend, call, orders, config) -> list[torch.Tensor]:
     """[B, H] tail error that each order leaves in the sampled query blocks."""
+    q = call.q
     places = _sampled_rows(call.layout, config.block_q, q.device)
     tokens = torch.cat([order[..., places] for order in orders], -1).long()
     queries = q.gather(2, tokens[..., None].expand(*tokens.shape, q.shape[-1]))
     # a query's LSE is the same in any order
-    _, lse = backend.attention(queries, k, v, scale=call.scale, key_bias=call.key_bias)
+    _, lse = backend.attention(queries, call.k, call.v, scale=call.scale, key_bias=call.key_bias)
     return [
-        _error(backend, rows, k, v, order, row_lse, call, config)
+        _error(backend, call, rows, row_lse, order, config)
         for order, rows, row_lse in zip(
             orders, queries.split(len(places), 2), lse.split(len(places), 2), strict=True
         )
     ]
 
 
-def _error(backend, rows, k, v, order, lse, call, config) -> torch.Tensor:
+def _error(backend, call, rows, lse, order, config) -> torch.Tensor:
     """[B, H] of one order, whose permuted copies go before the next one's are made."""
-    permuted = backend.permute(None, k, v, order, call.key_bias)
+    permuted = backend.permute(None, call.k, call.v, order, call.key_bias)
     pooled = permuted.pooled
     masses = backend.block_masses(
         rows, permuted.k, lse, **config.blocks, scale=call.scale, key_bias=permuted.key_bias

@@ -1,7 +1,6 @@
 """Token order: the video in rods, so that a block of consecutive tokens is a compact piece of it."""
 
 from dataclasses import replace
-from functools import lru_cache
 
 import torch
 
@@ -16,7 +15,6 @@ def in_rods(layout: TokenLayout) -> TokenLayout:
     return replace(layout, before=0, after=layout.before + layout.after)
 
 
-@lru_cache(maxsize=8)
 def rods(layout: TokenLayout, device: torch.device) -> torch.Tensor:
     """Order the video in rods along its width, there and back again, and extra tokens behind it.
 

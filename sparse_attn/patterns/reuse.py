@@ -9,7 +9,6 @@ from ..call import Call
 from ..config import AdaSpaConfig
 from ..method.recall import sample_rows, sampled_recall
 from ..orders.choice import biased_video
-from ..orders.position import rods
 from .pattern import CarriedLayer, CarriedPattern
 
 # a carried mask may hold this much less of a layer than when it was found
@@ -28,14 +27,12 @@ class FittingMask(NamedTuple):
     Args:
         mask: on the device of the call. order: [B, H, L] int32 of its sequence, there too, or None.
         recall: [H], of a sample of this call's rows.
-        block_map: [H, rows, columns] uint8, for the report.
         similar: [H], share of the batch that is ordered by similarity, or None without an order.
     """
 
     layer: CarriedLayer
     mask: BlockMask
     recall: torch.Tensor
-    block_map: torch.Tensor
     order: torch.Tensor | None = None
     similar: torch.Tensor | None = None
 
@@ -50,7 +47,7 @@ def fitting_mask(
     Returns:
         The mask, or the reason why there is none.
     """
-    q, k = call.q, call.k
+    q = call.q
     layer, reason = pattern.find(
         call.name,
         family=family,
@@ -64,26 +61,21 @@ def fitting_mask(
         return reason
     if layer.order is not None and call.key_bias is not None and biased_video(call):
         return ONE_ORDER
-    try:
-        num_k = call.layout.num_blocks(config.block_k)
-        mask = BlockMask(layer.bits.to(q.device), num_k, **config.blocks)
-        order = similar = None
-        if pattern.pooled:
-            in_place = rods(call.layout, q.device)
-            order = in_place.expand(*q.shape[:3])
-            if layer.order is not None:
-                order = layer.order.to(q.device)
-            similar = (order != in_place).any(-1).float().mean(0)
-        rows = sample_rows(call.layout.tokens, SAMPLED_ROWS)
-        held = sampled_recall(
-            q, k, mask, rows, scale=call.scale, key_bias=call.key_bias, order=order
-        )
-        cells = mask.block_map()
-    except torch.OutOfMemoryError:
-        return "out of memory while measuring the recall"
+    mask = BlockMask(
+        layer.bits.to(q.device), call.layout.num_blocks(config.block_k), **config.blocks
+    )
+    order = similar = None
+    if pattern.pooled:
+        in_place = call.by_position
+        order = in_place.expand(*q.shape[:3])
+        if layer.order is not None:
+            order = layer.order.to(q.device)
+        similar = (order != in_place).any(-1).float().mean(0)
+    rows = sample_rows(call.layout.tokens, SAMPLED_ROWS)
+    held = sampled_recall(call, mask, rows, order)
     # not (a >= b): also where it is NaN
     if not held.mean() >= layer.mean_recall() - RECALL_LOSS:
         return f"recall more than {RECALL_LOSS} below what the pattern had"
     if config.recall and not held.mean() >= config.recall - SAMPLE_ERROR:
         return f"recall below the {config.recall} asked for"
-    return FittingMask(layer, mask, held.mean(0), cells, order, similar)
+    return FittingMask(layer, mask, held.mean(0), order, similar)

@@ -1,68 +1,9 @@
-"""Memory that masks, orders and LSE take between steps: predicted before a run, held where it fits."""
-
-from dataclasses import dataclass
+"""Where masks, orders and LSE lie between steps: on the GPU, or in pinned CPU memory."""
 
 import torch
 
-from ..schedule import Schedule, StepKind
-
 # share of the free GPU memory that the cache may take before "auto" moves it to the CPU
 GPU_SHARE = 0.2
-
-
-@dataclass(frozen=True)
-class CacheSize:
-    """Bytes that one conditioning holds at the fullest moment of a run."""
-
-    mask_bytes: int
-    lse_bytes: int
-    order_bytes: int = 0
-
-    @property
-    def total(self) -> int:
-        return self.mask_bytes + self.lse_bytes + self.order_bytes
-
-
-def predict(
-    schedule: Schedule,
-    *,
-    layers: int,
-    batch: int,
-    heads: int,
-    tokens: int,
-    block_q: int,
-    block_k: int,
-    one_pass: bool,
-    keeps_lse: bool = True,
-    own_orders: bool = False,
-) -> CacheSize:
-    """Predict the cache of one conditioning.
-
-    A mask takes one bit per block pair, an LSE and the orders four bytes per token, head and layer.
-    The LSE of the last warm-up step gives way to the masks layer by layer, so both are whole at once
-    only when a later search needs the LSE again. What lives within a call alone, such as the arranged
-    copies of q, k and v, is not counted.
-
-    Args:
-        one_pass: whether the backend searches in one pass and so keeps the LSE of a dense step.
-        keeps_lse: False where every search measures its own LSE.
-        own_orders: whether every head has an order of its own beside its mask.
-    """
-    num_q, num_k = -(-tokens // block_q), -(-tokens // block_k)
-    mask = layers * batch * heads * num_q * -(-num_k // 8)
-    lse = layers * batch * heads * tokens * 4
-    searches = schedule.kinds.count(StepKind.SEARCH)
-    if searches == 0:
-        return CacheSize(0, 0)
-    order = lse if own_orders else 0
-    if not keeps_lse:
-        return CacheSize(mask, 0, order)
-    if searches > 1:
-        return CacheSize(mask, lse, order)
-    before = one_pass and any(schedule.wants_lse(i) for i in range(len(schedule.kinds)))
-    if mask + order >= lse or not before:
-        return CacheSize(mask, 0, order)
-    return CacheSize(0, lse)
 
 
 class Cache:

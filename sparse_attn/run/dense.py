@@ -1,26 +1,33 @@
-"""Which attention runs the dense steps: the fastest present, measured once per shape.
+"""Dense calls: the fastest attention present runs them, measured once per shape.
 
-All candidates are exact but one, our own in low precision, which stands for election only where
-the user asked for it.
+All candidates are exact but one, our own in low precision, which is a candidate only where the user
+asked for it.
 """
 
 import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
 
-from ..backends.choice import Backend
+from ..backends.choice import Backends
 from ..backends.cudnn import cudnn_serves, torch_cudnn
+from ..call import Call
+from .memory import until_out_of_memory
+from .precision import Precision
+from .statistics import RunStatistics
+from .timer import Timer
 
 # a later candidate must win by this factor: each rounds differently, and two that are nearly equal
 # must not take turns from run to run and give one seed two videos
 MARGIN = 0.9
-EXACT = ("host", "cudnn", "own")
+HOST, CUDNN, OWN, OWN_INT8 = "host", "cudnn", "own", "own int8"
 PROBE_HEADS = 4
+HOST_SERVED = "out of memory in a dense step: the host's own attention ran it"
 
 
 class DenseChoice:
-    """Measures the exact candidates once per shape and remembers the fastest.
+    """Measures candidates once per shape and remembers who is fastest.
 
     Args:
         allowed: "auto", or "host" to leave every dense step to the host.
@@ -30,43 +37,26 @@ class DenseChoice:
         self.allowed = allowed
         self.seconds: dict[tuple, dict[str, float]] = {}
 
-    def has_candidates(self, backend: Backend | None, key_bias) -> bool:
-        """Whether a dense step may run on our own kernels."""
-        return self.allowed != "host" and key_bias is None and backend is not None
-
-    def choose(
-        self, backend: Backend | None, q, k, v, *, scale: float, host: Callable, key_bias=None,
-        precision: str | None = None,
-    ) -> str:  # fmt: skip
-        """Name the fastest of "host", "cudnn" and "own" for tensors of this shape.
+    def fastest(self, call: Call, candidates: dict[str, Callable]) -> str:
+        """Name the candidate that serves calls like this fastest.
 
         Args:
-            host: host(q, k, v) -> [B, H, L, D], the attention that would have run.
-            key_bias: with one only the host serves.
-            precision: "int8" adds "own int8".
+            candidates: by name, the most trusted first: candidate(q, k, v).
         """
-        if self.allowed == "host" or key_bias is not None:
-            return "host"
-        candidates = {"host": host, **self._candidates(backend, scale, precision)}
-        measured = self._measure(q, k, v, candidates)
-        return clearly_fastest(measured)
-
-    def choose_with_lse(
-        self, backend: Backend, q, k, v, *, scale: float, precision: str | None = None
-    ) -> str:
-        """Name the fastest candidate that yields an LSE, which the host does not."""
-        return clearly_fastest(self._measure(q, k, v, self._candidates(backend, scale, precision)))
-
-    def with_lse(self, backend: Backend, q, k, v, *, scale: float, key_bias=None):
-        """Run the fastest exact one of them: out [B, H, L, D], lse [B, H, L]."""
-        competes = key_bias is None and cudnn_serves(q)
-        if competes and self.choose_with_lse(backend, q, k, v, scale=scale) == "cudnn":
-            return torch_cudnn(q, k, v, scale)
-        return backend.attention(q, k, v, scale=scale, key_bias=key_bias)
-
-    def run(self, name: str, backend: Backend, q, k, v, *, scale: float) -> torch.Tensor:
-        """Run the exact candidate `name`, other than "host"."""
-        return self._candidates(backend, scale)[name](q, k, v)
+        shape = *call.q.shape, call.q.dtype, call.q.device
+        seconds = self.seconds.setdefault(shape, {})
+        # a few heads tell the order of the candidates at a fraction of the time
+        few = [x[:, :PROBE_HEADS] for x in (call.q, call.k, call.v)]
+        for name, run in candidates.items():
+            if name in seconds:
+                continue
+            try:
+                seconds[name] = _time(run, few)
+            except RuntimeError:
+                # a torch build without this kernel says so only when called
+                if name != CUDNN:
+                    raise
+        return clearly_fastest({name: seconds[name] for name in candidates if name in seconds})
 
     def describe(self, name: str) -> str:
         """The choice `name`, and every measured shape with the milliseconds of its candidates."""
@@ -76,39 +66,8 @@ class DenseChoice:
             parts.append(
                 f"{min(PROBE_HEADS, shape[1])} of {shape[1]} heads x {shape[2]:,} tokens: {times}"
             )
-        said = name if name in EXACT else f"{name}, not exact"
+        said = f"{name}, not exact" if name == OWN_INT8 else name
         return said + (f" ({'; '.join(parts)})" if parts else "")
-
-    @staticmethod
-    def _shape(q):
-        return (q.shape[0], q.shape[1], q.shape[2], q.shape[3], q.dtype, q.device)
-
-    @staticmethod
-    def _candidates(backend, scale, precision=None):
-        found = {"cudnn": lambda q, k, v: torch_cudnn(q, k, v, scale)[0]}
-        if backend is not None:
-            found["own"] = lambda q, k, v: backend.attention(q, k, v, scale=scale)[0]
-        if precision is not None:
-            found[f"own {precision}"] = lambda q, k, v: backend.quantised_attention(
-                q, k, v, scale=scale
-            )[0]
-        return found
-
-    def _measure(self, q, k, v, candidates: dict[str, Callable]) -> dict[str, float]:
-        """Seconds of each of the candidates that serve; what is not known is measured now."""
-        seconds = self.seconds.setdefault(self._shape(q), {})
-        # a few heads tell the order of the candidates at a fraction of the time
-        few = [x[:, :PROBE_HEADS] for x in (q, k, v)]
-        for name, run in candidates.items():
-            if name in seconds or (name == "cudnn" and not cudnn_serves(q)):
-                continue
-            try:
-                seconds[name] = _time(run, few)
-            except RuntimeError:
-                # a torch build without this kernel says so only when called
-                if name != "cudnn":
-                    raise
-        return {name: seconds[name] for name in candidates if name in seconds}
 
 
 def clearly_fastest(measured: dict[str, float]) -> str:
@@ -119,6 +78,105 @@ def clearly_fastest(measured: dict[str, float]) -> str:
         if measured[name] < MARGIN * measured[best]:
             best = name
     return best
+
+
+class Dense:
+    """Decides who runs a dense call of a run, and runs it.
+
+    Args:
+        choice: measurements, which may outlive the run.
+    """
+
+    def __init__(
+        self,
+        choice: DenseChoice,
+        backends: Backends,
+        precision: Precision,
+        statistics: RunStatistics,
+        timer: Timer,
+    ):
+        self.choice = choice
+        self.backends = backends
+        self.precision = precision
+        self.statistics = statistics
+        self.timer = timer
+
+    def serve(self, call: Call) -> torch.Tensor:
+        """Serve a plainly dense call; [B, H, L, D]."""
+        name, candidates, found = HOST, {}, None
+        if self._may_choose(call):
+            candidates = {HOST: lambda *few: call.dense(PROBE_HEADS), **self._candidates(call)}
+            with until_out_of_memory():
+                name = self.choice.fastest(call, candidates)
+        self.statistics.dense_choice = self.choice.describe(name)
+        if name != HOST:
+            found = self._attempt(name, candidates, call)
+        return self.by_host(call) if found is None else found[0]
+
+    def serve_with_lse(self, call: Call) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Serve the dense call before a search.
+
+        Returns:
+            out: [B, H, L, D]. lse: [B, H, L] float32, or None where memory had no room for it.
+        """
+        name, found = OWN, None
+        candidates = self._candidates(call) if self._may_choose(call) else {}
+        if OWN_INT8 in candidates:
+            with until_out_of_memory():
+                name = self.choice.fastest(call, candidates)
+        if name == OWN_INT8:
+            # it may be the run's only dense step
+            self.statistics.dense_choice = self.choice.describe(name)
+            found = self._attempt(name, candidates, call)
+        if found is None:
+            with self.timer.attempt("dense", call.q):
+                found = self._exact(call)
+        if found is None:
+            self.statistics.warn(HOST_SERVED)
+            return self.by_host(call), None
+        return found
+
+    def exact(self, call: Call) -> tuple[torch.Tensor, torch.Tensor]:
+        """Run the dense pass of a search: out [B, H, L, D], lse [B, H, L] float32."""
+        with self.timer.measure("search_dense", call.q):
+            return self._exact(call)
+
+    def by_host(self, call: Call) -> torch.Tensor:
+        """Run the host's own attention; [B, H, L, D]."""
+        with self.timer.measure("dense", call.q):
+            return call.dense()
+
+    def _may_choose(self, call: Call) -> bool:
+        # with a key bias only the host serves
+        return self.choice.allowed != HOST and call.key_bias is None
+
+    def _candidates(self, call: Call, *, exact: bool = False) -> dict[str, Callable]:
+        """Who may run a call beside the host, by name: candidate(q, k, v) -> (out, lse)."""
+        backend, _ = self.backends.of(call.q, call.k, call.v)
+        found = {}
+        if call.key_bias is None and cudnn_serves(call.q):
+            found[CUDNN] = partial(torch_cudnn, scale=call.scale)
+        if backend is not None:
+            found[OWN] = partial(backend.attention, scale=call.scale, key_bias=call.key_bias)
+            if not exact and self.precision.serves(backend, call):
+                found[OWN_INT8] = partial(backend.quantised_attention, scale=call.scale)
+        return found
+
+    def _exact(self, call: Call) -> tuple[torch.Tensor, torch.Tensor]:
+        candidates = self._candidates(call, exact=True)
+        name = self.choice.fastest(call, candidates) if len(candidates) > 1 else OWN
+        return candidates[name](call.q, call.k, call.v)
+
+    def _attempt(self, name: str, candidates: dict[str, Callable], call: Call):
+        """(out, lse) of a candidate, or None where memory runs out."""
+        found = None
+        with self.timer.attempt("dense", call.q):
+            found = candidates[name](call.q, call.k, call.v)
+        if name == OWN_INT8:
+            self.precision.count(found is not None)
+        elif found is None:
+            self.statistics.warn(HOST_SERVED)
+        return found
 
 
 def _time(run: Callable, args) -> float:

@@ -9,7 +9,6 @@ from ..method.text_sink import count_sinks
 from ..orders.position import in_rods
 from ..schedule import Schedule, StepKind
 from ..token_layout import TokenLayout
-from .cache import predict
 from .report import gib
 
 # masses need q @ k.T, one of the two products of attention
@@ -17,75 +16,80 @@ SEARCH_WORK = 0.5
 
 
 @dataclass(frozen=True)
+class Workload:
+    """The attention over the video in one call of the model, of one conditioning.
+
+    Args:
+        calls: all of them. sparse_calls: without those of layers that the user wants dense.
+        batch: videos. heads: per layer.
+    """
+
+    layout: TokenLayout
+    calls: int
+    sparse_calls: int
+    batch: int
+    heads: int
+
+
+@dataclass(frozen=True)
+class CacheSize:
+    """Bytes that one conditioning holds at the fullest moment of a run."""
+
+    mask_bytes: int = 0
+    lse_bytes: int = 0
+    order_bytes: int = 0
+
+    @property
+    def total(self) -> int:
+        return self.mask_bytes + self.lse_bytes + self.order_bytes
+
+
+@dataclass(frozen=True)
 class Estimate:
     """What a run will do.
 
     Args:
-        steps: step numbers by kind.
+        layout: of one sequence. steps: step numbers by kind.
         skipped: share of all block pairs of the run's video attention that are not computed, a
             search counted as half a dense pass. Not a share of seconds. 0 where it is unknown.
         held_bytes: memory of one conditioning between steps.
-        too_short: why the run gains nothing, or an empty string.
         recall: recall that was asked for, so that the search decides what is skipped, or 0.
         windows: whether the video is sampled in windows, each with memory of its own.
     """
 
-    tokens: int
+    layout: TokenLayout
     steps: str
-    skipped: float = 0.0
-    held_bytes: int = 0
-    too_short: str = ""
+    skipped: float
+    held_bytes: int
     recall: float = 0.0
     windows: bool = False
 
     def line(self) -> str:
-        if self.too_short:
-            return self.too_short
+        begins = f"{self.layout.tokens:,} tokens, {self.steps}: "
         each = "prompt and each context window" if self.windows else "prompt"
-        holds = f"holds {gib(self.held_bytes)} for each {each}"
+        holds = f"; holds {gib(self.held_bytes)} for each {each}"
         if self.recall and self.held_bytes:
-            return (
-                f"{self.tokens:,} tokens, {self.steps}: the search decides what a recall of "
-                f"{self.recall} can skip; {holds}"
-            )
+            return f"{begins}the search decides what a recall of {self.recall} can skip{holds}"
         if self.skipped <= 0:
-            return f"{self.tokens:,} tokens, {self.steps}: nothing to gain in these steps"
+            return f"{begins}nothing to gain in these steps"
         return (
-            f"{self.tokens:,} tokens, {self.steps}: skips {self.skipped:.0%} of the video's "
-            f"attention, counted in blocks, not in seconds; {holds}"
+            f"{begins}skips {self.skipped:.0%} of the video's attention, counted in blocks, not in "
+            f"seconds{holds}"
         )
 
 
 def estimate(
-    layout: TokenLayout,
-    schedule: Schedule,
-    config: AdaSpaConfig,
-    *,
-    layers: int,
-    batch: int,
-    heads: int,
-    one_pass: bool,
-    carried: bool = False,
-    windows: bool = False,
-) -> Estimate:
-    """Count the blocks of a run before it starts.
+    work: Workload, schedule: Schedule, config: AdaSpaConfig, *,
+    one_pass: bool, carried: bool = False, windows: bool = False,
+) -> Estimate:  # fmt: skip
+    """Count the blocks of a run, and the bytes it will hold, before it starts.
 
     Args:
-        layers: attention layers over the video in one call of the model.
-        batch: videos per conditioning. heads: per layer.
-        one_pass: whether a search costs nothing beside its dense pass.
+        one_pass: whether the backend searches in one pass and so keeps the LSE of a dense step.
         carried: whether the run begins with the pattern of another one.
-        windows: whether the run samples in context windows; `layout` is that of one.
+        windows: whether the run samples in context windows; `work` is that of one.
     """
-    if reason := too_short(layout, config):
-        return Estimate(layout.tokens, schedule.describe(), too_short=reason)
-    sparse_layers = layers - len({n % layers for n in config.dense_layers if -layers <= n < layers})
-    density = kept_share(layout, config)
-    size = predict(
-        schedule, layers=sparse_layers, batch=batch, heads=heads, tokens=layout.tokens,
-        **config.blocks, one_pass=one_pass,
-        keeps_lse=not config.recall, own_orders=config.by_similarity,
-    )  # fmt: skip
+    density = kept_share(work.layout, config)
     spent, found = 0.0, carried
     for i, kind in enumerate(schedule.kinds):
         if kind is StepKind.DENSE:
@@ -99,24 +103,51 @@ def estimate(
             spent += 1 if has_lse else 1 + SEARCH_WORK
             found = True
     steps = max(len(schedule.kinds), 1)
-    skipped = (1 - spent / steps) * sparse_layers / layers if layers else 0.0
-    if config.recall:
-        skipped = 0.0
+    skipped = (1 - spent / steps) * work.sparse_calls / work.calls if work.calls else 0.0
     return Estimate(
-        layout.tokens, schedule.describe(), skipped, size.total,
-        recall=config.recall, windows=windows,
-    )  # fmt: skip
+        work.layout,
+        schedule.describe(),
+        0.0 if config.recall else skipped,
+        cache_size(work, schedule, config, one_pass).total,
+        config.recall,
+        windows,
+    )
 
 
-def too_short(layout: TokenLayout, config: AdaSpaConfig) -> str:
+def cache_size(
+    work: Workload, schedule: Schedule, config: AdaSpaConfig, one_pass: bool
+) -> CacheSize:
+    """Predict the cache of one conditioning.
+
+    A mask takes one bit per block pair, an LSE and the orders four bytes per token, head and layer.
+    The LSE of the last warm-up step gives way to the masks layer by layer, so both are whole at once
+    only when a later search needs the LSE again. What lives within a call alone, such as the permuted
+    copies of q, k and v, is not counted.
+    """
+    searches = schedule.kinds.count(StepKind.SEARCH)
+    if searches == 0:
+        return CacheSize()
+    rows, blocks = (work.layout.num_blocks(size) for size in config.blocks.values())
+    heads = work.sparse_calls * work.batch * work.heads
+    mask, lse = heads * rows * -(-blocks // 8), heads * work.layout.tokens * 4
+    order = lse if config.by_similarity else 0
+    # where a recall is asked for, every search measures its own LSE
+    if config.recall:
+        return CacheSize(mask, 0, order)
+    if searches > 1:
+        return CacheSize(mask, lse, order)
+    before = one_pass and any(schedule.wants_lse(i) for i in range(len(schedule.kinds)))
+    if mask + order >= lse or not before:
+        return CacheSize(mask, 0, order)
+    return CacheSize(0, lse)
+
+
+def why_not_worth(layout: TokenLayout, config: AdaSpaConfig) -> str:
     """Say why a sequence of any model gains nothing, or return an empty string."""
     if layout.frames == 1:
-        return "one frame is an image: leave AdaSpa off, it runs dense"
+        return "one frame is an image, not a video"
     if layout.tokens < config.min_tokens:
-        return (
-            f"too short: leave AdaSpa off; {layout.tokens:,} tokens run dense, and it begins at "
-            f"{config.min_tokens:,} (`min_tokens`)"
-        )
+        return f"too short: {layout.tokens:,} tokens, and `min_tokens` is {config.min_tokens:,}"
     return ""
 
 
@@ -127,7 +158,7 @@ def kept_share(layout: TokenLayout, config: AdaSpaConfig) -> float:
     """
     if config.pooled:
         layout = in_rods(layout)
-    rows, blocks = layout.num_blocks(config.block_q), layout.num_blocks(config.block_k)
+    rows, blocks = (layout.num_blocks(size) for size in config.blocks.values())
     whole = count_sinks(layout, config.block_q)
     budget = row_budget(config.density, blocks, count_sinks(layout, config.block_k))
     means = -(-blocks // BLOCK) if config.pooled else 0

@@ -2,7 +2,7 @@
 
 import threading
 from collections.abc import Hashable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -17,46 +17,68 @@ from .cache import Cache
 from .statistics import RunStatistics
 
 
-@dataclass
-class LayerState:
-    """What a run remembers of one layer: its mask, its LSE, and whether it gave up.
+@dataclass(frozen=True, eq=False)
+class LayerPattern:
+    """The pattern that a layer uses; mask and order lie where the cache has put them.
 
-    `density` and `recall`, one number per head, are those of the search that found the mask, and so
-    is `similar`, the share of the batch that is ordered by similarity. `order`, [B, H, L], is the
-    token at every place of the mask's sequence, or None where that is q's; the LSE is in q's.
+    Args:
+        order: [B, H, L] int32, the token at every place of the mask's sequence, or None where that
+            is q's.
+        density, recall: [H], of the search that found the mask.
+        similar: [H], the share of the batch that is ordered by similarity, or None without a tail.
+        carried: whether another run found the mask.
+        searched_at: the step whose search it answers. sampled_at: the step in which it was measured
+            last.
     """
 
-    backend: Backend
-    mask: BlockMask | None = None
-    lse: torch.Tensor | None = None
-    order: torch.Tensor | None = None
-    searched_at: int = -1
-    sampled_at: int = -1
-    stays_dense: str = ""
-    name: LayerName | None = None
-    layout: TokenLayout | None = None
-    density: torch.Tensor | None = None
-    recall: torch.Tensor | None = None
-    similar: torch.Tensor | None = None
+    mask: BlockMask
+    order: torch.Tensor | None
+    density: torch.Tensor
+    recall: torch.Tensor
+    similar: torch.Tensor | None
+    searched_at: int
     carried: bool = False
-
-    def give_up(self, reason: str) -> None:
-        """Run dense from now on."""
-        self.stays_dense = reason
-        self.mask = self.lse = self.order = None
+    sampled_at: int = -1
 
     def nbytes(self) -> int:
         """Bytes held between steps."""
-        own_order = None if self.order is None or is_shared(self.order) else self.order
-        tensors = (self.lse, own_order, None if self.mask is None else self.mask.bits)
-        return sum(x.nbytes for x in tensors if x is not None)
+        return self.mask.bits.nbytes + sum(order.nbytes for order in self.own_orders())
+
+    def own_orders(self) -> list[torch.Tensor]:
+        """The order, unless all layers share it."""
+        return [] if self.order is None or is_shared(self.order) else [self.order]
 
 
-class Layers(dict[Hashable, LayerState]):
+@dataclass(eq=False)
+class Layer:
+    """One layer of one conditioning. It has no pattern yet, or one, or runs dense for a reason.
+
+    `lse`, [B, H, L] float32 in q's order, is kept while a later search needs it.
+    """
+
+    backend: Backend | None
+    name: LayerName | None
+    layout: TokenLayout
+    dense_reason: str = ""
+    pattern: LayerPattern | None = None
+    lse: torch.Tensor | None = None
+
+    def disable(self, reason: str) -> None:
+        """Run dense from now on."""
+        self.dense_reason = reason
+        self.pattern = self.lse = None
+
+    def nbytes(self) -> int:
+        """Bytes held between steps."""
+        lse = 0 if self.lse is None else self.lse.nbytes
+        return lse + (0 if self.pattern is None else self.pattern.nbytes())
+
+
+class Layers(dict[Hashable, Layer]):
     """The layers that a run has met, by `Call.key`: in which order they come, what they hold.
 
     Args:
-        cache: holds the tensors of the states.
+        cache: holds the tensors of the layers.
     """
 
     def __init__(self, cache: Cache, backends: Backends, statistics: RunStatistics):
@@ -69,81 +91,80 @@ class Layers(dict[Hashable, LayerState]):
         self._last_key = None
         self._lock = threading.Lock()
 
-    def of(self, call: Call) -> LayerState:
-        """The state of the layer that makes a call, made at its first one."""
+    def of(self, call: Call) -> Layer:
+        """The layer that makes a call, made at its first one."""
         with self._lock:
             if self._last_key is not None:
                 self.following.setdefault(self._last_key, call.key)
             self._last_key = call.key
-            state = self.get(call.key)
-            if state is None:
+            layer = self.get(call.key)
+            if layer is None:
                 backend, why = self.backends.of(call.q, call.k, call.v)
                 self.statistics.backend = why
-                state = LayerState(backend, stays_dense="" if backend else why)
-                state.name, state.layout = call.name, call.layout
-                self[call.key] = state
-        return state
+                layer = Layer(backend, call.name, call.layout, "" if backend else why)
+                self[call.key] = layer
+        return layer
 
-    def prefetch_next(self, call: Call, device: torch.device) -> None:
-        """Start to fetch the mask of the layer that follows."""
+    def prefetch_next(self, key: Hashable, device: torch.device) -> None:
+        """Start to fetch the pattern of the layer that follows the one of `key`."""
         if self.cache.place != "cpu" or device.type != "cuda":
             return
-        state = self.get(self.following.get(call.key))
-        if state is not None and state.mask is not None:
-            self.cache.prefetch(state.mask.bits, device)
-            if state.order is not None:
-                self.cache.prefetch(state.order, device)
+        layer = self.get(self.following.get(key))
+        if layer is not None and layer.pattern is not None:
+            self.cache.prefetch(layer.pattern.mask.bits, device)
+            if layer.pattern.order is not None:
+                self.cache.prefetch(layer.pattern.order, device)
 
-    def hold(self, state: LayerState, mask: BlockMask, order: torch.Tensor | None) -> None:
-        """Put a new mask and its order in the place of a layer's earlier ones."""
-        if order is not None and not is_shared(order):
+    def install(self, layer: Layer, pattern: LayerPattern) -> None:
+        """Put a pattern in the place of a layer's earlier one, in memory of its own."""
+        order = pattern.order
+        if pattern.own_orders():
             order = self.cache.keep(order)
-        mask = mask.with_bits(self.cache.keep(mask.bits))
-        for earlier in (None if state.mask is None else state.mask.bits, state.order):
-            if earlier is not None:
-                self.cache.forget(earlier)
-        state.mask, state.order = mask, order
+        mask = pattern.mask.with_bits(self.cache.keep(pattern.mask.bits))
+        if layer.pattern is not None:
+            self.cache.forget(layer.pattern.mask.bits)
+            if layer.pattern.order is not None:
+                self.cache.forget(layer.pattern.order)
+        layer.pattern = replace(pattern, mask=mask, order=order)
 
-    def held(self, state: LayerState, device: torch.device) -> tuple:
-        """A layer's mask and order on `device`."""
-        mask = state.mask.with_bits(self.cache.fetch(state.mask.bits, device))
-        order = None if state.order is None else self.cache.fetch(state.order, device)
+    def fetch(self, pattern: LayerPattern, device: torch.device) -> tuple:
+        """A pattern's mask and order on `device`."""
+        mask = pattern.mask.with_bits(self.cache.fetch(pattern.mask.bits, device))
+        order = None if pattern.order is None else self.cache.fetch(pattern.order, device)
         return mask, order
 
     def count_held(self) -> None:
         """Note the most bytes ever held."""
-        held = sum(state.nbytes() for state in list(self.values()))
-        statistics = self.statistics
-        statistics.held_bytes = max(statistics.held_bytes, held)
+        held = sum(layer.nbytes() for layer in list(self.values()))
+        memory = self.statistics.memory
+        memory.held_bytes = max(memory.held_bytes, held)
         # context windows hold a mask each, and how many there will be is not known before
         self.cache.make_room(held)
-        statistics.cache_place = self.cache.shown_place()
+        memory.place = self.cache.shown_place()
+
+    def as_pattern(self, family: str, config: AdaSpaConfig) -> CarriedPattern | None:
+        """The masks of all layers, copied to the CPU, or None where there are none."""
+        kept, first = {}, None
+        for layer in list(self.values()):
+            pattern, name = layer.pattern, layer.name
+            if pattern is None or name is None or name in kept:
+                continue
+            like = layer.layout, pattern.mask.bits.shape
+            # one sequence a pattern: a part of the picture with a prompt of its own may be another
+            first = first or like
+            if like == first:
+                (order,) = pattern.own_orders() or (None,)
+                kept[name] = CarriedLayer(
+                    pattern.mask.bits.cpu(),
+                    tuple(pattern.density.tolist()),
+                    tuple(pattern.recall.tolist()),
+                    order if order is None else order.cpu(),
+                )
+        if not kept:
+            return None
+        return CarriedPattern(family, first[0], config.block_size, kept, pooled=config.pooled)
 
     def clear(self) -> None:
         super().clear()
         self.following.clear()
         self._last_key = None
-
-
-def pattern_of(
-    states: list[LayerState], family: str, config: AdaSpaConfig
-) -> CarriedPattern | None:
-    """The masks of a run, copied to the CPU, or None where there are none."""
-    layers, first = {}, None
-    for state in states:
-        if state.mask is None or state.name is None or state.name in layers:
-            continue
-        like = state.layout, state.mask.bits.shape
-        # one sequence a pattern: a part of the picture with a prompt of its own may be another
-        first = first or like
-        if like == first:
-            order = None if state.order is None or is_shared(state.order) else state.order
-            layers[state.name] = CarriedLayer(
-                state.mask.bits.cpu(),
-                tuple(state.density.tolist()),
-                tuple(state.recall.tolist()),
-                order if order is None else order.cpu(),
-            )
-    if not layers:
-        return None
-    return CarriedPattern(family, first[0], config.block_size, layers, pooled=config.pooled)

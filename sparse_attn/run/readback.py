@@ -1,19 +1,16 @@
 """What calls leave on the device for the statistics, read once per step instead of once per call."""
 
 import threading
-from collections.abc import Callable
 
 import torch
 
 from ..call import Call
-from .layers import LayerState
+from .layers import Layer, LayerPattern
 from .statistics import Pattern, RunStatistics
 
-NOT_A_NUMBER = "NaN or infinity in q, k or v"
 
-
-class Findings:
-    """Masks, samples and probes that wait to be read.
+class Readback:
+    """Patterns, samples and probes that wait to be read.
 
     Args:
         statistics: where they go.
@@ -21,66 +18,67 @@ class Findings:
 
     def __init__(self, statistics: RunStatistics):
         self.statistics = statistics
-        # call, its layer, what was found, and read(call, found) -> whether its numbers are sound
-        self._pending: list[tuple[Call, LayerState, tuple, Callable]] = []
+        self._patterns: list[
+            tuple[Call, Layer, LayerPattern, torch.Tensor, torch.Tensor, bool]
+        ] = []
+        self._samples: list[tuple[Call, Layer, torch.Tensor]] = []
+        self._probes: list[tuple[Call, Layer, torch.Tensor]] = []
         self._lock = threading.Lock()
 
-    def add_mask(self, call: Call, state: LayerState, recall, block_map, *, exact: bool) -> None:
-        """Note a layer's new mask.
+    def add_pattern(
+        self, call: Call, layer: Layer, recall: torch.Tensor, block_map: torch.Tensor, exact: bool
+    ) -> None:
+        """Note a layer's new pattern.
 
         Args:
-            recall: [H]. block_map: [H, rows, columns] uint8.
+            recall: [H], what it holds in this call. block_map: of `BlockMask`, on the device.
+            exact: whether the recall was measured with the call's own LSE.
         """
-        found = state.density, recall, block_map, exact, state.carried, state.similar
-        self._add(call, state, found, self._read_mask)
+        with self._lock:
+            self._patterns.append((call, layer, layer.pattern, recall, block_map, exact))
 
-    def add_sample(self, call: Call, state: LayerState, recall: torch.Tensor) -> None:
+    def add_sample(self, call: Call, layer: Layer, recall: torch.Tensor) -> None:
         """Note what a mask holds in a later step, by a sample of its rows; `recall` is [H]."""
-        self._add(call, state, (recall,), self._read_sample)
+        with self._lock:
+            self._samples.append((call, layer, recall))
 
-    def add_probe(self, call: Call, state: LayerState, probe: torch.Tensor) -> None:
+    def add_probe(self, call: Call, layer: Layer, probe: torch.Tensor) -> None:
         """Note a number that is finite where the output is."""
-        self._add(call, state, (probe,), lambda call, probe: bool(torch.isfinite(probe)))
-
-    def _add(self, *finding):
         with self._lock:
-            self._pending.append(finding)
+            self._probes.append((call, layer, probe))
 
-    def read(self) -> None:
-        """Wait for the device; a layer with NaN or infinity runs dense from the next step on."""
+    def read(self) -> list[tuple[Call, Layer]]:
+        """Wait for the device, and return the calls that met NaN or infinity, with their layers.
+
+        What was found in a call that met them does not count.
+        """
         with self._lock:
-            pending, self._pending = self._pending, []
-        for call, state, found, read in pending:
-            if not read(call, *found) and not state.stays_dense:
-                state.give_up(NOT_A_NUMBER)
-                self.statistics.warn(
-                    f"{NOT_A_NUMBER}: the layers concerned run dense after step {self._step(call)}"
-                )
+            patterns, self._patterns = self._patterns, []
+            samples, self._samples = self._samples, []
+            probes, self._probes = self._probes, []
+        broken = [(call, layer) for call, layer, probe in probes if not torch.isfinite(probe)]
+
+        def sound(call, layer, recall) -> bool:
+            if not all(0 <= r <= 1.001 for r in recall):  # NaN is no such number
+                broken.append((call, layer))
+            return not layer.dense_reason and all(layer is not other for _, other in broken)
+
+        for call, layer, pattern, recall, block_map, exact in patterns:
+            recall, similar = recall.tolist(), pattern.similar
+            if sound(call, layer, recall):
+                self.statistics.patterns[call.layer, call.role] = Pattern(
+                    self._step(call), exact, pattern.density.tolist(), recall, block_map.cpu(),
+                    pattern.carried, None if similar is None else similar.tolist(),
+                )  # fmt: skip
+        for call, layer, recall in samples:
+            recall = recall.tolist()
+            if sound(call, layer, recall):
+                self.statistics.patterns.samples[call.layer, call.role] = self._step(call), recall
+        return broken
 
     def clear(self) -> None:
-        self._pending.clear()
+        with self._lock:
+            self._patterns, self._samples, self._probes = [], [], []
 
-    def _read_mask(self, call, density, recall, block_map, exact, carried, similar):
-        pattern = Pattern(
-            self._step(call), exact, density.tolist(), recall.tolist(), block_map.cpu(), carried,
-            None if similar is None else similar.tolist(),
-        )  # fmt: skip
-        sound = _are_shares(pattern.recall)
-        if sound:
-            self.statistics.patterns[call.layer, call.role] = pattern
-        return sound
-
-    def _read_sample(self, call, recall):
-        found = recall.tolist()
-        sound = _are_shares(found)
-        if sound:
-            self.statistics.samples[call.layer, call.role] = self._step(call), found
-        return sound
-
-    def _step(self, call) -> int:
+    def _step(self, call: Call) -> int:
         return self.statistics.schedule.first_step + call.step
-
-
-def _are_shares(recall: list[float]) -> bool:
-    """False for NaN too."""
-    return all(0 <= r <= 1.001 for r in recall)

@@ -19,15 +19,15 @@ def _what_it_did(run) -> str:
         why = ", ".join(f"{reason} ({n})" for reason, n in run.kept_dense.most_common(2))
         if run.model and run.finished and not run.attended:
             why = UNREACHED
-        ran = run.schedule.describe() if run.tokens else "no sparse attention"
+        ran = run.schedule.describe() if run.layout else "no sparse attention"
         return "AdaSpa: every call ran dense" + (f": {why}" if why else f" ({ran})")
-    mean, worst = run.recall()
-    label = run.recall_label()
+    mean, worst = run.patterns.recall()
+    label = run.patterns.recall_label()
     parts = [
         f"{run.tokens:,} tokens",
         run.schedule.describe(),
         *([f"{len(skipped)} of them skipped by a cache"] if (skipped := run.skipped()) else []),
-        f"density {run.density():.2f}",
+        f"density {run.patterns.density():.2f}",
         f"recall {mean:.2f}{f' ({label})' if label else ''}, worst head {worst:.2f}",
     ]
     saved = run.timing.saved()
@@ -43,7 +43,7 @@ def lines(run) -> list[str]:
     part = f"{run.part.capitalize()}: " if run.part else ""
     text = [part + summary(run)]
     if run.model:
-        text.append(f"Model: {run.model}" + (f", {run.layout}" if run.layout else ""))
+        text.append(f"Model: {run.model}" + (f", {run.layout.describe()}" if run.layout else ""))
     if run.backend:
         text.append(f"Sparse attention by: {run.backend}")
     text.append(f"Dense steps by: {run.dense_choice}")
@@ -62,62 +62,66 @@ def lines(run) -> list[str]:
     if run.steps:
         steps = ", ".join(f"{seconds(s)} {kind}" for kind, s in run.step_seconds().items())
         text.append(f"One step of the whole model: {steps}")
-    if run.predicted_bytes or run.held_bytes:
+    memory = run.memory
+    if memory.predicted_bytes or memory.held_bytes:
+        windows = f" in {len(memory.windows)} context windows" if memory.windows else ""
         text.append(
-            f"Memory held: {gib(run.held_bytes)} on the {run.cache_place.upper()} for "
-            f"{len(run.conditionings)} conditioning(s){_windows(run)}, predicted "
-            f"{gib(run.predicted_bytes)} each"
+            f"Memory held: {gib(memory.held_bytes)} on the {memory.place.upper()} for "
+            f"{len(memory.conditionings)} conditioning(s){windows}, predicted "
+            f"{gib(memory.predicted_bytes)} each"
         )
     if skipped := run.skipped():
         found = ranges(sorted({pattern.step for pattern in run.patterns.values()}))
         searched = f"; searched at step {found}" if found else ""
         text.append(f"Skipped by a cache: {len(skipped)} steps, {ranges(skipped)}{searched}")
-    text += carried_lines(run)
-    if run.tail == "pooled":
+    text += reuse_lines(run)
+    if run.config.pooled:
         text.append("Tail: pooled, the average of every skipped block stands in for it")
-    if (share := run.similar()) is not None:
+    if (share := run.patterns.similar()) is not None:
         text.append(f"Token order: by similarity in {share:.0%} of the heads, else by position")
-    if run.asked_recall:
+    if run.config.recall:
         text.append(_recall(run))
-    if run.low_precision:
-        text.append(f"Precision: {run.low_precision_calls} calls in {run.low_precision}")
-    if run.low_precision_searches:
-        text.append(f"Later searches in int8: {run.low_precision_searches} calls")
-    for reason, count in run.not_low_precision.most_common():
-        text.append(f"Not in {run.low_precision}: {count} calls, {reason}")
+    precision, low = run.config.low_precision, run.low_precision
+    if precision:
+        text.append(f"Precision: {low.calls} calls in {precision}")
+    if low.searches:
+        text.append(f"Later searches in int8: {low.searches} calls")
+    for reason, count in low.declined.most_common():
+        text.append(f"Not in {precision}: {count} calls, {reason}")
     for reason, count in run.kept_dense.most_common():
         text.append(f"Kept dense: {count} calls, {reason}")
     return text + [f"Note: {warning}" for warning in run.warnings]
 
 
-def _windows(run) -> str:
-    return f" in {len(run.windows)} context windows" if run.windows else ""
-
-
 def _recall(run) -> str:
-    text = f"Recall asked for: {run.asked_recall}"
+    text = f"Recall asked for: {run.config.recall}"
     found = [r for p in run.patterns.values() if not p.carried for r in p.recall]
     if found:
         text += f"; the searches found {min(found):.3f} to {max(found):.3f} by head"
-    if samples := run.samples_recall():
-        steps = ranges(sorted({step for step, _ in run.samples.values()}))
-        mean, worst = samples
+    if sampled := run.patterns.sampled_recall():
+        steps = ranges(sorted({step for step, _ in run.patterns.samples.values()}))
+        mean, worst = sampled
         text += f"; in step {steps} {mean:.2f} is left, worst head {worst:.2f} (sampled)"
     return text
 
 
-def carried_lines(run) -> list[str]:
-    if not run.carried_from:
-        return list(run.kept_pattern)
-    text = [f"Pattern of {run.carried_from}: {run.carried} masks used without a search"]
-    if run.carried:
-        now = [r for p in run.patterns.values() if p.carried for r in p.recall]
-        found = sum(run.carried_recall) / len(run.carried_recall)
-        if now:
-            text[0] += f", recall {sum(now) / len(now):.2f} here (sampled), {found:.2f} when found"
-    for reason, count in run.not_carried.most_common():
-        text.append(f"Searched after all: {count} masks, {reason}")
-    return text + run.kept_pattern
+def reuse_lines(run) -> list[str]:
+    """Lines on masks of another run, and on those that outlive this one."""
+    reuse = run.reuse
+    if not reuse.source:
+        return list(reuse.kept)
+    line = f"Pattern of {reuse.source}: {reuse.masks} masks used without a search"
+    now = [r for p in run.patterns.values() if p.carried for r in p.recall]
+    if reuse.masks and now:
+        line += (
+            f", recall {sum(now) / len(now):.2f} here (sampled), "
+            f"{reuse.found_recall():.2f} when found"
+        )
+    refused = [
+        f"Searched after all: {count} masks, {reason}"
+        for reason, count in reuse.refused.most_common()
+    ]
+    return [line, *refused, *reuse.kept]
 
 
 def ranges(numbers: list[int]) -> str:

@@ -1,34 +1,39 @@
-"""State of one sampler run: what every layer knows, and what one attention call does with it."""
+"""State of one sampler run: which layer a call belongs to, which kind of step, and what follows."""
 
 import threading
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
 
 import torch
 
-from ..backends import choice as attention
+from ..backends.choice import Backends
 from ..call import Call
 from ..config import AdaSpaConfig
-from ..method import block_scores as serving
-from ..method import selection
+from ..method.block_scores import Found
+from ..method.fused_online_search import fused_online_search
+from ..method.lse_cached_search import lse_cached_search
 from ..method.recall import sample_rows, sampled_recall
-from ..orders.position import in_rods, rods
+from ..method.sparse_step import sparse_step
+from ..orders.position import rods
 from ..patterns.pattern import CarriedPattern
 from ..patterns.reuse import SAMPLED_ROWS, fitting_mask
 from ..schedule import Schedule, StepKind
-from ..token_layout import TokenLayout
-from .cache import Cache, predict
-from .dense import DenseChoice
-from .dense_steps import DenseSteps
-from .layers import Layers, pattern_of
-from .precision import LowPrecision
-from .readback import NOT_A_NUMBER, Findings
+from .cache import Cache
+from .dense import Dense, DenseChoice
+from .estimate import Estimate, Workload, estimate
+from .layers import Layer, LayerPattern, Layers
+from .memory import until_out_of_memory
+from .precision import Precision
+from .readback import Readback
 from .statistics import RunStatistics
-from .timer import Stopwatch
+from .timer import Timer
 
+NOT_A_NUMBER = "NaN or infinity in q, k or v"
 OUT_OF_MEMORY = "out of memory while searching"
 SPARSE_OUT_OF_MEMORY = "out of memory in a sparse step"
+REUSE_OUT_OF_MEMORY = "out of memory while measuring the recall"
 
 
 class RunState:
@@ -37,7 +42,7 @@ class RunState:
     Args:
         config: what the user asked for.
         schedule: what each step does.
-        dense_choice: measurements of the exact candidates; may outlive the run.
+        dense_choice: measurements of the dense candidates; may outlive the run.
         outlives_block: context in which tensors that outlive a transformer block are allocated.
         free_bytes: free memory of the GPU when the run starts, or None where there is none.
         carried: masks of another run to begin with, or None.
@@ -56,27 +61,29 @@ class RunState:
     ):
         self.config = config
         self.schedule = schedule
-        self.statistics = RunStatistics(schedule)
-        self.statistics.asked_recall = config.recall
-        self.statistics.tail = "pooled" if config.pooled else "none"
+        self.outlives_block = outlives_block
+        self.carried = carried
+        self.statistics = RunStatistics(config, schedule)
         for reason in (config.why_no_tail, config.why_no_fp8):
             if reason:
                 self.statistics.warn(reason)
-        self.findings = Findings(self.statistics)
-        self.low_precision = LowPrecision(config.low_precision, self.statistics)
-        self.backends = attention.Backends(config.block_q, config.block_k)
-        self.dense_choice = dense_choice or DenseChoice(config.dense_attention)
-        self.dense_steps = DenseSteps(
-            self.dense_choice, self.backends, self.low_precision, self.statistics, self.timed
-        )
-        self.outlives_block = outlives_block
-        self.carried = carried
         if carried is not None:
-            self.statistics.carried_from = carried.source or "an earlier run"
+            self.statistics.reuse.source = carried.source or "an earlier run"
+        self.timer = Timer(self.statistics.timing)
+        self.readback = Readback(self.statistics)
+        self.backends = Backends(config.block_q, config.block_k)
+        self.precision = Precision(
+            config.low_precision is not None, self.statistics.low_precision
+        )  # fmt: skip
+        self.dense = Dense(
+            dense_choice or DenseChoice(config.dense_attention),
+            self.backends, self.precision, self.statistics, self.timer,
+        )  # fmt: skip
         self.cache = Cache(config.cache, free_bytes)
-        self.stopwatch = Stopwatch()
         self.layers = Layers(self.cache, self.backends, self.statistics)
-        self.foreseen: set[int] = set()
+        self.estimates: dict[int, Estimate] = {}
+        self._reserved: set[int] = set()
+        self._orders: dict[tuple, torch.Tensor] = {}
         self.step = -1
         self._step_began = 0.0
         self._lock = threading.Lock()
@@ -84,250 +91,247 @@ class RunState:
     # ---- what a call does
 
     def attend(self, call: Call) -> torch.Tensor:
-        """Serve one conditioning's call of a step that is not plainly dense; [B, H, L, D]."""
-        state = self.layers.of(call)
-        kind = self.schedule.kind(call.step)
-        if state.stays_dense:
-            self.statistics.kept_dense[state.stays_dense] += 1
-            return self._dense(call)
-        if self.config.pooled and state.mask is None:
-            with self.outlives_block():
-                rods(call.layout, call.q.device)
-        if kind is StepKind.DENSE:
-            return self._dense_with_lse(call, state)
-        if state.mask is None and self.carried is not None:
-            self._carry(call, state)
-        if state.mask is None:
-            return self._search_dense(call, state)
-        if state.searched_at < self.schedule.search_due(call.step):
-            if state.lse is not None:
-                self._search_again(call, state)
-            elif state.carried or self.config.recall:
+        """Serve a call of one conditioning, or one without a key, which is plainly dense.
+
+        Returns:
+            [B, H, L, D].
+        """
+        if call.key is None:
+            return self.dense.serve(call)
+        self._reserve(len(call.q))
+        layer, out = self.layers.of(call), None
+        if not layer.dense_reason:
+            with until_out_of_memory():
+                out = self._serve(call, layer)
+            if out is None and not layer.dense_reason:
+                self._disable(call, layer, OUT_OF_MEMORY)
+        if out is not None:
+            return out
+        self.statistics.kept_dense[layer.dense_reason] += 1
+        return self.dense.by_host(call)
+
+    def is_plainly_dense(self, call: Call) -> bool:
+        """Whether nothing is kept of a call, so that all conditionings may share one."""
+        if self.schedule.kind(call.step) is not StepKind.DENSE:
+            return False
+        if self.config.recall or not self.schedule.wants_lse(call.step):
+            return True
+        backend, _ = self.backends.of(call.q, call.k, call.v)
+        return backend is None or not backend.one_pass_search
+
+    def _serve(self, call: Call, layer: Layer) -> torch.Tensor | None:
+        """Do what the step asks of a layer; None where it has to run dense from now on."""
+        if self.config.pooled:
+            call = replace(call, by_position=self._by_position(call))
+        if self.schedule.kind(call.step) is StepKind.DENSE:
+            return self._serve_dense(call, layer)
+        if layer.pattern is None and self.carried is not None:
+            self._reuse_pattern(call, layer)
+        pattern = layer.pattern
+        if pattern is None:
+            return self._search(call, layer)
+        if pattern.searched_at < self.schedule.search_due(call.step):
+            if layer.lse is not None:
+                self._search_again(call, layer)
+            elif pattern.carried or self.config.recall:
                 # a carried mask has left no LSE, and a recall is asked for of exact masses
-                return self._search_dense(call, state)
-        return self._sparse(call, state)
+                return self._search(call, layer)
+        return self._serve_sparse(call, layer)
 
-    def _dense(self, call):
-        with self.timed("dense", call.q):
-            return call.dense()
-
-    def _dense_with_lse(self, call, state):
-        out, lse = self.dense_steps.serve_with_lse(state.backend, call)
-        with self.outlives_block():
-            state.lse = self.cache.keep(lse)
-        self.layers.count_held()
+    def _serve_dense(self, call, layer):
+        out, lse = self.dense.serve_with_lse(call)
+        self._keep_lse(layer, lse)
         return out
 
-    def _search_dense(self, call, state):
+    def _search(self, call, layer):
         """Answer with dense attention, and search on the way."""
-
-        def dense_with_lse(q, k, v, key_bias):
-            with self.timed("search_dense", q):
-                return self.dense_choice.with_lse(
-                    state.backend, q, k, v, scale=call.scale, key_bias=key_bias
-                )
-
-        previous = None if state.lse is None else self.cache.fetch(state.lse, call.q.device)
-        state.lse = found = None
-        try:
-            with self.timed("search", call.q):
-                found = serving.search_dense(
-                    state.backend, dense_with_lse, call, self.config,
-                    previous_lse=previous,
-                )  # fmt: skip
-                # one pass knows its rows' LSE only when it ends, and takes the earlier one's
-                one_pass = previous is not None and state.backend.one_pass_search
-                self._adopt(call, state, found, exact=not one_pass)
-        except torch.OutOfMemoryError:
-            found = previous = None
-        if found is None:
-            # outside the handler, whose traceback holds the memory that the dense pass needs
-            if state.mask is None:
-                return self._give_up(call, state)
-            self._keep_earlier(call, state)
-            return self._sparse(call, state)
-        if self._wants_lse_after(call.step):
-            with self.outlives_block():
-                state.lse = self.cache.keep(found.lse)
-        self.layers.count_held()
-        return self._checked(call, state, found.out, None)
-
-    def _carry(self, call, state):
-        """Begin with the carried mask, if it holds here what it held when it was found."""
-        statistics = self.statistics
-        with self.timed("carry", call.q):
-            found = fitting_mask(self.carried, statistics.model, self.config, call)
-        if isinstance(found, str):
-            with self._lock:
-                statistics.not_carried[found] += 1
-            return
-        layer = found.layer
-        with self.outlives_block():
-            self.layers.hold(state, found.mask, found.order)
-        if not self.schedule.searches_after(call.step):
-            state.lse = None
-        state.carried, state.searched_at = True, call.step
-        state.density, state.recall = torch.tensor(layer.density), torch.tensor(layer.recall)
-        state.similar = found.similar
-        with self._lock:
-            statistics.carried += 1
-            statistics.carried_recall += layer.recall
-        self.findings.add_mask(call, state, found.recall, found.block_map, exact=False)
-        self.layers.count_held()
-
-    def _search_again(self, call, state):
-        int8 = self.low_precision.searches(
-            state.backend,
-            call.q,
-            call.k,
-            call.v,
-            **self.config.blocks,
-            allowed=call.low_precision,
-        )
-        found = self._found_again(call, state, int8=int8)
-        if not found and int8:
-            # quantised copies may be what memory has no room for
-            self.statistics.not_low_precision[OUT_OF_MEMORY] += 1
-            found = self._found_again(call, state, int8=False)
-        if not found:
-            self._keep_earlier(call, state)
-        if not self.schedule.searches_after(call.step):
-            state.lse = None
-
-    def _found_again(self, call, state, *, int8: bool) -> bool:
-        """Search with the kept LSE; False where memory runs out."""
-        try:
-            with self.timed("search_again", call.q):
-                lse = self.cache.fetch(state.lse, call.q.device)
-                found = serving.search_again(
-                    state.backend, lse, call, self.config, int8=int8
-                )  # fmt: skip
-                self._adopt(call, state, found, exact=False)
-        except torch.OutOfMemoryError:
-            return False
-        if int8:
-            with self._lock:
-                self.statistics.low_precision_searches += 1
-        return True
-
-    def _keep_earlier(self, call, state):
-        self.statistics.warn(f"{OUT_OF_MEMORY}: layer {call.layer} kept its earlier pattern")
-        state.searched_at = call.step
-
-    def _sparse(self, call, state):
-        out = lse = mask = order = None
-        try:
-            with self.timed("sparse", call.q):
-                mask, order = self.layers.held(state, call.q.device)
-                self.layers.prefetch_next(call, call.q.device)
-                out, lse = serving.sparse(
-                    state.backend, mask, call, self.low_precision, order=order
-                )
-        except torch.OutOfMemoryError:
-            pass
+        out = None
+        with self.timer.attempt("search", call.q):
+            found = fused_online_search(
+                layer.backend, call, self.config, self._take_lse(call, layer), self.dense.exact
+            )
+            self._install_mask(call, layer, found)
+            out, lse = found.out, found.lse
+        found = None
+        if out is None and layer.pattern is None:
+            return None
         if out is None:
-            return self._give_up(call, state, SPARSE_OUT_OF_MEMORY)
-        if self.config.recall and self.schedule.is_last_sparse(call.step):
-            self._sample(call, state, mask, order)
-        return self._checked(call, state, out, lse)
+            self._keep_pattern(call, layer)
+            return self._serve_sparse(call, layer)
+        if self.schedule.searches_after(call.step) and not self.config.recall:
+            self._keep_lse(layer, lse)
+        self.layers.count_held()
+        return self._checked(call, layer, out, out)
 
-    def _sample(self, call, state, mask, order):
+    def _search_again(self, call, layer):
+        """Search with the kept LSE."""
+        counts = self.statistics.low_precision
+        done = False
+        if self.precision.searches(layer.backend, call, **self.config.blocks):
+            done = self._search_with_lse(call, layer, int8=True)
+            if done:
+                counts.searches += 1
+            else:
+                # quantised copies may be what memory has no room for
+                counts.declined[OUT_OF_MEMORY] += 1
+        if not (done or self._search_with_lse(call, layer, int8=False)):
+            self._keep_pattern(call, layer)
+        if not self.schedule.searches_after(call.step):
+            layer.lse = None
+
+    def _search_with_lse(self, call, layer, *, int8: bool) -> bool:
+        with self.timer.attempt("search_again", call.q):
+            lse = self.cache.fetch(layer.lse, call.q.device)
+            found = lse_cached_search(layer.backend, call, self.config, lse, int8)
+            self._install_mask(call, layer, found)
+            return True
+        return False
+
+    def _serve_sparse(self, call, layer):
+        found = None
+        if self.precision.serves(layer.backend, call, **self.config.blocks):
+            found = self._sparse_step(call, layer, quantised=True)
+            self.precision.count(found is not None)
+        if found is None:
+            found = self._sparse_step(call, layer, quantised=False)
+        if found is None:
+            return self._disable(call, layer, SPARSE_OUT_OF_MEMORY)
+        if self.config.recall and self.schedule.is_last_sparse(call.step):
+            self._sample(call, layer)
+        out, lse = found
+        return self._checked(call, layer, out, out if lse is None else lse)
+
+    def _sparse_step(self, call, layer, *, quantised: bool):
+        with self.timer.attempt("sparse", call.q):
+            mask, order = self.layers.fetch(layer.pattern, call.q.device)
+            self.layers.prefetch_next(call.key, call.q.device)
+            return sparse_step(layer.backend, call, mask, order, quantised)
+        return None
+
+    def _sample(self, call, layer):
         """Measure what the mask still holds, as late as it is used, in the step's first call."""
-        if state.sampled_at == call.step:
+        if layer.pattern.sampled_at == call.step:
             return
-        state.sampled_at = call.step
-        rows = sample_rows(call.layout.tokens, SAMPLED_ROWS)
-        try:
-            with self.timed("sample", call.q):
-                held = sampled_recall(
-                    call.q,
-                    call.k,
-                    mask,
-                    rows,
-                    scale=call.scale,
-                    key_bias=call.key_bias,
-                    order=order,
-                )
-        except torch.OutOfMemoryError:
+        layer.pattern = replace(layer.pattern, sampled_at=call.step)
+        recall = None
+        with self.timer.attempt("sample", call.q):
+            mask, order = self.layers.fetch(layer.pattern, call.q.device)
+            rows = sample_rows(call.layout.tokens, SAMPLED_ROWS)
+            recall = sampled_recall(call, mask, rows, order).mean(0)
+        if recall is None:
             self.statistics.warn(f"out of memory while sampling the recall of layer {call.layer}")
         else:
-            self.findings.add_sample(call, state, held.mean(0))
+            self.readback.add_sample(call, layer, recall)
+
+    def _reuse_pattern(self, call, layer):
+        """Begin with the carried mask, if it holds here what it held when it was found."""
+        reuse, reason = self.statistics.reuse, REUSE_OUT_OF_MEMORY
+        with self.timer.attempt("carry", call.q):
+            found = fitting_mask(self.carried, self.statistics.model, self.config, call)
+            if isinstance(found, str):
+                reason = found
+            else:
+                carried = found.layer
+                pattern = LayerPattern(
+                    found.mask, found.order, torch.tensor(carried.density),
+                    torch.tensor(carried.recall), found.similar, searched_at=call.step, carried=True,
+                )  # fmt: skip
+                self._install(call, layer, pattern, found.recall, exact=False)
+        if layer.pattern is None:
+            reuse.refused[reason] += 1
+            return
+        if not self.schedule.searches_after(call.step):
+            layer.lse = None
+        reuse.masks += 1
+        reuse.recall.append(carried.mean_recall())
+        self.layers.count_held()
 
     # ---- parts of a call
 
-    def _adopt(self, call, state, found, exact):
-        """Turn what a search found into the layer's mask, and note what the mask holds."""
-        layout = call.layout if found.order is None else in_rods(call.layout)
-        keep, recall = selection.select(
-            state.backend, found.masses, layout, self.config, found.scores
-        )
+    def _by_position(self, call: Call) -> torch.Tensor:
+        """The order of a sequence by position, made once; all layers share it."""
+        key = call.layout, call.q.device
+        if key not in self._orders:
+            with self.outlives_block():
+                self._orders[key] = rods(*key)
+        return self._orders[key]
+
+    def _install_mask(self, call: Call, layer: Layer, found: Found) -> None:
+        similar = None if found.similar is None else found.similar.float().mean(0)
+        density, recall = found.mask.density().mean(0), found.recall.mean(0)
+        pattern = LayerPattern(
+            found.mask, found.order, density, recall, similar, searched_at=call.step
+        )  # fmt: skip
+        self._install(call, layer, pattern, recall, found.exact)
+
+    def _install(self, call, layer, pattern: LayerPattern, recall, exact: bool) -> None:
+        """Let a layer use a pattern, which holds `recall` [H] in this call."""
+        block_map = pattern.mask.block_map()
         with self.outlives_block():
-            mask = selection.pack(keep, self.config)
-            self.layers.hold(state, mask, found.order)
-        state.searched_at = call.step
-        state.density, state.recall = mask.density().mean(0), recall.mean(0)
-        state.similar = None if found.similar is None else found.similar.float().mean(0)
-        state.carried = False
-        self.findings.add_mask(call, state, state.recall, mask.block_map(), exact=exact)
+            self.layers.install(layer, pattern)
+        self.readback.add_pattern(call, layer, recall, block_map, exact)
 
-    def _checked(self, call, state, out, lse):
+    def _take_lse(self, call: Call, layer: Layer) -> torch.Tensor | None:
+        """The kept LSE on the call's device; the layer keeps it no longer."""
+        lse, layer.lse = layer.lse, None
+        return None if lse is None else self.cache.fetch(lse, call.q.device)
+
+    def _keep_pattern(self, call: Call, layer: Layer) -> None:
+        """Go on with the earlier pattern where memory has no room for a search."""
+        self.statistics.warn(f"{OUT_OF_MEMORY}: layer {call.layer} kept its earlier pattern")
+        layer.pattern = replace(layer.pattern, searched_at=call.step)
+
+    def _keep_lse(self, layer: Layer, lse: torch.Tensor | None) -> None:
+        """Keep an LSE while memory has room; without it the next search measures its own."""
+        with until_out_of_memory(), self.outlives_block():
+            layer.lse = None if lse is None else self.cache.keep(lse)
+        self.layers.count_held()
+
+    def _checked(self, call, layer, out, probed):
         """Answer NaN with the dense result: at once on a CPU, from the next step on a GPU."""
-        probe = (out if lse is None else lse).sum(dtype=torch.float32)
+        probe = probed.sum(dtype=torch.float32)
         if call.q.device.type == "cuda":
-            self.findings.add_probe(call, state, probe)
-            return out
-        if torch.isfinite(probe):
-            return out
-        return self._give_up(call, state, NOT_A_NUMBER)
+            self.readback.add_probe(call, layer, probe)
+        elif not torch.isfinite(probe):
+            return self._disable(call, layer, NOT_A_NUMBER)
+        return out
 
-    def _give_up(self, call, state, reason=OUT_OF_MEMORY):
-        state.give_up(reason)
+    def _disable(self, call: Call, layer: Layer, reason: str, when: str = "from") -> None:
+        """Let a layer run dense for the rest of the run."""
+        layer.disable(reason)
         step = self.schedule.first_step + call.step
-        self.statistics.warn(f"{reason}: the layers concerned run dense from step {step}")
-        self.statistics.kept_dense[reason] += 1
-        return self._dense(call)
+        self.statistics.warn(f"{reason}: the layers concerned run dense {when} step {step}")
 
     # ---- the run
 
-    def wants_lse(self, step: int, q, k, v) -> bool:
-        """Whether a dense step must go through `attend`, which keeps its LSE for the search."""
-        if self.config.recall or not self.schedule.wants_lse(step):
-            return False
-        backend, _ = self.backends.of(q, k, v)
-        return backend is not None and backend.one_pass_search
-
-    def _wants_lse_after(self, step):
-        return self.schedule.searches_after(step) and not self.config.recall
-
-    def timed(self, kind: str, q):
-        """Time a call as one of the kinds of `Timing`; `q` has the batch first."""
-        return self.stopwatch.measure(q.device, self.statistics.timing.recorder(kind, len(q)))
-
-    def foresee(self, q, k, v, *, layers: int, batch: int, layout: TokenLayout) -> None:
-        """Predict the memory of the run at its first call, and decide where the cache lives.
+    def estimate(self, call: Call, work: Workload, windows: bool) -> Estimate:
+        """What the run will do and hold; worked out once for every number of videos in a call.
 
         Args:
-            q, k, v: [_, H, L, D] of that call. batch: videos per conditioning.
+            windows: whether the run samples in context windows; `work` is that of one.
         """
-        backend, _ = self.backends.of(q, k, v)
-        size = predict(
-            self.schedule,
-            layers=layers,
-            batch=batch,
-            heads=q.shape[1],
-            tokens=layout.tokens,
-            **self.config.blocks,
-            one_pass=backend is not None and backend.one_pass_search,
-            keeps_lse=not self.config.recall,
-            own_orders=self.config.by_similarity,
-        )
-        statistics = self.statistics
-        statistics.predicted_bytes = size.total
-        statistics.tokens = layout.tokens
-        statistics.layout = layout.describe()
+        if work.batch not in self.estimates:
+            backend, _ = self.backends.of(call.q, call.k, call.v)
+            self.estimates[work.batch] = estimate(
+                work, self.schedule, self.config,
+                one_pass=backend is not None and backend.one_pass_search,
+                carried=self.carried is not None and self.carried.layout == work.layout,
+                windows=windows,
+            )  # fmt: skip
+        return self.estimates[work.batch]
+
+    def _reserve(self, batch: int) -> None:
+        """At the first call that holds something, decide where the cache lives."""
+        estimate = self.estimates.get(batch)
+        if estimate is None or batch in self._reserved:
+            return
+        self._reserved.add(batch)
+        self.statistics.layout = estimate.layout
+        memory = self.statistics.memory
+        memory.predicted_bytes = estimate.held_bytes
         # two conditionings: the positive and the negative prompt
-        self.cache.make_room(2 * size.total)
-        statistics.cache_place = self.cache.shown_place()
+        self.cache.make_room(2 * estimate.held_bytes)
+        memory.place = self.cache.shown_place()
 
     def enter_step(self, step: int) -> bool:
         """Note that a model call of `step` begins; True when the step is a new one."""
@@ -345,9 +349,11 @@ class RunState:
         self._step_began = now
 
     def end_step(self) -> None:
-        """Read what the step left on the device: with `_carry`, all that waits for the GPU."""
-        self.stopwatch.drain()
-        self.findings.read()
+        """Read what the step left on the device: with a carried mask, all that waits for the GPU."""
+        self.timer.read()
+        for call, layer in self.readback.read():
+            if not layer.dense_reason:
+                self._disable(call, layer, NOT_A_NUMBER, "after")
 
     def end(self, keep_pattern: bool = False) -> CarriedPattern | None:
         """Finish the statistics and free every tensor of the run.
@@ -358,8 +364,7 @@ class RunState:
         self._leave_step(self.step)
         pattern = None
         if keep_pattern:
-            states = list(self.layers.values())
-            pattern = pattern_of(states, self.statistics.model, self.config)
+            pattern = self.layers.as_pattern(self.statistics.model, self.config)
         self.statistics.finished = True
         self.free()
         return pattern
@@ -372,6 +377,7 @@ class RunState:
     def free(self) -> None:
         """Let go of every tensor without waiting for the device."""
         self.layers.clear()
-        self.findings.clear()
-        self.stopwatch = Stopwatch()
+        self._orders.clear()
+        self.readback.clear()
+        self.timer.clear()
         self.cache.clear()

@@ -143,7 +143,7 @@ class Bench(StackRuns):
             "recall_when_found": found.recall()[0],
             "recall_of_used_patterns": used.recall()[0],
             "recall_is": used.recall_label() or "exact",
-            "recall_of_its_own_search": own.latest().recall()[0],
+            "recall_of_its_own_search": own.latest().patterns.recall()[0],
         }, handle
 
     def file(self, few) -> dict:
@@ -164,17 +164,19 @@ class Bench(StackRuns):
         model = patterns.begin_with(model, socket, read["pattern"])
         _, meter = self.sample(model, 20, last_step=2)
         run = socket.latest()
-        if run.carried != self.stack.layers:
-            self.errors.append(f"loaded pattern: {run.carried} masks used, {dict(run.not_carried)}")
+        if run.reuse.masks != self.stack.layers:
+            self.errors.append(
+                f"loaded pattern: {run.reuse.masks} masks used, {dict(run.reuse.refused)}"
+            )
         return {
             "layers": len(many),
             "bytes": size,
             "save_seconds": saved,
             "load_seconds": loaded,
             "steps": meter.seconds,
-            "carried": run.carried,
-            "recall_when_found": mean(run.carried_recall),
-            "recall_here_sampled": run.recall()[0],
+            "carried": run.reuse.masks,
+            "recall_when_found": mean(run.reuse.recall),
+            "recall_here_sampled": run.patterns.recall()[0],
         }
 
     def caches(self) -> dict:
@@ -186,9 +188,9 @@ class Bench(StackRuns):
             out, meter, run = self.sparse(replace(config, cache=place), 4)
             outs.setdefault(place, []).append(out)
             result.setdefault(place, []).append(meter.seconds)
-            result[f"{place}_held_bytes"] = run.held_bytes
-            if self.device.type == "cuda" and run.cache_place != place:
-                self.errors.append(f"the cache is on the {run.cache_place}, not on the {place}")
+            result[f"{place}_held_bytes"] = run.memory.held_bytes
+            if self.device.type == "cuda" and run.memory.place != place:
+                self.errors.append(f"the cache is on the {run.memory.place}, not on the {place}")
         (gpu, gpu_again), (cpu, cpu_again) = outs["gpu"], outs["cpu"]
         result["same_video"] = {
             "gpu, again": torch.equal(gpu, gpu_again),

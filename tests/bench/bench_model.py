@@ -26,7 +26,7 @@ import comfy.model_management  # noqa: E402
 import torch  # noqa: E402
 
 from sparse_attn.config import AdaSpaConfig  # noqa: E402
-from sparse_attn.run.dense import DenseChoice, cudnn_serves  # noqa: E402
+from sparse_attn.run.dense import DenseChoice  # noqa: E402
 from tests.bench.real_stacks import STACKS  # noqa: E402
 from tests.bench.record import facts  # noqa: E402
 from tests.bench.stack_runs import StackRuns  # noqa: E402
@@ -53,8 +53,8 @@ DEFAULT = "dense, ComfyUI's default"
 
 
 class CudnnWherePresent(DenseChoice):
-    def choose(self, backend, q, k, v, **options):
-        return "cudnn" if cudnn_serves(q) else "host"
+    def fastest(self, call, candidates):
+        return "cudnn" if "cudnn" in candidates else "host"
 
 
 class LayerClock:
@@ -120,10 +120,10 @@ class ModelRuns(StackRuns):
         return {
             "step_seconds": {kind: mean(seconds) for kind, seconds in found.items()},
             "tokens": statistics.tokens,
-            "density": statistics.density(),
+            "density": statistics.patterns.density(),
             "dense_choice": statistics.dense_choice,
-            "low_precision_calls": statistics.low_precision_calls,
-            "not_low_precision": dict(statistics.not_low_precision),
+            "low_precision_calls": statistics.low_precision.calls,
+            "not_low_precision": dict(statistics.low_precision.declined),
             "timing": {
                 kind: mean(seconds)
                 for kind in ("dense", "sparse", "search", "search_dense", "search_again")

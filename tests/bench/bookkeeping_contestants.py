@@ -1,11 +1,11 @@
 """What a sparse call and a search cost beside attention: selection, packing, lists, and Python."""
 
 import time
-from types import SimpleNamespace
+from dataclasses import replace
 
 import torch
 
-from sparse_attn.backends import triton_backend
+from sparse_attn.backends.triton.unpack_mask import unpack_mask
 from sparse_attn.call import Call
 from sparse_attn.config import AdaSpaConfig
 from sparse_attn.run.state import RunState
@@ -40,7 +40,7 @@ class LayerRun:
             Call(q, k, v, scale, layout, step, dense, role="positive", key=0) for step in range(3)
         ]
         self.run.attend(self.calls[0])
-        (self.state,) = self.run.layers.values()
+        (self.layer,) = self.run.layers.values()
         if not kernels:
             self._take_away_kernels()
 
@@ -54,26 +54,24 @@ class LayerRun:
 
             return call
 
-        names = "sparse_attention", "block_masses"
-        serving = SimpleNamespace(**vars(triton_backend))
-        self.state.backend = serving
-        for name in names:
-            setattr(serving, name, recorded(name, getattr(triton_backend, name)))
+        names, backend = ("attention", "block_masses"), self.layer.backend
+        kept = {name: recorded(name, getattr(backend, name)) for name in names}
+        self.layer.backend = replace(backend, **kept)
         self.search()
-        for name in names:
-            setattr(serving, name, lambda *args, name=name, **options: last[name])
+        kept = {name: lambda *args, name=name, **options: last[name] for name in names}
+        self.layer.backend = replace(backend, **kept)
 
     def sparse(self):
         return self._attend(1)
 
     def search(self):
         """A search from the cached LSE, and the sparse attention of the same step."""
-        self.state.searched_at = 0
+        self.layer.pattern = replace(self.layer.pattern, searched_at=0)
         return self._attend(2)
 
     def _attend(self, step):
         out = self.run.attend(self.calls[step])
-        self.run.findings.clear()
+        self.run.readback.clear()
         return out
 
 
@@ -85,9 +83,9 @@ def enter_bookkeeping(contest):
 
     def wrong(_):
         """Blocks by which a row's list misses its budget, over all rows."""
-        lists = triton_backend.unpack_mask(whole.state.mask.bits, whole.state.mask.num_k)
-        kept = whole.state.mask.to_dense().sum(-1)
-        return float((lists[1] != kept).sum().item())
+        mask = whole.layer.pattern.mask
+        _, listed = unpack_mask(mask.bits, mask.num_k)
+        return float((listed != mask.to_dense().sum(-1)).sum().item())
 
     contest.enter("ours, sparse step, whole call", whole.sparse, DENSITY, wrong)
     contest.enter("ours, sparse step, all but the kernel", bare.sparse)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sparse_attn.config import AdaSpaConfig, from_preset, parse_numbers
-from sparse_attn.host.override import LOWEST_BIAS, key_bias_of
+from sparse_attn.host.model_call import LOWEST_BIAS, key_bias_of
 from tests.host.host_fixtures import VIDEO, assert_same_video, calls, kept_dense, sample, sparse
 
 
@@ -219,16 +219,16 @@ def test_key_masks_become_a_bias(shape):
 
 
 def test_unknown_mask_runs_dense_and_says_so(load, monkeypatch):
-    from sparse_attn.host import override
+    from sparse_attn.host import model_call
 
-    original = override.key_bias_of
+    original = model_call.key_bias_of
     square = torch.zeros(288, 288)
 
     def with_mask(mask, batch, tokens):
         return original(square, batch, tokens)
 
     expected = sample(load("wan_h64"))
-    monkeypatch.setattr(override, "key_bias_of", with_mask)
+    monkeypatch.setattr(model_call, "key_bias_of", with_mask)
     model, handle = sparse(load("wan_h64"))
     assert_dense(model, handle, expected, "its mask of shape [288, 288] is not a key mask")
 
@@ -258,7 +258,7 @@ def test_cache_on_the_cpu_gives_the_same_video(load):
     on_gpu, _ = sparse(load("wan_h64"), search_points=(0.5,), cache="gpu")
     on_cpu, handle = sparse(load("wan_h64"), search_points=(0.5,), cache="cpu")
     assert torch.equal(sample(on_cpu), sample(on_gpu))
-    assert handle.latest().cache_place == "cpu"
+    assert handle.latest().memory.place == "cpu"
 
 
 def test_dense_layers_that_the_model_lacks_are_said(load):

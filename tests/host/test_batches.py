@@ -121,7 +121,7 @@ def test_prompts_combined_into_one_each_have_a_mask(load):
     )  # fmt: skip
     # three layers, three prompts
     assert calls(handle) == {"search": 9, "sparse": 27}
-    assert len(handle.latest().conditionings) == 3
+    assert len(handle.latest().memory.conditionings) == 3
 
 
 def test_extra_pass_at_the_same_sigma_is_not_a_new_step(load):
@@ -196,7 +196,7 @@ def test_memory_is_told_for_each_context_window(load):
     statistics = handle.latest()
     assert statistics.expected.endswith("for each prompt and each context window")
     # two prompts in two windows
-    assert statistics.held_bytes == 4 * statistics.predicted_bytes
+    assert statistics.memory.held_bytes == 4 * statistics.memory.predicted_bytes
     (line,) = [line for line in statistics.lines() if line.startswith("Memory held")]
     assert "for 2 conditioning(s) in 2 context windows, predicted" in line
 
@@ -217,7 +217,7 @@ def test_windows_that_move_every_step_do_not_pile_up(load, largest_state):
         model, handle = sparse(model)
         out = sample(model, LONG, steps=steps, cfg=1.0)
         assert torch.isfinite(out).all()
-        return largest_state[0], handle.latest().held_bytes
+        return largest_state[0], handle.latest().memory.held_bytes
 
     few, many = run(4), run(16)
     assert many[0] <= 2 * few[0]

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from sparse_attn.host import override
-from sparse_attn.host.override import CAPTURED
+from sparse_attn.host import model_call
+from sparse_attn.host.model_call import CAPTURED
 from tests.host.host_fixtures import assert_same_video, calls, kept_dense, sample, sparse
 from tests.host.test_overrides import Override, with_override
 
@@ -14,7 +14,7 @@ def capture(monkeypatch):
     """Say that a graph is being captured, in the whole model call or inside it alone."""
 
     def begin(whole):
-        monkeypatch.setattr(override, "captured", lambda device: True)
+        monkeypatch.setattr(model_call, "captured", lambda device: True)
         if whole:
             monkeypatch.setattr("sparse_attn.host.install.captured", lambda device: True)
 
@@ -41,7 +41,7 @@ def test_a_run_goes_on_sparse_after_a_capture(load, capture, monkeypatch):
     model, handle = sparse(load("wan_h64"))
 
     def between_steps(number, *args):
-        monkeypatch.setattr(override, "captured", lambda device: number == 0)
+        monkeypatch.setattr(model_call, "captured", lambda device: number == 0)
 
     sample(model, callback=between_steps)
     # step 0 searches, 1 is captured
@@ -50,4 +50,4 @@ def test_a_run_goes_on_sparse_after_a_capture(load, capture, monkeypatch):
 
 
 def test_no_cpu_captures():
-    assert not override.captured(torch.device("cpu"))
+    assert not model_call.captured(torch.device("cpu"))

@@ -10,12 +10,14 @@ import pytest
 import torch
 from close import assert_within, attention_rounding
 
+from sparse_attn.backends import choice
 from sparse_attn.backends.torch import attention
 from sparse_attn.backends.torch import block_masses as masses
 from sparse_attn.block_mask import BlockMask
 from sparse_attn.call import Call
 from sparse_attn.config import AdaSpaConfig
-from sparse_attn.method import selection
+from sparse_attn.method import fused_online_search
+from sparse_attn.run.dense import HOST_SERVED
 from sparse_attn.run.state import NOT_A_NUMBER, OUT_OF_MEMORY, RunState
 from sparse_attn.schedule import plan
 from sparse_attn.token_layout import TokenLayout
@@ -48,7 +50,7 @@ def watched(monkeypatch):
 def assert_nothing_stays(watched, handle):
     run = watched.runs[-1]
     assert handle.current is None
-    assert not run.layers and not run.layers.following and not run.findings._pending
+    assert not run.layers and not run.layers.following and not run.readback._patterns
     gc.collect()
     assert len(watched.tensors) >= 4
     assert [ref for ref in watched.tensors if ref() is not None] == []
@@ -203,9 +205,63 @@ def test_memory_of_a_failed_search_is_free_before_the_dense_fallback(monkeypatch
     if where == "masses":
         monkeypatch.setattr(masses, "block_masses", short)
     else:
-        monkeypatch.setattr(selection, "select", short)
+        monkeypatch.setattr(fused_online_search, "select", short)
     direct_run().attend(direct_call(0, qkv(), dense=dense))
     assert alive == [False]
+
+
+@pytest.mark.parametrize("tail", ["pooled", "none"])
+def test_out_of_memory_in_our_own_dense_attention_gives_the_call_to_the_host(
+    load, monkeypatch, tail
+):
+    """In plain dense steps, and in the dense step before a search, which keeps its LSE."""
+    model, handle = sparse(
+        load("wan_h64"), warmup=0.5, sparsity=0.0, dense_attention="auto", tail=tail
+    )  # fmt: skip
+    dense = []
+
+    def attention(q, k, v, *, mask=None, **options):
+        if mask is None:
+            dense.append(q.shape)
+            raise torch.OutOfMemoryError("no room")
+        return plain.attention(q, k, v, mask=mask, **options)
+
+    plain = choice.plain_torch()
+    backend = replace(plain, attention=attention, one_pass_search=True)
+    monkeypatch.setattr(choice, "choose", lambda *args: (backend, "plain torch"))
+    assert_same_video(sample(model), sample(load("wan_h64")))
+    assert dense and HOST_SERVED in handle.latest().warnings
+    # a search has no dense pass either
+    assert kept_dense(handle)[OUT_OF_MEMORY] == 8
+
+
+# ---- messages
+
+
+@pytest.mark.parametrize("fails", ["_server", "send_sync", "send_progress_text"])
+@pytest.mark.parametrize("error", [RuntimeError, OSError, UnicodeEncodeError, AttributeError])
+def test_a_message_that_cannot_be_sent_does_not_end_the_sampling(load, monkeypatch, fails, error):
+    from sparse_attn.host import status
+    from sparse_attn.host.install import install
+
+    def failing(*args, **kwargs):
+        failed.append(fails)
+        raise error(*(("utf-8", "", 0, 1, "no") if error is UnicodeEncodeError else ("no",)))
+
+    failed = []
+    server = SimpleNamespace(
+        client_id=None, send_sync=lambda *args: None, send_progress_text=lambda *args: None
+    )
+    if fails == "_server":
+        monkeypatch.setattr(status, "_server", failing)
+    else:
+        setattr(server, fails, failing)
+        monkeypatch.setattr(status, "_server", lambda: server)
+    config = AdaSpaConfig(min_tokens=64, warmup=0.0, dense_attention="host")
+    model, handle = install(load("wan_h64"), config, node_id="7")
+    assert torch.isfinite(sample(model, steps=2)).all()
+    # before each step, and at the end
+    assert len(failed) == 3 and handle.latest().finished
 
 
 # ---- NaN
@@ -294,6 +350,6 @@ def test_masks_of_the_threads_are_their_own():
     run = direct_run()
     for name in (1, 2):
         run.attend(direct_call(0, qkv(seed=10 * name), (f"device {name}", 0)))
-    first, second = (state.mask for state in run.layers.values())
+    first, second = (layer.pattern.mask for layer in run.layers.values())
     assert isinstance(first, BlockMask)
     assert not torch.equal(first.bits, second.bits)

@@ -142,7 +142,7 @@ def test_other_guiders(load, name, guider, prompts):
     assert_same_video(guided(guider(model)), expected)
     n = prompts * LAYERS[name]
     assert calls(handle) == {"search": n, "sparse": n * (STEPS - 1)}
-    assert len(handle.latest().conditionings) == prompts
+    assert len(handle.latest().memory.conditionings) == prompts
     # each prompt is reported by itself
     assert len(handle.latest().patterns) == n
 

@@ -14,13 +14,14 @@ from tests.host.host_fixtures import VIDEO_15, assert_same_video, calls, sample,
 
 def tensors_of(run):
     """Every tensor a run remembers between calls."""
-    for state in run.layers.values():
-        if state.lse is not None:
-            yield state.lse
-        if state.mask is not None:
-            yield state.mask.bits
-        if state.order is not None and not is_shared(state.order):
-            yield state.order
+    for layer in run.layers.values():
+        if layer.lse is not None:
+            yield layer.lse
+        if layer.pattern is not None:
+            yield layer.pattern.mask.bits
+            order = layer.pattern.order
+            if order is not None and not is_shared(order):
+                yield order
 
 
 @pytest.fixture
@@ -60,12 +61,12 @@ def test_memory_held_is_what_was_predicted(load, most_held, name, fields):
     model, handle = sparse(load(name), **fields)
     sample(model, shape, cfg=1.0, texts=(7, 7))
     statistics = handle.latest()
-    assert len(statistics.conditionings) <= 1
+    assert len(statistics.memory.conditionings) <= 1
     if fields.get("warmup") == 0.9:
-        assert most_held == [0] and statistics.predicted_bytes == 0
+        assert most_held == [0] and statistics.memory.predicted_bytes == 0
         return
-    assert statistics.held_bytes == most_held[0] > 0
-    assert statistics.predicted_bytes == pytest.approx(most_held[0], rel=0.05)
+    assert statistics.memory.held_bytes == most_held[0] > 0
+    assert statistics.memory.predicted_bytes == pytest.approx(most_held[0], rel=0.05)
 
 
 @pytest.fixture
@@ -88,8 +89,8 @@ def test_lse_kept_for_a_search_in_one_pass_is_predicted(load, most_held, one_pas
     model, handle = sparse(load("wan_h64"), warmup=0.5, **fields)
     sample(model, (1, 16, 8, 16, 24), cfg=1.0)
     statistics = handle.latest()
-    assert statistics.held_bytes == most_held[0] >= 2 * 4 * 768 * 4
-    assert statistics.predicted_bytes == pytest.approx(most_held[0], rel=0.05)
+    assert statistics.memory.held_bytes == most_held[0] >= 2 * 4 * 768 * 4
+    assert statistics.memory.predicted_bytes == pytest.approx(most_held[0], rel=0.05)
     assert calls(handle)["dense"] == 4
 
 
@@ -108,8 +109,8 @@ def test_memory_is_predicted_for_each_of_two_prompts_and_videos(load, most_held)
     model, handle = sparse(load("hunyuan"), search_points=(0.5,))
     sample(model, (2, 16, 3, 16, 24), texts=(8, 8))
     statistics = handle.latest()
-    assert len(statistics.conditionings) == 2
-    assert 2 * statistics.predicted_bytes == pytest.approx(most_held[0], rel=0.05)
+    assert len(statistics.memory.conditionings) == 2
+    assert 2 * statistics.memory.predicted_bytes == pytest.approx(most_held[0], rel=0.05)
     report = "\n".join(statistics.lines())
     assert "2 conditioning(s)" in report and "Memory held" in report
 
@@ -125,18 +126,18 @@ def captured(monkeypatch):
 
     def noted(self, call):
         out = attend(self, call)
-        state = self.layers[call.key]
-        if state.searched_at == call.step:
+        pattern = self.layers[call.key].pattern if call.key else None
+        if pattern is not None and pattern.searched_at == call.step:
             q, k = call.q.clone(), call.k.clone()
-            if state.order is not None:
+            if pattern.order is not None:
                 # in the order of the mask
-                q, k = (reference.in_order(x, state.order) for x in (q, k))
+                q, k = (reference.in_order(x, pattern.order) for x in (q, k))
                 bias = call.key_bias
                 if bias is not None:
                     # it weighs text, which has one place in all heads
-                    bias = bias[:, state.order[0, 0]]
+                    bias = bias[:, pattern.order[0, 0]]
                 call = replace(call, key_bias=bias)
-            found[call.layer, call.role] = (call, q, k, state.mask)
+            found[call.layer, call.role] = (call, q, k, pattern.mask)
         return out
 
     monkeypatch.setattr(RunState, "attend", noted)
@@ -168,7 +169,7 @@ def test_recall_shown_is_the_exact_recall_of_the_mask(load, captured, name, fiel
     model, handle = sparse(load(name), **fields)
     sample(model, steps=3)
     statistics = handle.latest()
-    assert statistics.exact() and len(captured) == len(statistics.patterns)
+    assert statistics.patterns.exact() and len(captured) == len(statistics.patterns)
     for key, (call, q, k, mask) in captured.items():
         keep = mask.to_dense()
         masses = exact_masses(call, q, k, mask.block_q, mask.block_k)
@@ -178,7 +179,7 @@ def test_recall_shown_is_the_exact_recall_of_the_mask(load, captured, name, fiel
         assert shown.density == pytest.approx(keep.double().mean((0, 2, 3)).tolist(), abs=1e-6)
         assert min(shown.recall) < 0.98
     values = [r for p in statistics.patterns.values() for r in p.recall]
-    mean, worst = statistics.recall()
+    mean, worst = statistics.patterns.recall()
     assert mean == pytest.approx(sum(values) / len(values)) and worst == min(values)
     assert f"recall {mean:.2f}, worst head {worst:.2f}" in statistics.summary()
 
@@ -202,8 +203,8 @@ def test_a_recall_asked_for_is_held_in_every_head_and_search(load, captured, nam
     statistics = handle.latest()
     # two searches, and the sampler steps on after each
     assert len(least) == 2 * len(statistics.patterns) and min(least) >= asked
-    assert statistics.exact() and statistics.density() < 0.99
-    assert {step for step, _ in statistics.samples.values()} == {3}
+    assert statistics.patterns.exact() and statistics.patterns.density() < 0.99
+    assert {step for step, _ in statistics.patterns.samples.values()} == {3}
     text = "\n".join(statistics.lines())
     assert f"Recall asked for: {asked}; the searches found {asked}" in text
     assert "in step 3 0." in text and "(sampled)" in text
@@ -236,7 +237,7 @@ def test_later_recall_is_an_estimate_from_the_kept_lse(load, captured):
 
     sample(model, callback=keep_first)
     statistics = handle.latest()
-    assert not statistics.exact() and "(estimated)" in statistics.summary()
+    assert not statistics.patterns.exact() and "(estimated)" in statistics.summary()
     differences = []
     for key, (call, q, k, mask) in captured.items():
         keep = mask.to_dense()

@@ -76,8 +76,8 @@ def test_a_run_writes_its_pattern_when_it_ends(saved):
         ("positive", 0), ("positive", 1), ("negative", 0), ("negative", 1),
     }  # fmt: skip
     statistics = saved.handle.latest()
-    assert pattern.density() == pytest.approx(statistics.density(), abs=1e-3)
-    assert pattern.recall() == pytest.approx(statistics.recall()[0], abs=1e-3)
+    assert pattern.density() == pytest.approx(statistics.patterns.density(), abs=1e-3)
+    assert pattern.recall() == pytest.approx(statistics.patterns.recall()[0], abs=1e-3)
     assert any(line.startswith("Pattern saved: city.safetensors, ") for line in statistics.lines())
 
 
@@ -253,20 +253,20 @@ def test_the_same_seed_needs_no_search(saved, attention, nodes):
     out = sample(model, seed=1)
     assert calls(handle) == {"sparse": 16}
     statistics = handle.latest()
-    assert statistics.carried == 4 and not statistics.not_carried
+    assert statistics.reuse.masks == 4 and not statistics.reuse.refused
     # of the search step alone the result differs: it ran sparse
     assert torch.isfinite(out).all() and not torch.equal(out, saved.out)
     (line,) = [line for line in statistics.lines() if line.startswith("Pattern of ")]
     assert line.startswith("Pattern of city.safetensors: 4 masks used without a search, recall 0.")
     # 64 of 288 rows against the whole: the same tensors in step 0
-    mean, _ = statistics.recall()
+    mean, _ = statistics.patterns.recall()
     assert mean == pytest.approx(read(saved.path).recall(), abs=0.03)
 
 
 def test_a_loaded_pattern_decides_the_blocks(saved, attention, nodes):
     model, handle = begin(nodes, *attention(sparsity=0.2))
     sample(model, seed=1)
-    assert handle.latest().density() == pytest.approx(read(saved.path).density(), abs=1e-3)
+    assert handle.latest().patterns.density() == pytest.approx(read(saved.path).density(), abs=1e-3)
 
 
 def test_without_a_loaded_pattern_the_wire_is_as_before(saved, attention, nodes):
@@ -298,7 +298,7 @@ def test_a_video_of_another_batch_searches(saved, attention, nodes):
     model, handle = begin(nodes, *attention())
     sample(model, (2, *VIDEO[1:]))
     assert calls(handle)["search"] == 8
-    (reason,) = handle.latest().not_carried
+    (reason,) = handle.latest().reuse.refused
     assert reason.startswith("the pattern is for 1 video(s)")
 
 
@@ -400,15 +400,15 @@ def test_a_stopped_run_writes_nothing(attention, nodes, folders):
 
 
 def test_windows_neither_keep_nor_begin_with_a_pattern(comfyui):
-    from sparse_attn.host.override import Block, name_of
+    from sparse_attn.host.model_call import Block, name_of
 
     block = Block(("double", 3, 0), 3, 3)
-    assert name_of(block, "positive", {}) == ("positive", "double", 3, 0)
-    assert name_of(block, "positive", {"context_window": object()}) is None
-    assert name_of(block, "conditioning 7", {}) is None
+    assert name_of(block, "positive", None) == ("positive", "double", 3, 0)
+    assert name_of(block, "positive", (0, 1, 2)) is None
+    assert name_of(block, "conditioning 7", None) is None
     counted = Block(("counted", frozenset(), 5), 5, 5)
-    assert name_of(counted, "negative", {}) == ("negative", "counted", 5, 0)
-    assert name_of(Block(("counted", frozenset({1}), 5), 5, 5), "negative", {}) is None
+    assert name_of(counted, "negative", None) == ("negative", "counted", 5, 0)
+    assert name_of(Block(("counted", frozenset({1}), 5), 5, 5), "negative", None) is None
 
 
 # ---- before running
@@ -417,11 +417,11 @@ def test_windows_neither_keep_nor_begin_with_a_pattern(comfyui):
 @pytest.fixture
 def said(monkeypatch):
     """What the node shows: (text, done)."""
-    from sparse_attn.host import status as messages
+    from sparse_attn.host import status
 
     found = []
     monkeypatch.setattr(
-        messages, "send", lambda node, statistics, text, step, done: found.append((text, done))
+        status, "send", lambda node, statistics, text, step, done: found.append((text, done))
     )
     return found
 
@@ -442,7 +442,7 @@ def test_a_short_video_is_told_to_leave_it_off(load, said):
     model, handle = sparse(load("wan_h64"), min_tokens=8192)
     sample(model)
     assert said[0][0].split("\n")[1] == (
-        "too short: leave AdaSpa off; 288 tokens run dense, and it begins at 8,192 (`min_tokens`)"
+        "too short: 288 tokens, and `min_tokens` is 8,192: leave AdaSpa off"
     )
     assert len(said) == 5 and kept_dense(handle)
 

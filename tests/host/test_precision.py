@@ -36,8 +36,8 @@ def test_sparse_calls_run_in_low_precision_on_request(load, quantising, name):
     out = sample(model)
     assert_other_video(out, sample(sparse(load(name), tail="none")[0]), 1e-4)
     statistics = handle.latest()
-    assert statistics.low_precision_calls == calls(handle)["sparse"] > 0
-    assert not statistics.not_low_precision
+    assert statistics.low_precision.calls == calls(handle)["sparse"] > 0
+    assert not statistics.low_precision.declined
     assert f"Precision: {calls(handle)['sparse']} calls in int8" in statistics.lines()
 
 
@@ -56,8 +56,8 @@ def test_the_host_s_word_against_it_is_honoured(load, quantising):
     kind = comfy.patcher_extension.WrappersMP.APPLY_MODEL
     model.add_wrapper_with_key(kind, "forbid", forbid)
     assert_same_video(sample(model), sample(sparse(load("wan_h64"))[0]), 1e-6)
-    assert handle.latest().low_precision_calls == 0
-    assert handle.latest().not_low_precision == {NOT_ALLOWED: 12}
+    assert handle.latest().low_precision.calls == 0
+    assert handle.latest().low_precision.declined == {NOT_ALLOWED: 12}
 
 
 def test_the_call_s_own_word_against_it_is_honoured(load, quantising, monkeypatch):
@@ -71,6 +71,6 @@ def test_the_call_s_own_word_against_it_is_honoured(load, quantising, monkeypatc
     model, handle = sparse(load("wan_h64"), precision="int8", warmup=0.25, dense_attention="auto")
     sample(model)
     statistics = handle.latest()
-    assert statistics.low_precision_calls == 0 and "int8" not in statistics.dense_choice
+    assert statistics.low_precision.calls == 0 and "int8" not in statistics.dense_choice
     # dense calls too, one for each layer and batch of prompts
-    assert statistics.not_low_precision[NOT_ALLOWED] == len(statistics.timing.sparse) + 4
+    assert statistics.low_precision.declined[NOT_ALLOWED] == len(statistics.timing.sparse) + 4

@@ -242,7 +242,8 @@ def noted_keys(keys):
     attend = RunState.attend
 
     def noted(self, call):
-        keys.add(call.key[-1])
+        if call.key is not None:
+            keys.add(call.key[-1])
         return attend(self, call)
 
     with pytest.MonkeyPatch.context() as patch:

@@ -46,7 +46,7 @@ def test_each_run_begins_with_nothing_and_ends_with_nothing(load, monkeypatch):
         sample(model, seed=seed)
         run = runs[-1]
         assert handle.current is None
-        assert not run.layers and not run.layers.following and not run.findings._pending
+        assert not run.layers and not run.layers.following and not run.readback._patterns
         assert run.statistics.finished
     assert runs[0] is not runs[1]
 
@@ -123,4 +123,4 @@ def test_two_installations_of_one_model_run_side_by_side(load):
     high, high_handle = sparse(base, sparsity=0.8)
     sample(low)
     sample(high)
-    assert low_handle.latest().density() > high_handle.latest().density() + 0.2
+    assert low_handle.latest().patterns.density() > high_handle.latest().patterns.density() + 0.2

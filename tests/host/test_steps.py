@@ -178,7 +178,7 @@ def test_later_search_chooses_a_new_mask(load):
     # a search of the later kind only chooses; its step then runs sparse
     assert calls(handle) == {"search": 2, "search_again": 2, "sparse": 6}
     assert {pattern.step for pattern in handle.latest().patterns.values()} == {2}
-    assert not handle.latest().exact()
+    assert not handle.latest().patterns.exact()
     assert "(estimated)" in handle.latest().summary()
 
 

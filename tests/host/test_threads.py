@@ -41,7 +41,8 @@ def threads_seen(monkeypatch):
     attend = RunState.attend
 
     def noted(self, call):
-        seen.append((threading.get_ident(), call.key))
+        if call.key is not None:
+            seen.append((threading.get_ident(), call.key))
         return attend(self, call)
 
     monkeypatch.setattr(RunState, "attend", noted)

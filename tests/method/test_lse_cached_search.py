@@ -3,14 +3,14 @@ import torch
 from close import assert_within
 
 from sparse_attn.backends import reference
-from sparse_attn.backends.choice import plain_torch
 from sparse_attn.block_mask import recall
+from sparse_attn.call import Call
 from sparse_attn.config import AdaSpaConfig
-from sparse_attn.method.lse_cached_search import lse_cached_search, rows_of
-from sparse_attn.method.selection import select
+from sparse_attn.method import lse_cached_search as module
+from sparse_attn.method.lse_cached_search import rows_of
 from sparse_attn.token_layout import TokenLayout
+from tests.method.chosen import TORCH, chosen, measured
 
-TORCH = plain_torch()
 L, D, BLOCK, SCALE = 640, 64, 64, 64**-0.5
 OPTIONS = {"block_q": BLOCK, "block_k": BLOCK, "scale": SCALE}
 
@@ -28,13 +28,20 @@ def exact_lse(q, k):
     return reference.scaled_logits(q.double(), k.double(), SCALE).logsumexp(-1)
 
 
+def cached(q, k, lse, key_bias=None):
+    """The masses that a search with a kept LSE chooses by."""
+    call = Call(q, k, q, SCALE, TokenLayout(0, 1, 1, L), step=0, dense=None, key_bias=key_bias)
+    with measured(module) as seen:
+        found = module.lse_cached_search(TORCH, call, AdaSpaConfig(tail="none"), lse, int8=False)
+    assert not found.exact and found.out is None and found.lse is None
+    return seen.masses
+
+
 def cached_and_exact(drift, shift=0.0):
     q, k, q_now, k_now = clustered(drift)
     earlier = exact_lse(q, k).float() + shift
     now = exact_lse(q_now, k_now)
-    masses = lse_cached_search(
-        TORCH, q_now, k_now, earlier, scale=SCALE, block_q=BLOCK, block_k=BLOCK
-    )
+    masses = cached(q_now, k_now, earlier)
     exact = reference.block_masses(q_now.double(), k_now.double(), now, **OPTIONS)
     return masses, exact, (earlier - now).abs().mean().item()
 
@@ -67,8 +74,8 @@ def test_a_drifted_lse_stays_close(drift, allowed):
 def test_the_mask_of_a_drifted_lse_holds_almost_the_best_mass():
     masses, exact, _ = cached_and_exact(0.3)
     layout, config = TokenLayout(0, 1, 1, L), AdaSpaConfig(sparsity=0.7)
-    keep, estimated = select(TORCH, masses, layout, config)
-    _, best = select(TORCH, exact.float(), layout, config)
+    keep, estimated = chosen(masses, layout, config)
+    _, best = chosen(exact.float(), layout, config)
     true = recall(exact.float(), keep)
     assert (true <= best + 1e-6).all(), "no mask holds more than the best"
     assert (best - true < 0.01).all()
@@ -80,9 +87,7 @@ def test_a_key_bias_reaches_the_masses():
     bias = torch.zeros(1, L)
     bias[:, -100:] = torch.finfo(torch.float32).min
     lse = reference.scaled_logits(q.double(), k.double(), SCALE, bias).logsumexp(-1)
-    masses = lse_cached_search(
-        TORCH, q, k, lse.float(), scale=SCALE, block_q=BLOCK, block_k=BLOCK, key_bias=bias
-    )
+    masses = cached(q, k, lse.float(), bias)
     exact = reference.block_masses(q.double(), k.double(), lse, key_bias=bias, **OPTIONS)
     assert_within("masses", masses, exact, 1e-3)
     assert (masses[..., -1] == 0).all()

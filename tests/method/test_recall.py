@@ -3,6 +3,7 @@ import torch
 
 from sparse_attn.backends import reference
 from sparse_attn.block_mask import BlockMask, recall
+from sparse_attn.call import Call
 from sparse_attn.method.recall import sample_rows, sampled_recall
 
 
@@ -36,9 +37,8 @@ def test_a_sample_of_all_rows_is_the_recall(ordered):
     order = torch.rand(2, 3, 200).argsort(-1).int() if ordered else None
     if ordered:
         bias.zero_()
-    found = sampled_recall(
-        q, k, mask, list(range(200)), scale=0.25, key_bias=bias, order=order
-    )  # fmt: skip
+    call = Call(q, k, None, 0.25, None, step=0, dense=None, key_bias=bias)
+    found = sampled_recall(call, mask, list(range(200)), order)
     if ordered:
         q, k = (reference.in_order(x, order) for x in (q, k))
     exact = reference.recall(

@@ -8,8 +8,8 @@ from sparse_attn.backends.choice import plain_torch
 from sparse_attn.block_mask import recall
 from sparse_attn.config import BLOCK_SIZES, AdaSpaConfig
 from sparse_attn.method import recall_target as row_wise_recall
-from sparse_attn.method.selection import select
 from sparse_attn.token_layout import TokenLayout
+from tests.method.chosen import chosen
 
 TORCH = plain_torch()
 LAYOUTS = [
@@ -59,7 +59,7 @@ def test_every_head_gets_the_fewest_blocks_that_hold_the_recall(layout, block, r
     masses = masses_of(layout, block)
     sink_q = reference.sink_blocks(layout, config.block_q)
     sink_k = reference.sink_blocks(layout, config.block_k)
-    keep, held = select(TORCH, masses, layout, config)
+    keep, held = chosen(masses, layout, config)
     assert (held_by(masses, keep) >= request_).all()
     video = [not s for s in sink_q]
     for b in range(2):
@@ -80,7 +80,7 @@ def test_at_many_blocks_the_recall_is_at_most_a_hundredth_above_the_request():
     layout = TokenLayout(226, 13, 30, 45)
     masses = masses_of(layout, batch=1)
     for request in (0.8, 0.9, 0.95):
-        keep, held = select(TORCH, masses, layout, AdaSpaConfig(recall=request))
+        keep, held = chosen(masses, layout, AdaSpaConfig(recall=request))
         assert (held >= request).all() and (held <= request + 0.001).all()
         # concentrated heads need fewer blocks
         assert (keep[0].sum((-1, -2)).diff() < 0).all()
@@ -89,9 +89,9 @@ def test_at_many_blocks_the_recall_is_at_most_a_hundredth_above_the_request():
 def test_nan_in_one_head_shows_in_its_recall_alone():
     layout = LAYOUTS[0]
     masses = masses_of(layout)
-    clean, _ = select(TORCH, masses, layout, AdaSpaConfig(recall=0.9))
+    clean, _ = chosen(masses, layout, AdaSpaConfig(recall=0.9))
     masses[1, 2, 3, 4] = float("nan")
-    keep, held = select(TORCH, masses, layout, AdaSpaConfig(recall=0.9))
+    keep, held = chosen(masses, layout, AdaSpaConfig(recall=0.9))
     assert held.isnan().nonzero().tolist() == [[1, 2]]
     sound = ~held.isnan()
     assert torch.equal(keep[sound], clean[sound])

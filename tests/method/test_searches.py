@@ -1,4 +1,4 @@
-"""Searches and sparse calls with a pooled tail; `test_run_tail.py` has them within a run."""
+"""Both searches with a pooled tail; `tests/run/test_tail.py` has them within a run."""
 
 import gc
 import weakref
@@ -9,24 +9,39 @@ import torch
 from close import assert_within
 
 from sparse_attn.backends import reference
-from sparse_attn.backends.choice import plain_torch
 from sparse_attn.backends.reference import in_order
 from sparse_attn.call import Call
 from sparse_attn.config import TOKEN_ORDERS, AdaSpaConfig
-from sparse_attn.method import block_scores as serving
+from sparse_attn.method import fused_online_search, lse_cached_search
+from sparse_attn.orders.position import in_raster, rods
 from sparse_attn.token_layout import TokenLayout
+from tests.method.chosen import TORCH, measured
 
-TORCH = plain_torch()
 LAYOUT, SCALE = TokenLayout(12, 5, 6, 14, 20), 0.25
 
 
 def a_call():
     qkv = torch.randn(3, 2, 2, LAYOUT.tokens, 16).unbind(0)
-    return Call(*qkv, SCALE, LAYOUT, step=0, dense=None)
+    by_position = rods(LAYOUT, torch.device("cpu"))
+    return Call(*qkv, SCALE, LAYOUT, step=0, dense=None, by_position=by_position)
 
 
-def dense_with_lse(q, k, v, key_bias):
-    return TORCH.attention(q, k, v, scale=SCALE, key_bias=key_bias)
+def dense(call):
+    return TORCH.attention(call.q, call.k, call.v, scale=call.scale, key_bias=call.key_bias)
+
+
+def search(config, call, backend=TORCH):
+    """What a search with dense attention finds, and what it chooses by."""
+    with measured(fused_online_search) as seen:
+        found = fused_online_search.fused_online_search(backend, call, config, None, dense)
+    return found, seen
+
+
+def search_again(config, call, lse, backend=TORCH):
+    """The same of a search with a kept LSE."""
+    with measured(lse_cached_search) as seen:
+        found = lse_cached_search.lse_cached_search(backend, call, config, lse, int8=False)
+    return found, seen
 
 
 @pytest.mark.parametrize("block_size", ["64", "128x64"])
@@ -35,14 +50,14 @@ def test_both_searches_find_the_same_and_bear_a_drift_of_the_lse(block_size, tok
     call = a_call()
     q, k, v = call.q, call.k, call.v
     config = AdaSpaConfig(block_size=block_size, token_order=token_order)
-    first = serving.search_dense(TORCH, dense_with_lse, call, config)
+    found, first = search(config, call)
     exact, lse = reference.dense_attention(q.double(), k.double(), v.double(), scale=SCALE)
-    assert_within("out", first.out, exact, 1e-5)
-    assert_within("lse", first.lse, lse, 1e-5)
-    order = first.order.long()
-    stale = first.lse + 0.4
-    again = serving.search_again(TORCH, stale, call, config)
-    assert again.out is None and again.lse is None and torch.equal(again.order, first.order)
+    assert_within("out", found.out, exact, 1e-5)
+    assert_within("lse", found.lse, lse, 1e-5)
+    order = found.order.long()
+    stale = found.lse + 0.4
+    later, again = search_again(config, call, stale)
+    assert later.out is None and later.lse is None and torch.equal(later.order, found.order)
     assert_within("masses", again.masses, first.masses.double(), 1e-3)
     assert_within("scores", again.scores, first.scores.double(), 5e-3 * first.scores.max().item())
     inputs = [in_order(x, order).double() for x in (q, k, v)]
@@ -53,24 +68,23 @@ def test_both_searches_find_the_same_and_bear_a_drift_of_the_lse(block_size, tok
 
 
 def test_a_recall_needs_no_scores():
-    config = AdaSpaConfig(recall=0.9)
-    found = serving.search_dense(TORCH, dense_with_lse, a_call(), config)
-    assert found.scores is None and found.masses is not None
+    _, seen = search(AdaSpaConfig(recall=0.9), a_call())
+    assert seen.scores is None and seen.masses is not None
 
 
 def test_without_an_order_nothing_is_permuted():
     backend = replace(TORCH, permute=lambda *args: 1 / 0)
     call = a_call()
     config = AdaSpaConfig(tail="none")
-    first = serving.search_dense(backend, dense_with_lse, call, config)
-    again = serving.search_again(backend, first.lse, call, config)
+    found, first = search(config, call, backend)
+    later, again = search_again(config, call, found.lse, backend)
+    assert found.order is None and later.order is None
     assert first.scores is None and again.scores is None
     assert_within("masses", again.masses, first.masses.double(), 1e-3)
 
 
 def test_permuted_copies_are_gone_before_the_output_is_copied(monkeypatch):
     alive = []
-    in_raster = serving.in_raster
 
     def noted(*args):
         found = TORCH.permute(*args)
@@ -82,6 +96,6 @@ def test_permuted_copies_are_gone_before_the_output_is_copied(monkeypatch):
         assert len(alive) == 3 and not any(ref() is not None for ref in alive)
         return in_raster(*args)
 
-    monkeypatch.setattr(serving, "in_raster", checked)
+    monkeypatch.setattr(fused_online_search, "in_raster", checked)
     config = AdaSpaConfig(token_order="position")
-    serving.search_dense(replace(TORCH, permute=noted), dense_with_lse, a_call(), config)
+    search(config, a_call(), replace(TORCH, permute=noted))

@@ -3,13 +3,12 @@ import torch
 from close import rounding
 
 from sparse_attn.backends import reference
-from sparse_attn.backends.choice import plain_torch
 from sparse_attn.config import BLOCK_SIZES, AdaSpaConfig
 from sparse_attn.method.head_adaptive import HIGH_RECALL, budget_shift
-from sparse_attn.method.selection import pack, row_budget, select
+from sparse_attn.method.selection import row_budget, select
 from sparse_attn.token_layout import TokenLayout
+from tests.method.chosen import TORCH, chosen
 
-TORCH = plain_torch()
 LAYOUTS = [
     TokenLayout(0, 4, 8, 32),  # no text
     TokenLayout(77, 4, 8, 30),  # text first, ragged
@@ -61,7 +60,7 @@ def naive_select(masses, layout, config):
 def test_matches_the_naive_selection(layout, block, head_adaptive):
     masses = masses_of(layout, block)
     config = AdaSpaConfig(sparsity=0.6, block_size=block, head_adaptive=head_adaptive)
-    keep, held = select(TORCH, masses, layout, config)
+    keep, held = chosen(masses, layout, config)
     expected, budgets, sink_q, sink = naive_select(masses, layout, config)
     assert torch.equal(keep, expected)
     video = [not s for s in sink_q]
@@ -77,26 +76,26 @@ def test_matches_the_naive_selection(layout, block, head_adaptive):
 def test_scores_rank_and_masses_tell_the_recall(layout, head_adaptive):
     masses, scores = masses_of(layout, "64"), masses_of(layout, "64", seed=1)
     config = AdaSpaConfig(sparsity=0.6, head_adaptive=head_adaptive)
-    keep, held = select(TORCH, masses, layout, config, scores)
+    keep, held = chosen(masses, layout, config, scores)
     exact = (masses.double() * keep).sum((-1, -2)) / masses.double().sum((-1, -2))
     torch.testing.assert_close(held.double(), exact, atol=1e-6, rtol=0)
     if not head_adaptive:
         # heads that share out blocks do so by the recall of their masses
-        assert torch.equal(keep, select(TORCH, scores, layout, config)[0])
+        assert torch.equal(keep, chosen(scores, layout, config)[0])
 
 
 def test_a_recall_asked_for_is_ranked_by_mass():
     layout, config = LAYOUTS[1], AdaSpaConfig(recall=0.8)
     masses, scores = masses_of(layout, "64"), masses_of(layout, "64", seed=1)
-    keep, held = select(TORCH, masses, layout, config, scores)
-    assert torch.equal(keep, select(TORCH, masses, layout, config)[0]) and (held >= 0.8).all()
+    keep, held = chosen(masses, layout, config, scores)
+    assert torch.equal(keep, chosen(masses, layout, config)[0]) and (held >= 0.8).all()
 
 
 def test_head_adaptive_moves_blocks_and_leaves_the_mean_sparsity():
     layout = TokenLayout(0, 8, 16, 40)
     masses = masses_of(layout, "64")
-    uniform, _ = select(TORCH, masses, layout, AdaSpaConfig(sparsity=0.8))
-    moved, _ = select(TORCH, masses, layout, AdaSpaConfig(sparsity=0.8, head_adaptive=True))
+    uniform, _ = chosen(masses, layout, AdaSpaConfig(sparsity=0.8))
+    moved, _ = chosen(masses, layout, AdaSpaConfig(sparsity=0.8, head_adaptive=True))
     assert not torch.equal(uniform, moved)
     assert uniform.sum() == moved.sum() and uniform[0].sum() == moved[0].sum()
     # the sharpest head gives, the flattest takes
@@ -105,7 +104,7 @@ def test_head_adaptive_moves_blocks_and_leaves_the_mean_sparsity():
 
 def test_zero_sparsity_keeps_every_block():
     layout = LAYOUTS[1]
-    keep, held = select(TORCH, masses_of(layout, "64"), layout, AdaSpaConfig(sparsity=0.0))
+    keep, held = chosen(masses_of(layout, "64"), layout, AdaSpaConfig(sparsity=0.0))
     assert keep.all()
     torch.testing.assert_close(held, torch.ones_like(held))
 
@@ -114,18 +113,17 @@ def test_nan_in_one_head_shows_in_its_recall_alone():
     layout = LAYOUTS[0]
     masses = masses_of(layout, "64")
     masses[1, 2, 3, 4] = float("nan")
-    keep, held = select(TORCH, masses, layout, AdaSpaConfig(sparsity=0.8))
+    keep, held = chosen(masses, layout, AdaSpaConfig(sparsity=0.8))
     assert held.isnan().nonzero().tolist() == [[1, 2]]
     assert (keep.sum(-1) == keep[0, 0, 0].sum()).all()
 
 
-def test_pack_keeps_the_choice_and_the_block_size():
+def test_a_mask_knows_its_block_sizes():
     layout = LAYOUTS[3]
     config = AdaSpaConfig(sparsity=0.7, block_size="128x64")
-    keep, _ = select(TORCH, masses_of(layout, "128x64"), layout, config)
-    mask = pack(keep, config)
-    assert torch.equal(mask.to_dense(), keep)
-    assert (mask.block_q, mask.block_k, mask.num_k) == (128, 64, keep.shape[-1])
+    masses = masses_of(layout, "128x64")
+    mask, _ = select(TORCH, masses, layout, config)
+    assert (mask.block_q, mask.block_k, mask.num_k) == (128, 64, masses.shape[-1])
 
 
 BUDGETS = [

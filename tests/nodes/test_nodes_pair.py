@@ -83,15 +83,16 @@ def test_the_second_expert_begins_with_the_pattern_of_the_first(pair, load):
     assert handle.latest() is second
     assert first.schedule.describe() == "steps 0 search, 1 sparse"
     assert second.schedule.describe() == "steps 2 search, 3 sparse"
-    assert len(first.timing.search) == 4 and first.carried == 0
+    assert len(first.timing.search) == 4 and first.reuse.masks == 0
     # a second search only where the recall fell; every layer is accounted for
-    assert second.carried >= 2
-    assert second.carried + sum(second.not_carried.values()) == 4
-    assert len(second.timing.search) == 4 - second.carried
+    assert second.reuse.masks >= 2
+    assert second.reuse.masks + sum(second.reuse.refused.values()) == 4
+    assert len(second.timing.search) == 4 - second.reuse.masks
     text = "\n".join(second.lines())
     assert text.startswith("Low noise: 288 tokens, steps 2 search, 3 sparse, density 0.4")
-    assert f"Pattern of the high noise expert: {second.carried} masks used without a search" in text
-    (line,) = first.kept_pattern
+    line = f"Pattern of the high noise expert: {second.reuse.masks} masks used without a search"
+    assert line in text
+    (line,) = first.reuse.kept
     assert line.startswith("Pattern kept for the next expert: 4 masks, ")
     # masks and orders of 4 heads in 4 layers
     assert handle.pattern.nbytes() == 4 * 4 * (5 * 1 + 288 * 4)
@@ -121,10 +122,10 @@ def test_a_pattern_that_does_not_hold_is_searched_anew(pair, load):
     high, low, handle = pair(high, low, sparsity=0.8).args
     halves(high, low)
     second = handle.latest()
-    (reason,) = second.not_carried
+    (reason,) = second.reuse.refused
     assert reason.startswith("recall more than 0.05 below")
-    assert len(second.timing.search) == second.not_carried[reason] > 0
-    assert f"Searched after all: {second.not_carried[reason]} masks, recall" in "\n".join(
+    assert len(second.timing.search) == second.reuse.refused[reason] > 0
+    assert f"Searched after all: {second.reuse.refused[reason]} masks, recall" in "\n".join(
         second.lines()
     )
 
@@ -137,7 +138,7 @@ def test_the_second_expert_alone_searches_for_itself(pair, load):
     _, low, handle = pair(load("wan_h64"), load("wan_h64")).args
     sample(low)
     assert calls(handle) == {"search": 4, "sparse": 12}
-    assert not handle.latest().carried_from
+    assert not handle.latest().reuse.source
 
 
 def test_a_new_seed_does_not_begin_with_the_old_pattern(pair, load):
@@ -180,7 +181,7 @@ def test_runs_of_the_two_experts_do_not_share_state(pair, load):
 def test_the_second_expert_keeps_nothing(pair, load):
     high, low, handle = pair(load("wan_h64"), load("wan_h64")).args
     halves(high, low)
-    assert not handle.latest().kept_pattern
+    assert not handle.latest().reuse.kept
     assert low.get_attachment("adaspa").pattern is None
 
 

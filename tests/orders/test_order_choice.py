@@ -1,11 +1,10 @@
 """Order choice: heads that look around themselves stay in rods, heads that look for their like do not."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 
 from sparse_attn.backends.choice import plain_torch
+from sparse_attn.call import Call
 from sparse_attn.config import AdaSpaConfig
 from sparse_attn.orders.choice import find_order
 from sparse_attn.orders.position import rods
@@ -17,8 +16,9 @@ LAYOUT = TokenLayout(before=3, frames=8, height=16, width=16, after=7)
 CONFIG = AdaSpaConfig(sparsity=0.8, tail="pooled", token_order="similarity")
 
 
-def call(key_bias=None):
-    return SimpleNamespace(layout=LAYOUT, scale=32**-0.5, key_bias=key_bias)
+def call_of(qkv, key_bias=None):
+    in_place = rods(LAYOUT, torch.device("cpu"))
+    return Call(*qkv, 32**-0.5, LAYOUT, step=0, dense=None, key_bias=key_bias, by_position=in_place)
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +41,7 @@ def two_heads():
 
 
 def test_every_head_gets_the_order_that_suits_it(two_heads):
-    order, similar = find_order(TORCH, *two_heads, call(), CONFIG)
+    order, similar = find_order(TORCH, call_of(two_heads), CONFIG)
     assert similar.tolist() == [[False, True]]
     assert order.shape == (1, 2, LAYOUT.tokens) and order.dtype == torch.int32
     assert torch.equal(order[0, 0], rods(LAYOUT, order.device))
@@ -50,7 +50,7 @@ def test_every_head_gets_the_order_that_suits_it(two_heads):
 
 def test_position_keeps_every_head_in_rods(two_heads):
     config = AdaSpaConfig(sparsity=0.8, tail="pooled", token_order="position")
-    order, similar = find_order(TORCH, *two_heads, call(), config)
+    order, similar = find_order(TORCH, call_of(two_heads), config)
     assert not similar.any()
     assert torch.equal(order, rods(LAYOUT, order.device).expand(1, 2, -1))
 
@@ -59,7 +59,7 @@ def test_position_keeps_every_head_in_rods(two_heads):
 def test_a_bias_on_the_video_needs_one_order(two_heads, token, moves):
     bias = torch.zeros(1, LAYOUT.tokens)
     bias[0, token] = -2.0
-    _, similar = find_order(TORCH, *two_heads, call(bias), CONFIG)
+    _, similar = find_order(TORCH, call_of(two_heads, bias), CONFIG)
     assert bool(similar.any()) is moves
 
 
@@ -67,5 +67,5 @@ def test_128_queries_to_a_block(two_heads):
     config = AdaSpaConfig(
         sparsity=0.8, tail="pooled", token_order="similarity", block_size="128x64"
     )
-    _, similar = find_order(TORCH, *two_heads, call(), config)
+    _, similar = find_order(TORCH, call_of(two_heads), config)
     assert similar.tolist() == [[False, True]]

@@ -11,7 +11,7 @@ from sparse_attn.block_mask import BlockMask
 from sparse_attn.patterns import reuse
 from sparse_attn.patterns.file import load, save
 from sparse_attn.patterns.reuse import RECALL_LOSS
-from sparse_attn.run.report import carried_lines
+from sparse_attn.run.report import reuse_lines
 from sparse_attn.run.state import NOT_A_NUMBER
 from tests.patterns.example_pattern import FAMILY, NAME
 from tests.run.fakes import BLOCKS, SCALE, Backend, Run, tensors
@@ -84,7 +84,7 @@ def test_a_carried_layer_runs_sparse_from_the_search_step_on(found):
     # 64 of 640 rows
     assert pattern.recall == pytest.approx(found.layers[NAME].recall, abs=0.05)
     assert "(sampled)" in statistics.summary() and "(estimated)" not in statistics.summary()
-    (line,) = carried_lines(statistics)
+    (line,) = reuse_lines(statistics)
     assert line.startswith("Pattern of a file: 1 masks used without a search, recall 0.")
 
 
@@ -103,12 +103,12 @@ def test_a_layer_whose_recall_fell_searches_after_all(found, loss, searches):
     assert call_of(run, 1, tensors(0))[1] == ["sparse"]
     run.state.end_step()
     statistics = run.statistics
-    assert statistics.carried == (not searches)
-    assert sum(statistics.not_carried.values()) == searches
+    assert statistics.reuse.masks == (not searches)
+    assert sum(statistics.reuse.refused.values()) == searches
     if searches:
         text = "\n".join(statistics.lines())
         assert f"Searched after all: 1 masks, recall more than {RECALL_LOSS} below" in text
-        assert statistics.exact()
+        assert statistics.patterns.exact()
 
 
 @pytest.mark.parametrize("asked, searches", [(0.5, False), (0.97, True)])
@@ -116,7 +116,7 @@ def test_a_carried_mask_must_hold_the_recall_that_is_asked_for(found, asked, sea
     run = carrying("Ss", found, recall=asked)
     assert call_of(run, 0, tensors(0))[1] == (["dense", "masses"] if searches else ["sparse"])
     if searches:
-        assert run.statistics.not_carried == {f"recall below the {asked} asked for": 1}
+        assert run.statistics.reuse.refused == {f"recall below the {asked} asked for": 1}
 
 
 def test_another_video_is_noticed(found):
@@ -131,7 +131,7 @@ def test_another_video_is_noticed(found):
 def test_a_layer_that_the_pattern_does_not_know_searches(found, name):
     run = carrying("Ss", found)
     assert call_of(run, 0, tensors(0), name=name)[1] == ["dense", "masses"]
-    assert sum(run.statistics.not_carried.values()) == 1
+    assert sum(run.statistics.reuse.refused.values()) == 1
 
 
 def test_a_carried_layer_searches_when_the_user_asks_for_another_search(found):
@@ -157,7 +157,7 @@ def test_broken_numbers_do_not_meet_a_carried_mask(found):
     k[0, 0, 5, 5] = float("nan")
     run = carrying("Ss", found)
     assert call_of(run, 0, (q, k, v))[1][-1] == "host"
-    assert run.statistics.carried == 0
+    assert run.statistics.reuse.masks == 0
     assert NOT_A_NUMBER in run.statistics.kept_dense
 
 
@@ -168,7 +168,7 @@ def test_out_of_memory_while_measuring_searches_instead(found, monkeypatch):
     monkeypatch.setattr(reuse, "sampled_recall", out_of_memory)
     run = carrying("Ss", found)
     assert call_of(run, 0, tensors(0))[1] == ["dense", "masses"]
-    assert run.statistics.not_carried == {"out of memory while measuring the recall": 1}
+    assert run.statistics.reuse.refused == {"out of memory while measuring the recall": 1}
 
 
 def test_a_carried_mask_can_be_carried_on_with_the_recall_of_its_search(found):

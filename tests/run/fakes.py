@@ -10,10 +10,11 @@ from sparse_attn.backends.choice import plain_torch
 from sparse_attn.call import Call
 from sparse_attn.config import AdaSpaConfig
 from sparse_attn.method.head_adaptive import HIGH_RECALL
-from sparse_attn.method.selection import select
+from sparse_attn.run.estimate import Workload
 from sparse_attn.run.state import RunState
 from sparse_attn.schedule import Schedule, StepKind
 from sparse_attn.token_layout import TokenLayout
+from tests.method.chosen import chosen
 
 TORCH = plain_torch()
 KINDS = {"D": StepKind.DENSE, "S": StepKind.SEARCH, "s": StepKind.SPARSE}
@@ -116,10 +117,14 @@ class Run:
         first: number of the first step within the whole schedule.
     """
 
-    def __init__(self, kinds, backend=None, first=0, layout=LAYOUT, carried=None, **config):
+    def __init__(
+        self, kinds, backend=None, first=0, layout=LAYOUT, carried=None, free_bytes=None, **config
+    ):
         fields = {"sparsity": 0.6, "min_tokens": 0, "tail": "none", **config}
         self.backend, self.layout, self.host_calls = backend or Backend(), layout, 0
-        self.state = RunState(AdaSpaConfig(**fields), schedule(kinds, first), carried=carried)
+        self.state = RunState(
+            AdaSpaConfig(**fields), schedule(kinds, first), carried=carried, free_bytes=free_bytes
+        )
         self.state.backends.of = lambda q, k, v: (self.backend, "a backend")
 
     @property
@@ -128,6 +133,19 @@ class Run:
 
     def layer(self, key="layer 0"):
         return self.state.layers[key]
+
+    def pattern(self, key="layer 0"):
+        return self.layer(key).pattern
+
+    def estimate(self, qkv=None, layers=1):
+        """Say what `layers` layers like that of `qkv` will hold, as the host does beforehand."""
+        call = call_of(qkv or tensors(), layout=self.layout)
+        work = Workload(self.layout, layers, layers, len(call.q), call.q.shape[1])
+        return self.state.estimate(call, work, windows=False)
+
+    def attends(self, step, qkv=None):
+        """Whether a call of a step is one for `attend`, and not plainly dense."""
+        return not self.state.is_plainly_dense(call_of(qkv or tensors(), step))
 
     def attend(self, step, qkv=None, **more):
         """One call; returns its output and what the backend and the host did for it."""
@@ -150,16 +168,14 @@ def exact_masses(q, k, key_bias=None, **blocks):
 
 def assert_best_choice(run, q, k, key_bias=None, key="layer 0"):
     """Fail unless the mask is what exact masses choose, but for rounding; returns it."""
-    config, keep = run.state.config, run.layer(key).mask.to_dense()
+    config, keep = run.state.config, run.pattern(key).mask.to_dense()
     masses = exact_masses(q, k, key_bias, **config.blocks)
     error = mass_rounding(q, k, SCALE, **config.blocks)
-    _, held = select(TORCH, masses, LAYOUT, replace(config, head_adaptive=False))
+    _, held = chosen(masses, LAYOUT, replace(config, head_adaptive=False))
     # rounding does not decide which heads give blocks to others
     apart = [held[:, i] - held[:, j] for i in range(H) for j in range(i)]
     assert torch.stack([*apart, *(held - HIGH_RECALL).unbind(1)]).abs().min() > 4 * error
-    assert_same_choice(
-        keep, select(TORCH, masses, LAYOUT, config)[0], masses.double(), error * masses
-    )
+    assert_same_choice(keep, chosen(masses, LAYOUT, config)[0], masses.double(), error * masses)
     assert not keep.all()
     return keep
 

@@ -1,26 +1,36 @@
 """What is said before a run, against counting by hand."""
 
 import pytest
+import torch
 
-from sparse_attn.config import AdaSpaConfig
-from sparse_attn.run.cache import predict
-from sparse_attn.run.estimate import estimate, kept_share, too_short
-from sparse_attn.schedule import Schedule, StepKind
+from sparse_attn.block_mask import BlockMask
+from sparse_attn.config import BLOCK_SIZES, AdaSpaConfig
+from sparse_attn.run.estimate import (
+    CacheSize,
+    Workload,
+    cache_size,
+    estimate,
+    kept_share,
+    why_not_worth,
+)
 from sparse_attn.token_layout import TokenLayout
+from tests.run.fakes import schedule
 
-KINDS = {"D": StepKind.DENSE, "S": StepKind.SEARCH, "s": StepKind.SPARSE}
+GIB = 2**30
 # 21 x 45 x 80 = 75,600 tokens: 1,182 blocks, of which 0.2 are 236
 WAN_720P = TokenLayout(0, 21, 45, 80)
-MODEL = {"layers": 40, "batch": 1, "heads": 40}
 
 
-def of(kinds, layout=WAN_720P, one_pass=True, carried=False, windows=False, **config):
-    sigmas = tuple(float(x) for x in range(len(kinds), 0, -1))
-    schedule = Schedule(tuple(KINDS[k] for k in kinds), 0, len(kinds), sigmas)
-    settings = AdaSpaConfig(**{"tail": "none", **config})
+def settings(**fields):
+    return AdaSpaConfig(**{"tail": "none", **fields})
+
+
+def of(kinds, layout=WAN_720P, one_pass=True, carried=False, windows=False, sparse=40, **config):
+    """Of a model of 40 layers of 40 heads."""
     return estimate(
-        layout, schedule, settings, one_pass=one_pass, carried=carried, windows=windows, **MODEL
-    )
+        Workload(layout, 40, sparse, 1, 40), schedule(kinds), settings(**config),
+        one_pass=one_pass, carried=carried, windows=windows,
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -44,8 +54,7 @@ def test_blocks_are_counted_step_by_step(kinds, one_pass, carried, spent):
 
 def test_dense_layers_skip_nothing():
     whole = of("DSss").skipped
-    # -40 is layer 0 again, and 99 none
-    assert of("DSss", dense_layers=(0, -1, -40, 99)).skipped == pytest.approx(whole * 38 / 40)
+    assert of("DSss", sparse=38).skipped == pytest.approx(whole * 38 / 40)
 
 
 def test_text_keeps_its_rows_and_columns():
@@ -73,13 +82,11 @@ def test_averages_of_skipped_blocks_count_as_blocks():
     assert kept_share(layout, AdaSpaConfig(sparsity=0.0)) == 1
 
 
-def test_memory_is_the_prediction():
-    found = of("DSss")
-    schedule = Schedule(tuple(KINDS[k] for k in "DSss"), 0, 4, (4.0, 3.0, 2.0, 1.0))
-    size = predict(schedule, tokens=75_600, block_q=64, block_k=64, one_pass=True, **MODEL)
-    assert found.held_bytes == size.total > 0
-    fewer = of("DSss", dense_layers=tuple(range(20)))
-    assert fewer.held_bytes == size.total / 2
+def test_memory_is_that_of_the_sparse_layers():
+    work = Workload(WAN_720P, 40, 40, 1, 40)
+    whole = cache_size(work, schedule("DSss"), settings(), one_pass=True).total
+    assert of("DSss").held_bytes == whole > 0
+    assert of("DSss", sparse=20).held_bytes == whole / 2
 
 
 def test_the_line_says_what_it_counts():
@@ -106,18 +113,83 @@ def test_a_run_without_gain_is_told_so():
     assert "nothing to gain" in of("S").line()
 
 
+WORTH = [
+    (TokenLayout(0, 5, 30, 52), "too short: 7,800 tokens, and `min_tokens` is 8,192"),
+    (TokenLayout(0, 1, 200, 200), "one frame is an image, not a video"),
+    (TokenLayout(392, 5, 30, 52), ""),
+]
+
+
+@pytest.mark.parametrize("layout, words", WORTH)
+def test_sequences_that_gain_nothing_are_told_so(layout, words):
+    assert why_not_worth(layout, AdaSpaConfig()) == words
+
+
+# ---- memory
+
+
+def sizes(kinds, one_pass=False, tokens=1000, batch=1, **config):
+    """Of two layers of three heads."""
+    work = Workload(TokenLayout(0, 1, 1, tokens), 2, 2, batch, 3)
+    return cache_size(work, schedule(kinds), settings(**config), one_pass)
+
+
+def test_hunyuan_video_at_720p_stays_below_a_gib_and_a_half():
+    # 129 frames; the paper's schedule searches twice
+    work = Workload(TokenLayout(240, 33, 45, 80), 60, 60, 1, 24)
+    assert work.layout.tokens == 119_040
+    size = cache_size(work, schedule("DDSssSss"), settings(), one_pass=True)
+    assert size.mask_bytes / GIB == pytest.approx(0.59, abs=0.015)
+    assert size.lse_bytes / GIB == pytest.approx(0.64, abs=0.005)
+    assert size.total <= 1.5 * GIB
+
+
 @pytest.mark.parametrize(
-    "layout, words",
-    [
-        (TokenLayout(0, 5, 30, 52), "too short: leave AdaSpa off; 7,800 tokens run dense, and it "
-         "begins at 8,192"),
-        (TokenLayout(0, 1, 200, 200), "one frame is an image"),
-        (TokenLayout(392, 5, 30, 52), ""),
-    ],
-)  # fmt: skip
-def test_short_sequences_are_told_to_leave_it_off(layout, words):
-    found = of("DSss", layout)
-    assert words in too_short(layout, AdaSpaConfig())
-    assert bool(found.too_short) == bool(words)
-    if words:
-        assert found.line() == found.too_short and found.skipped == 0
+    "tokens, block_size",
+    [(1000, "64"), (1024, "64"), (8320, "64"), (1000, "128"), (1000, "128x64")],
+)
+def test_a_mask_takes_what_its_bits_take(tokens, block_size):
+    block_q, block_k = BLOCK_SIZES[block_size]
+    keep = torch.ones(2, 3, -(-tokens // block_q), -(-tokens // block_k), dtype=torch.bool)
+    bits = BlockMask.from_dense(keep, block_q=block_q, block_k=block_k).bits
+    size = sizes("Ss", batch=2, tokens=tokens, block_size=block_size)
+    assert size == CacheSize(mask_bytes=2 * bits.nbytes, lse_bytes=0)
+
+
+MASK, LSE = 2 * 3 * 16 * 2, 2 * 3 * 1000 * 4
+
+FULLEST = [
+    # kinds, one pass, mask bytes, LSE bytes
+    ("DDDD", True, 0, 0),  # nothing is searched
+    ("Ssss", True, MASK, 0),  # no dense step leaves an LSE
+    ("DSss", False, MASK, 0),  # two passes need no earlier LSE
+    ("DSss", True, 0, LSE),  # the LSE gives way to the masks layer by layer
+    ("DSsS", False, MASK, LSE),  # the first search's LSE waits for the second
+    ("DSsS", True, MASK, LSE),
+]
+
+
+@pytest.mark.parametrize("kinds, one_pass, mask, lse", FULLEST)
+def test_what_is_held_at_the_fullest_moment(kinds, one_pass, mask, lse):
+    assert sizes(kinds, one_pass) == CacheSize(mask, lse)
+
+
+def test_orders_take_as_much_as_an_lse_and_stay_with_the_masks():
+    for kinds, one_pass, lse in (("DSss", True, 0), ("DSsS", True, LSE), ("Ssss", False, 0)):
+        assert sizes(kinds, one_pass, tail="pooled") == CacheSize(MASK, lse, LSE)
+    assert sizes("DDDD", tail="pooled").total == 0
+    found = sizes("DSsS", recall=0.9, tail="pooled")
+    assert found == CacheSize(MASK, 0, LSE) and found.total == MASK + LSE
+    # by position all heads share one order
+    assert sizes("Ssss", tail="pooled", token_order="position") == CacheSize(MASK, 0)
+
+
+def test_a_search_that_measures_its_own_lse_keeps_none():
+    for kinds in ("DSss", "DSsS"):
+        assert sizes(kinds, True, recall=0.9) == CacheSize(MASK, 0)
+
+
+def test_masks_outgrow_the_lse_of_a_very_long_video():
+    # a mask grows with the square of the length
+    size = sizes("DSss", one_pass=True, tokens=200_000)
+    assert size.mask_bytes > 2 * 3 * 200_000 * 4 and size.lse_bytes == 0

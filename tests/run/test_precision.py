@@ -1,13 +1,10 @@
 """Which calls of a run are served in low precision, and what happens where that cannot be."""
 
-from functools import partial
-
 import pytest
 import torch
 from close import assert_within
 
 from sparse_attn.backends import reference
-from sparse_attn.run.dense import DenseChoice
 from sparse_attn.run.precision import NOT_ALLOWED
 from sparse_attn.run.state import OUT_OF_MEMORY
 from tests.run.fakes import (
@@ -25,29 +22,17 @@ from tests.run.fakes import (
 )
 
 
-@pytest.fixture
-def make_fastest(monkeypatch):
-    """make_fastest(run, name): that candidate is the fastest of the run's dense attentions."""
+def make_fastest(run, fastest):
+    """Let that candidate be the fastest of the run's dense attentions."""
 
-    def make(run, fastest):
-        choice = run.state.dense_choice
+    def fastest_of(call, candidates):
+        return fastest if fastest in candidates else "own" if "own" in candidates else "host"
 
-        def measure(q, k, v, candidates):
-            return {name: 1.0 if name == fastest else 2.0 + (name == "host") for name in candidates}
-
-        monkeypatch.setattr(choice, "_measure", measure)
-        monkeypatch.setattr(choice, "_candidates", partial(without_cudnn, choice))
-
-    return make
-
-
-def without_cudnn(choice, backend, scale, precision=None):
-    found = DenseChoice._candidates(backend, scale, precision)
-    return {name: run for name, run in found.items() if name != "cudnn"}
+    run.state.dense.choice.fastest = fastest_of
 
 
 @pytest.mark.parametrize("block_size", ["64", "128x64"])
-def test_sparse_steps_and_later_searches_run_in_the_precision_asked_for(make_fastest, block_size):
+def test_sparse_steps_and_later_searches_run_in_the_precision_asked_for(block_size):
     run = Run("DSsSs", Backend(one_pass=True), precision="int8", block_size=block_size)
     make_fastest(run, "own")
     did = [run.attend(step, tensors(step))[1] for step in range(5)]
@@ -57,12 +42,12 @@ def test_sparse_steps_and_later_searches_run_in_the_precision_asked_for(make_fas
     assert run.backend.asked == (config.block_q, config.block_k)
     q, k, v = tensors(4)
     out, _ = run.attend(4, (q, k, v))
-    keep = run.layer().mask.to_dense()
+    keep = run.pattern().mask.to_dense()
     inputs = [x.double() for x in (q, k, coarse(v))]
     exact, _ = reference.sparse_attention(*inputs, keep, **config.blocks, scale=SCALE)
     assert_within("out", out, exact, 1e-5)
     statistics = run.statistics
-    assert statistics.low_precision_calls == 4 and not statistics.not_low_precision
+    assert statistics.low_precision.calls == 4 and not statistics.low_precision.declined
     text = "\n".join(statistics.lines())
     assert "Precision: 4 calls in int8\nLater searches in int8: 1 calls" in text
     assert statistics.as_dict()["low_precision_searches"] == 1
@@ -74,7 +59,7 @@ def test_precision_does_not_change_what_the_first_search_selects():
         run = Run("DSs", precision=precision)
         for step in range(3):
             run.attend(step, tensors(step))
-        masks.append(run.layer().mask.bits)
+        masks.append(run.pattern().mask.bits)
     assert all(torch.equal(masks[0], mask) for mask in masks[1:])
 
 
@@ -82,7 +67,7 @@ def test_a_later_search_stays_exact_where_low_precision_is_not_to_be_had():
     run = Run("SsSs", precision="int8")
     run.backend.refuses = "needs an NVIDIA card for eight bits"
     did = [run.attend(step, tensors(step))[1] for step in range(4)]
-    assert did[2] == ["masses", "sparse"] and run.statistics.low_precision_searches == 0
+    assert did[2] == ["masses", "sparse"] and run.statistics.low_precision.searches == 0
     assert not any("Later searches" in line for line in run.statistics.lines())
 
 
@@ -109,7 +94,7 @@ def test_a_declined_call_runs_as_usual_and_is_counted_with_the_reason():
     assert [run.attend(step)[1] for step in range(3)] == [
         ["dense", "masses"], ["sparse"], ["sparse"],
     ]  # fmt: skip
-    assert run.statistics.not_low_precision == {run.backend.refuses: 2}
+    assert run.statistics.low_precision.declined == {run.backend.refuses: 2}
     text = "\n".join(run.statistics.lines())
     assert "Precision: 0 calls in int8\nNot in int8: 2 calls, needs an NVIDIA card" in text
 
@@ -118,7 +103,7 @@ def test_a_call_that_the_host_wants_exact_stays_exact():
     run = Run("Ss", precision="int8")
     run.attend(0)
     assert run.attend(1, low_precision=False)[1] == ["sparse"]
-    assert run.statistics.not_low_precision == {NOT_ALLOWED: 1}
+    assert run.statistics.low_precision.declined == {NOT_ALLOWED: 1}
 
 
 def test_out_of_memory_while_quantising_runs_as_usual():
@@ -127,17 +112,17 @@ def test_out_of_memory_while_quantising_runs_as_usual():
     run.backend.fails["int8"] = no_memory()
     out, did = run.attend(1, qkv)
     assert did == ["int8", "sparse"]
-    keep = run.layer().mask.to_dense()
+    keep = run.pattern().mask.to_dense()
     exact, _ = reference.sparse_attention(*(x.double() for x in qkv), keep, **BLOCKS)
     assert_within("out", out, exact, 1e-5)
-    assert sum(run.statistics.not_low_precision.values()) == 1
+    assert sum(run.statistics.low_precision.declined.values()) == 1
 
 
 def test_plain_torch_says_why_it_computes_as_it_does():
     run = Run("Ss", TORCH, precision="int8")
     for step in range(2):
         run.state.attend(call_of(tensors(), step))
-    assert run.statistics.not_low_precision == {"plain torch computes in float32": 1}
+    assert run.statistics.low_precision.declined == {"plain torch computes in float32": 1}
 
 
 DENSE_PRECISIONS = [
@@ -151,25 +136,22 @@ DENSE_PRECISIONS = [
 
 
 @pytest.mark.parametrize("fastest, config, served, calls", DENSE_PRECISIONS)
-def test_a_dense_step_runs_in_low_precision_where_that_is_fastest(
-    make_fastest, fastest, config, served, calls
-):
+def test_a_dense_step_runs_in_low_precision_where_that_is_fastest(fastest, config, served, calls):
     run, qkv = Run("DDS", **config), tensors()
     make_fastest(run, fastest)
-    out = run.state.dense_steps.serve(call_of(qkv))
+    out, did = run.attend(0, qkv, key=None)
     statistics = run.statistics
-    assert statistics.low_precision_calls == calls
-    assert run.backend.did == ([] if served == "host" else [served])
-    if served == "int8":
-        q, k, v = qkv
-        assert_within("out", out, dense(q, k, coarse(v)), 1e-5)
-        assert statistics.dense_choice == "own int8, not exact"
-    elif served == "host":
-        assert out is None and statistics.dense_choice == "host"
+    assert statistics.low_precision.calls == calls
+    assert did == [served]
+    q, k, v = qkv
+    assert_within("out", out, dense(q, k, coarse(v) if served == "int8" else v), 1e-5)
+    if served != "dense":
+        said = {"int8": "own int8, not exact", "host": "host"}
+        assert statistics.dense_choice == said[served]
 
 
 @pytest.mark.parametrize("fastest, config, served, calls", DENSE_PRECISIONS)
-def test_the_dense_step_before_a_search_does_too(make_fastest, fastest, config, served, calls):
+def test_the_dense_step_before_a_search_does_too(fastest, config, served, calls):
     run, qkv = Run("DS", Backend(one_pass=True), **config), tensors()
     make_fastest(run, fastest)
     run.statistics.dense_choice = "what earlier dense steps said"
@@ -177,7 +159,7 @@ def test_the_dense_step_before_a_search_does_too(make_fastest, fastest, config, 
     # the host's attention keeps no LSE
     assert did == ["int8" if served == "int8" else "dense"]
     statistics = run.statistics
-    assert statistics.low_precision_calls == calls
+    assert statistics.low_precision.calls == calls
     said = "own int8, not exact" if served == "int8" else "what earlier dense steps said"
     assert statistics.dense_choice == said
     q, k, v = qkv
@@ -185,28 +167,27 @@ def test_the_dense_step_before_a_search_does_too(make_fastest, fastest, config, 
     assert run.attend(1, qkv)[1] == ["dense with masses"]
     # the largest mass of every row
     largest = exact_masses(q, k).argmax(-1, keepdim=True)
-    assert run.layer().mask.to_dense().gather(-1, largest).all()
+    assert run.pattern().mask.to_dense().gather(-1, largest).all()
 
 
-def test_a_dense_step_before_a_search_that_memory_cannot_quantise_is_exact(make_fastest):
+def test_a_dense_step_before_a_search_that_memory_cannot_quantise_is_exact():
     run, qkv = Run("DS", Backend(one_pass=True), precision="int8"), tensors()
     make_fastest(run, "own int8")
     run.backend.fails["int8"] = no_memory()
     out, did = run.attend(0, qkv)
     assert did == ["int8", "dense"]
     assert_within("out", out, dense(*qkv), 1e-5)
-    assert sum(run.statistics.not_low_precision.values()) == 1
+    assert sum(run.statistics.low_precision.declined.values()) == 1
 
 
 def test_a_dense_call_that_the_host_wants_exact_has_no_coarse_candidate():
     run = Run("DDS", precision="int8")
     asked = []
-    choice = run.state.dense_choice
-    choice.choose = lambda *args, precision, **options: asked.append(precision) or "host"
-    run.state.dense_steps.serve(call_of(tensors(), low_precision=False))
-    run.state.dense_steps.serve(call_of(tensors()))
-    assert asked == [None, "int8"]
-    assert run.statistics.not_low_precision == {NOT_ALLOWED: 1}
+    run.state.dense.choice.fastest = lambda call, candidates: asked.append([*candidates]) or "host"
+    run.attend(0, key=None, low_precision=False)
+    run.attend(0, key=None)
+    assert asked == [["host", "own"], ["host", "own", "own int8"]]
+    assert run.statistics.low_precision.declined == {NOT_ALLOWED: 1}
 
 
 def test_out_of_memory_in_an_int8_search_measures_as_the_model_computes():
@@ -214,7 +195,7 @@ def test_out_of_memory_in_an_int8_search_measures_as_the_model_computes():
     run.attend(0)
     run.backend.fails["int8 masses"] = no_memory()
     assert run.attend(2)[1] == ["int8 masses", "masses", "int8"]
-    assert run.layer().searched_at == 2
+    assert run.pattern().searched_at == 2
     statistics = run.statistics
-    assert statistics.low_precision_searches == 0 and not statistics.warnings
-    assert statistics.not_low_precision == {OUT_OF_MEMORY: 1}
+    assert statistics.low_precision.searches == 0 and not statistics.warnings
+    assert statistics.low_precision.declined == {OUT_OF_MEMORY: 1}

@@ -11,10 +11,7 @@ from close import assert_within
 
 from sparse_attn.backends import reference
 from sparse_attn.backends.choice import triton_kernels
-from sparse_attn.config import AdaSpaConfig
-from sparse_attn.run import state as run_state
-from sparse_attn.run.state import RunState
-from tests.run.fakes import L, call_of, schedule
+from tests.run.fakes import L, Run, call_of
 
 SCALE = 0.125
 
@@ -23,15 +20,8 @@ def relative_error(out, exact):
     return ((out.double() - exact).norm() / exact.norm()).item()
 
 
-@pytest.fixture
-def make_run(monkeypatch):
-    def make(kinds, **config):
-        chosen = triton_kernels(), "Triton kernels"
-        monkeypatch.setattr(run_state.attention, "choose", lambda *args: chosen)
-        fields = {"sparsity": 0.6, "min_tokens": 0, "tail": "none", **config}
-        return RunState(AdaSpaConfig(**fields), schedule(kinds))
-
-    return make
+def make_run(kinds, **config):
+    return Run(kinds, triton_kernels(), **config).state
 
 
 @pytest.fixture
@@ -45,13 +35,13 @@ def attend(run, step, qkv):
 
 
 @pytest.mark.parametrize("block_size", ["64", "128x64"])
-def test_a_run_reads_its_mask_in_low_precision(make_run, qkv, block_size):
+def test_a_run_reads_its_mask_in_low_precision(qkv, block_size):
     run = make_run("Ss", precision="int8", block_size=block_size)
     for step in range(2):
         out = attend(run, step, qkv)
     run.end_step()
-    assert run.statistics.low_precision_calls == 1 and not run.statistics.not_low_precision
-    keep = run.layers["layer 0"].mask.to_dense()
+    assert run.statistics.low_precision.calls == 1 and not run.statistics.low_precision.declined
+    keep = run.layers["layer 0"].pattern.mask.to_dense()
     assert not keep.all()
     exact, _ = reference.sparse_attention(
         *(x.double() for x in qkv), keep, **run.config.blocks, scale=SCALE
@@ -61,10 +51,12 @@ def test_a_run_reads_its_mask_in_low_precision(make_run, qkv, block_size):
     for step in range(2):
         same = attend(usual, step, qkv)
     assert relative_error(same, exact) < 0.01 < relative_error(out, exact) < 0.15
-    assert torch.equal(usual.layers["layer 0"].mask.bits, run.layers["layer 0"].mask.bits)
+    assert torch.equal(
+        usual.layers["layer 0"].pattern.mask.bits, run.layers["layer 0"].pattern.mask.bits
+    )
 
 
-def test_a_run_with_a_tail_errs_little_more_than_one_in_full_precision(make_run, qkv):
+def test_a_run_with_a_tail_errs_little_more_than_one_in_full_precision(qkv):
     outs, masks = [], []
     for more in ({"precision": "int8"}, {}):
         run = make_run("Ss", tail="pooled", **more)
@@ -72,50 +64,50 @@ def test_a_run_with_a_tail_errs_little_more_than_one_in_full_precision(make_run,
             out = attend(run, step, qkv)
         run.end_step()
         outs.append(out)
-        masks.append(run.layers["layer 0"].mask.bits)
-        assert run.statistics.low_precision_calls == len(more)
-        assert not run.statistics.not_low_precision
+        masks.append(run.layers["layer 0"].pattern.mask.bits)
+        assert run.statistics.low_precision.calls == len(more)
+        assert not run.statistics.low_precision.declined
     assert torch.equal(*masks)
     assert 0.001 < relative_error(outs[0], outs[1].double()) < 0.15
 
 
 @pytest.mark.parametrize("tail", ["none", "pooled"])
-def test_a_later_search_measures_in_int8(make_run, qkv, tail):
+def test_a_later_search_measures_in_int8(qkv, tail):
     held = []
     for more in ({"precision": "int8"}, {}):
         run = make_run("SsSs", tail=tail, token_order="position", **more)
         for step in range(3):
             attend(run, step, qkv)
         run.end_step()
-        assert run.statistics.low_precision_searches == len(more)
-        held.append(run.layers["layer 0"].recall.item())
+        assert run.statistics.low_precision.searches == len(more)
+        held.append(run.layers["layer 0"].pattern.recall.item())
     assert held[0] == pytest.approx(held[1], abs=0.002)
 
 
-def test_a_dense_step_runs_in_low_precision_where_it_is_fastest(make_run, qkv, monkeypatch):
+def test_a_dense_step_runs_in_low_precision_where_it_is_fastest(qkv):
     run = make_run("DDS", precision="int8")
 
-    def measure(self, q, k, v, candidates):
-        assert list(candidates) == ["host", "cudnn", "own", "own int8"]
-        return {name: 1.0 if name == "own int8" else 2.0 for name in candidates}
+    def fastest(call, candidates):
+        assert {"host", "own", "own int8"} <= set(candidates)
+        return "own int8"
 
-    monkeypatch.setattr("sparse_attn.run.dense.DenseChoice._measure", measure)
-    out = run.dense_steps.serve(replace(call_of(qkv), scale=SCALE))
+    run.dense.choice.fastest = fastest
+    out = run.dense.serve(replace(call_of(qkv), scale=SCALE))
     exact, _ = reference.dense_attention(*(x.double() for x in qkv), scale=SCALE)
     assert out.shape == exact.shape and relative_error(out, exact) < 0.15
     assert run.statistics.dense_choice == "own int8, not exact"
 
 
-def test_what_the_kernels_cannot_serve_runs_as_usual(make_run, qkv):
+def test_what_the_kernels_cannot_serve_runs_as_usual(qkv):
     run = make_run("Ss", precision="int8")
     odd = [x.float() for x in qkv]
     assert "float16 or bfloat16" in triton_kernels().why_not_quantised(*odd, 64, 64)
-    run.low_precision._reason = lambda *args: "a reason"
+    run.precision._reason = lambda *args: "a reason"
     for step in range(2):
         out = attend(run, step, qkv)
-    keep = run.layers["layer 0"].mask.to_dense()
+    keep = run.layers["layer 0"].pattern.mask.to_dense()
     exact, _ = reference.sparse_attention(
         *(x.double() for x in qkv), keep, **run.config.blocks, scale=SCALE
     )
     assert_within("out", out, exact, 2e-2)
-    assert run.statistics.not_low_precision == {"a reason": 1}
+    assert run.statistics.low_precision.declined == {"a reason": 1}

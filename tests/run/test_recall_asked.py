@@ -10,7 +10,7 @@ from tests.run.fakes import BLOCKS, SCALE, Backend, Run, tensors
 @pytest.mark.parametrize("one_pass", [False, True], ids=["two passes", "one pass"])
 def test_every_search_for_a_recall_measures_exactly(one_pass):
     run = Run("DSsSs", Backend(one_pass), recall=0.8)
-    assert not run.state.wants_lse(0, *tensors())
+    assert not run.attends(0)
     did = [run.attend(step, tensors(step))[1] for step in range(1, 5)]
     assert did == [["dense", "masses"], ["sparse"], ["dense", "masses"], ["sparse"]]
     run.state.end_step()
@@ -18,11 +18,13 @@ def test_every_search_for_a_recall_measures_exactly(one_pass):
     (pattern,) = statistics.patterns.values()
     assert pattern.exact and pattern.step == 3
     q, k, _ = tensors(3)
-    keep = run.layer().mask.to_dense()
+    keep = run.pattern().mask.to_dense()
     exact = reference.recall(q.double(), k.double(), keep, **BLOCKS)[0]
     assert (exact >= 0.8 - 2 * mass_rounding(q, k, SCALE)).all()
     assert pattern.recall == pytest.approx(exact.tolist(), abs=1e-5)
-    assert statistics.held_bytes == run.layer().mask.bits.nbytes, "no LSE waits for a search"
+    assert statistics.memory.held_bytes == run.pattern().mask.bits.nbytes, (
+        "no LSE waits for a search"
+    )
 
 
 def test_what_the_mask_still_holds_is_sampled_before_the_next_search():
@@ -32,16 +34,16 @@ def test_what_the_mask_still_holds_is_sampled_before_the_next_search():
         if step == 2:
             run.attend(step, tensors(step))
             run.state.end_step()
-            first = dict(run.statistics.samples)
+            first = dict(run.statistics.patterns.samples)
     run.state.end_step()
     statistics = run.statistics
     assert statistics.timing.sample and len(statistics.timing.sample) == 2
     ((key, (step, held)),) = first.items()
     assert (key, step) == ((0, "positive"), 6)
-    (step, held) = statistics.samples[key]
+    (step, held) = statistics.patterns.samples[key]
     assert step == 9
     q, k, _ = tensors(5)
-    keep = run.layer().mask.to_dense()
+    keep = run.pattern().mask.to_dense()
     exact = reference.recall(q.double(), k.double(), keep, **BLOCKS)[0]
     # 64 of 640 rows
     assert held == pytest.approx(exact.tolist(), abs=0.05)
@@ -59,5 +61,5 @@ def test_nothing_is_sampled_unasked():
         run.attend(step)
     run.state.end_step()
     statistics = run.statistics
-    assert statistics.samples == {} and statistics.timing.sample == []
+    assert statistics.patterns.samples == {} and statistics.timing.sample == []
     assert not any(line.startswith("Recall asked for") for line in statistics.lines())

@@ -11,13 +11,12 @@ from close import assert_within
 from sparse_attn.backends import reference
 from sparse_attn.block_mask import recall
 from sparse_attn.config import BLOCK_SIZES
-from sparse_attn.method.selection import select
 from sparse_attn.run import state as run_state
 from sparse_attn.schedule import StepKind
+from tests.method.chosen import chosen
 from tests.run.fakes import (
     LAYOUT,
     SCALE,
-    TORCH,
     Backend,
     L,
     Run,
@@ -97,12 +96,12 @@ def test_a_second_call_of_the_same_search_step_runs_sparse():
 def test_a_later_search_finds_the_new_pattern_with_the_old_lse():
     run, first, later = Run("SSs"), tensors(0), tensors(1)
     run.attend(0, first)
-    old = run.layer().mask.to_dense()
+    old = run.pattern().mask.to_dense()
     run.attend(1, later)
-    mask = run.layer().mask.to_dense()
+    mask = run.pattern().mask.to_dense()
     assert not torch.equal(mask, old)
     masses = exact_masses(*later[:2])
-    _, held = select(TORCH, masses, LAYOUT, run.state.config)
+    _, held = chosen(masses, LAYOUT, run.state.config)
     assert (held - recall(masses, mask) < 0.02).all()
 
 
@@ -111,7 +110,7 @@ def test_the_lse_lives_exactly_as_long_as_a_search_needs_it(one_pass):
     run = Run("DSsSs", Backend(one_pass))
     if one_pass:
         run.attend(0)
-        assert run.layer().lse is not None and run.layer().mask is None
+        assert run.layer().lse is not None and run.pattern() is None
     has_lse = []
     for step in range(1, 5):
         run.attend(step)
@@ -123,12 +122,9 @@ def test_the_lse_lives_exactly_as_long_as_a_search_needs_it(one_pass):
 
 
 def test_only_a_backend_that_searches_in_one_pass_wants_an_lse_before():
-    q, k, v = tensors()
     for one_pass in (False, True):
-        run = Run("DDSs", Backend(one_pass)).state
-        assert [run.wants_lse(step, q, k, v) for step in range(4)] == [
-            False, one_pass, False, False,
-        ]  # fmt: skip
+        run = Run("DDSs", Backend(one_pass))
+        assert [run.attends(step) for step in range(4)] == [False, one_pass, True, True]
 
 
 def test_a_replaced_mask_takes_its_prefetched_copy_along():
@@ -136,7 +132,7 @@ def test_a_replaced_mask_takes_its_prefetched_copy_along():
     run.state.cache.forget = forgotten.append
     run.attend(0)
     assert forgotten == []
-    old = run.layer().mask.bits
+    old = run.pattern().mask.bits
     run.attend(1)
     assert len(forgotten) == 1 and forgotten[0] is old
 
@@ -169,7 +165,7 @@ def test_a_new_step_is_noticed_once(monkeypatch):
 def test_without_a_backend_every_call_runs_on_the_host():
     run = Run("DSs")
     run.state.backends.of = lambda q, k, v: (None, "no backend")
-    assert not run.state.wants_lse(0, *tensors())
+    assert not run.attends(0)
     assert [run.attend(step)[1] for step in range(3)] == 3 * [["host"]]
     assert run.statistics.kept_dense == {"no backend": 3}
 
@@ -187,8 +183,8 @@ def test_free_drops_every_tensor():
         for key in ("a", "b"):
             run.attend(step, key=key)
     states = [run.layer(key) for key in ("a", "b")]
-    found = [weakref.ref(x) for s in states for x in (s.lse, s.mask.bits)]
-    found += [weakref.ref(pending[1]) for pending in run.state.findings._pending]
+    found = [weakref.ref(x) for s in states for x in (s.lse, s.pattern.mask.bits)]
+    found += [weakref.ref(pending[1]) for pending in run.state.readback._patterns]
     assert len(found) > 4 and all(ref() is not None for ref in found)
     del states
     run.state.free()

@@ -1,15 +1,19 @@
 import pytest
 import torch
 
+from sparse_attn.config import AdaSpaConfig
 from sparse_attn.run.report import gib, milliseconds, seconds
-from sparse_attn.run.statistics import Pattern, RunStatistics, Timing
-from sparse_attn.schedule import Schedule, StepKind
+from sparse_attn.run.statistics import Pattern, RunStatistics
+from sparse_attn.run.timer import Timing
+from sparse_attn.schedule import StepKind
+from sparse_attn.token_layout import TokenLayout
+from tests.run.fakes import schedule
 
-KINDS = {"D": StepKind.DENSE, "S": StepKind.SEARCH, "s": StepKind.SPARSE}
+CONFIG = AdaSpaConfig(tail="none")
 
 
-def schedule(kinds):
-    return Schedule(tuple(KINDS[k] for k in kinds), 0, len(kinds), tuple(range(len(kinds), 0, -1)))
+def statistics_of(kinds):
+    return RunStatistics(CONFIG, schedule(kinds))
 
 
 def pattern(density, recall, exact=True):
@@ -18,22 +22,20 @@ def pattern(density, recall, exact=True):
 
 def a_run():
     """20 steps, 2 dense of 10 s, a search of 11 s, 17 sparse of 3 s."""
-    statistics = RunStatistics(schedule("DDS" + 17 * "s"), model="Wan", tokens=75_600)
-    statistics.layout = "75,600 tokens (21x45x80 video)"
+    statistics = statistics_of("DDS" + 17 * "s")
+    statistics.model, statistics.layout = "Wan", TokenLayout(0, 21, 45, 80)
     statistics.backend = "Triton kernels"
     statistics.timing = Timing(dense=[10.0, 10.0], search=[11.0], sparse=[3.0] * 17)
-    statistics.patterns = {
-        (0, "positive"): pattern([0.2, 0.2], [0.98, 0.96]),
-        (1, "positive"): pattern([0.3, 0.1], [0.94, 0.76]),
-    }
+    statistics.patterns[0, "positive"] = pattern([0.2, 0.2], [0.98, 0.96])
+    statistics.patterns[1, "positive"] = pattern([0.3, 0.1], [0.94, 0.76])
     return statistics
 
 
 def test_density_and_recall_are_means_over_layers_and_heads():
     statistics = a_run()
-    assert statistics.density() == pytest.approx(0.2)
-    assert statistics.recall() == (pytest.approx(0.91), 0.76)
-    empty = RunStatistics(schedule("D"))
+    assert statistics.patterns.density() == pytest.approx(0.2)
+    assert statistics.patterns.recall() == (pytest.approx(0.91), 0.76)
+    empty = statistics_of("D").patterns
     assert empty.density() is None and empty.recall() is None
 
 
@@ -88,9 +90,9 @@ def test_summary_admits_a_loss():
 
 
 def test_summary_says_why_every_call_ran_dense():
-    statistics = RunStatistics(schedule("DSss"))
+    statistics = statistics_of("DSss")
     assert statistics.summary() == "AdaSpa: every call ran dense (no sparse attention)"
-    statistics.tokens = 9000
+    statistics.layout = TokenLayout(0, 9, 25, 40)
     assert statistics.summary() == (
         "AdaSpa: every call ran dense (step 0 dense, 1 search, 2-3 sparse)".replace(
             "step ", "steps "
@@ -103,8 +105,8 @@ def test_summary_says_why_every_call_ran_dense():
 def test_the_report_line_by_line():
     statistics = a_run()
     statistics.steps = [(StepKind.DENSE, 30.0), (StepKind.DENSE, 20.0), (StepKind.SPARSE, 8.25)]
-    statistics.conditionings = {"a", "b"}
-    statistics.held_bytes, statistics.predicted_bytes = 2**30, 2**29
+    statistics.memory.conditionings = {"a", "b"}
+    statistics.memory.held_bytes, statistics.memory.predicted_bytes = 2**30, 2**29
     statistics.kept_dense["listed in `dense_layers`"] = 3
     statistics.warn("out of memory while searching")
     statistics.warn("out of memory while searching")
@@ -134,11 +136,11 @@ def test_as_dict_holds_the_same_numbers():
     statistics = a_run()
     found = statistics.as_dict()
     assert found["tokens"] == 75_600 and found["steps"] == statistics.schedule.describe()
-    assert found["density"] == statistics.density()
-    assert (found["recall"], found["recall_worst_head"]) == statistics.recall()
+    assert found["density"] == statistics.patterns.density()
+    assert (found["recall"], found["recall_worst_head"]) == statistics.patterns.recall()
     assert found["attention_seconds_saved"] == pytest.approx(118)
     assert (found["dense_call_seconds"], found["sparse_call_seconds"]) == (10, 3)
-    empty = RunStatistics(schedule("D")).as_dict()
+    empty = statistics_of("D").as_dict()
     assert empty["recall"] is None and empty["sparse_call_seconds"] is None
 
 

@@ -8,18 +8,16 @@ from sparse_attn.backends import reference
 from sparse_attn.block_mask import recall
 from sparse_attn.call import LayerName
 from sparse_attn.config import TOKEN_ORDERS
-from sparse_attn.method.selection import select
 from sparse_attn.orders.position import in_rods, rods
 from sparse_attn.patterns.file import load, save
 from sparse_attn.patterns.reuse import ONE_ORDER
 from sparse_attn.run.state import NOT_A_NUMBER, SPARSE_OUT_OF_MEMORY
 from sparse_attn.token_layout import TokenLayout
+from tests.method.chosen import chosen
 from tests.run.fakes import (
     SCALE,
-    TORCH,
     Backend,
     Run,
-    call_of,
     exact_masses,
     host_attention,
     no_memory,
@@ -47,11 +45,11 @@ class TailRun(Run):
 
     @property
     def keep(self):
-        return self.layer().mask.to_dense()
+        return self.pattern().mask.to_dense()
 
     @property
     def order(self):
-        return self.layer().order
+        return self.pattern().order
 
 
 def tensors(seed=0, batch=1, layout=LAYOUT, dtype=torch.float32):
@@ -133,7 +131,7 @@ def test_a_sparse_step_adds_the_averages_of_what_it_skips(
     run.attend(0, tensors(0, batch), key_bias=bias)
     later = tensors(1, batch)
     out, _ = run.attend(1, later, key_bias=bias)
-    keep, block_q = run.keep, run.layer().mask.block_q
+    keep, block_q = run.keep, run.pattern().mask.block_q
     exact = with_tail(*later, run, block_q, bias)
     assert_within("out", out, exact, 1e-5)
     bare, _ = reference.sparse_attention(
@@ -165,9 +163,9 @@ def test_a_search_keeps_the_blocks_whose_averages_err_most(token_order):
     lse = reference.scaled_logits(q, k, SCALE).logsumexp(-1)
     scores = reference.tail_error(q, k, v, lse, block_q=64, block_k=64, scale=SCALE).float()
     masses = exact_masses(q, k)
-    keep, held = select(TORCH, masses, PERMUTED, run.state.config, scores)
+    keep, held = chosen(masses, PERMUTED, run.state.config, scores)
     assert_same_choice(run.keep, keep, scores.double(), score_rounding(q, k, v, masses))
-    by_mass, most = select(TORCH, masses, PERMUTED, run.state.config)
+    by_mass, most = chosen(masses, PERMUTED, run.state.config)
     assert not torch.equal(keep, by_mass)
     # the recall shown is still one of masses
     run.state.end_step()
@@ -212,7 +210,7 @@ def test_a_later_search_finds_the_new_pattern_with_the_old_lse(one_pass, token_o
     q, k, v = (x.double() for x in in_order(run, *later))
     lse = reference.scaled_logits(q, k, SCALE).logsumexp(-1)
     scores = reference.tail_error(q, k, v, lse, block_q=64, block_k=64, scale=SCALE)
-    best, _ = select(TORCH, scores.float(), PERMUTED, run.state.config)
+    best, _ = chosen(scores.float(), PERMUTED, run.state.config)
     spared = (scores * new).sum() / (scores * best).sum()
     assert spared > 0.95, "close to the choice with today's LSE"
     if token_order == "position":
@@ -260,7 +258,7 @@ def test_a_search_takes_the_heads_that_similarity_serves_better():
     (pattern,) = statistics.patterns.values()
     assert pattern.similar == [float(not torch.equal(x, in_place)) for x in run.order[0]]
     share = sum(pattern.similar) / 2
-    assert statistics.similar() == statistics.as_dict()["heads_by_similarity"] == share > 0
+    assert statistics.patterns.similar() == statistics.as_dict()["heads_by_similarity"] == share > 0
     line = f"Token order: by similarity in {share:.0%} of the heads, else by position"
     assert line in statistics.lines()
     position = TailRun("Ss")
@@ -282,7 +280,7 @@ def test_a_replaced_order_takes_its_prefetched_copy_along():
     run, forgotten = TailRun("SSs", token_order="similarity"), []
     run.state.cache.forget = forgotten.append
     run.attend(0, tensors(0))
-    old = run.layer().mask.bits, run.order
+    old = run.pattern().mask.bits, run.order
     run.attend(1, tensors(1))
     assert [x is y for x, y in zip(forgotten, old, strict=True)] == [True, True]
 
@@ -296,12 +294,12 @@ def test_orders_are_kept_where_masks_are_and_fetched_ahead(monkeypatch):
     monkeypatch.setattr(cache, "prefetch", lambda x, device: ahead.append(x))
     run.attend(0, tensors(0))
     run.state.layers.following["layer 0"] = "layer 0"
-    run.state.layers.prefetch_next(call_of(tensors(0), 1), torch.device("cuda"))
-    wanted = [run.layer().mask.bits, run.order]
+    run.state.layers.prefetch_next("layer 0", torch.device("cuda"))
+    wanted = [run.pattern().mask.bits, run.order]
     assert all(x is y for x, y in zip(ahead, wanted, strict=True))
     assert any(torch.equal(x, run.order) for x in kept)
-    run.layer().give_up("a reason")
-    assert run.layer().order is None and run.layer().nbytes() == 0
+    run.layer().disable("a reason")
+    assert run.pattern() is None and run.layer().nbytes() == 0
 
 
 @pytest.mark.parametrize("layout", [TokenLayout(0, 4, 8, 20), TokenLayout(0, 3, 1, 30)])
@@ -331,12 +329,12 @@ def test_a_recall_is_one_of_masses_and_sampled_in_the_masks_order():
     did = [run.attend(step, tensors(step))[1] for step in range(3)]
     assert did[0] == ["permute", "dense", "masses"], "no scores, the masses rank"
     q, k, _ = in_order(run, *tensors(0))
-    keep, held = select(TORCH, exact_masses(q, k), PERMUTED, run.state.config)
+    keep, held = chosen(exact_masses(q, k), PERMUTED, run.state.config)
     assert (held >= 0.7).all() and abs(int(run.keep.sum()) - int(keep.sum())) <= H
     true = recall(exact_masses(q, k), run.keep)
     assert (true >= 0.7 - 2 * mass_rounding(q, k, SCALE)).all(), "with as few blocks as can be"
     run.state.end_step()
-    ((step, sampled),) = run.statistics.samples.values()
+    ((step, sampled),) = run.statistics.patterns.samples.values()
     q, k, _ = in_order(run, *tensors(2))
     exact = reference.recall(
         q.double(), k.double(), run.keep, block_q=64, block_k=64, scale=SCALE
@@ -354,7 +352,7 @@ def test_nan_gives_the_call_to_the_host(step):
     before = run.host_calls
     out, _ = run.attend(step, (q, k, v))
     assert run.host_calls == before + 1
-    assert run.layer().stays_dense == NOT_A_NUMBER
+    assert run.layer().dense_reason == NOT_A_NUMBER
     assert torch.equal(out.isnan(), host_attention(q, k, v).isnan())
 
 
@@ -364,7 +362,7 @@ def test_out_of_memory_while_permuting_keeps_sampling_dense():
     run.backend.fails["permute"] = no_memory()
     out, _ = run.attend(1, qkv)
     assert_within("out", out, dense(*qkv), 1e-5)
-    assert run.host_calls == 1 and run.layer().mask is None
+    assert run.host_calls == 1 and run.pattern() is None
     assert run.statistics.kept_dense == {SPARSE_OUT_OF_MEMORY: 1}
 
 
@@ -378,8 +376,8 @@ def test_low_precision_gets_what_the_sparse_kernel_gets(monkeypatch):
     monkeypatch.setattr(run.backend, "quantised_attention", attention)
     for step in range(2):
         out, _ = run.attend(step, tensors(step))
-    assert run.statistics.low_precision_calls == 1
-    assert torch.equal(given["mask"].bits, run.layer().mask.bits)
+    assert run.statistics.low_precision.calls == 1
+    assert torch.equal(given["mask"].bits, run.pattern().mask.bits)
     assert given["order"] is not None and given["pooled"] is not None
     assert_within("out", out, with_tail(*tensors(1), run), 1e-5)
 
@@ -401,11 +399,11 @@ def test_the_report_tells_of_the_tail():
 @pytest.mark.parametrize("kinds", ["DSsSs", "DSsss", "DSs"])
 def test_memory_is_predicted_to_the_byte(kinds, token_order):
     run, qkv = TailRun(kinds, one_pass=True, token_order=token_order), tensors(batch=2)
-    run.state.foresee(*qkv, layers=1, batch=2, layout=LAYOUT)
+    run.estimate(qkv)
     for step in range(len(kinds)):
         run.attend(step, qkv)
     statistics = run.statistics
-    assert statistics.held_bytes == statistics.predicted_bytes > 0
+    assert statistics.memory.held_bytes == statistics.memory.predicted_bytes > 0
 
 
 # ---- carried patterns
@@ -431,7 +429,7 @@ def test_a_carried_pattern_is_used_in_its_order(token_order, tmp_path):
     qkv = tensors(0 if own else 1)
     out, did = run.attend(0, qkv, name=NAME)
     assert did == ["permute", "sparse"]
-    assert torch.equal(run.layer().mask.bits, pattern.layers[NAME].bits)
+    assert torch.equal(run.pattern().mask.bits, pattern.layers[NAME].bits)
     if own:
         assert torch.equal(run.order, pattern.layers[NAME].order)
     assert_within("out", out, with_tail(*qkv, run), 1e-5)
@@ -448,7 +446,7 @@ def test_a_second_search_replaces_a_carried_pattern():
     # with the LSE of the dense step
     again = ["permute", "masses", "pooled masses", "permute", "sparse"]
     assert did[1:] == [["permute", "sparse"], again, ["permute", "sparse"]]
-    assert not run.layer().carried
+    assert not run.pattern().carried
 
 
 def test_a_pattern_of_many_orders_is_refused_where_the_video_is_biased():
@@ -456,7 +454,7 @@ def test_a_pattern_of_many_orders_is_refused_where_the_video_is_biased():
     bias = torch.zeros(1, LAYOUT.tokens)
     bias[:, 100] = -1.0
     run.attend(0, tensors(1), name=NAME, key_bias=bias)
-    assert run.statistics.not_carried == {ONE_ORDER: 1} and not run.layer().carried
+    assert run.statistics.reuse.refused == {ONE_ORDER: 1} and not run.pattern().carried
 
 
 @pytest.mark.parametrize("first, second", [("none", "pooled"), ("pooled", "none")])
@@ -465,5 +463,5 @@ def test_a_pattern_of_another_tail_is_refused_with_the_reason(first, second):
     run = TailRun("Ss", tail=second, carried=pattern)
     run.attend(0, tensors(0), name=NAME)
     reason = f"the pattern was found with `tail` {first}, and this run has {second}"
-    assert run.statistics.not_carried == {reason: 1}
-    assert run.keep is not None and not run.layer().carried
+    assert run.statistics.reuse.refused == {reason: 1}
+    assert run.keep is not None and not run.pattern().carried

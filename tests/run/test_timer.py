@@ -1,10 +1,11 @@
+import weakref
+from unittest.mock import MagicMock
+
 import pytest
 import torch
 
-from sparse_attn.run import timer as stopwatch
-from sparse_attn.run.timer import Stopwatch
-
-CPU = torch.device("cpu")
+from sparse_attn.run import timer as module
+from sparse_attn.run.timer import Timer, Timing
 
 
 @pytest.fixture
@@ -21,32 +22,57 @@ def clock(monkeypatch):
             self.now += seconds
 
     found = Clock()
-    monkeypatch.setattr(stopwatch, "time", found)
+    monkeypatch.setattr(module, "time", found)
     return found
 
 
-def test_hands_out_a_cpus_seconds_at_once(clock):
-    seconds = []
-    with Stopwatch().measure(CPU, seconds.append):
+def on_cpu(rows=1):
+    return torch.zeros(rows, 1)
+
+
+def test_notes_a_cpus_seconds_at_once(clock):
+    timer = Timer(Timing())
+    with timer.measure("dense", on_cpu()):
         clock.sleep(2.5)
-    assert seconds == [2.5]
+    assert timer.timing == Timing(dense=[2.5])
+
+
+def test_every_video_of_a_call_has_its_share(clock):
+    timer = Timer(Timing())
+    with timer.measure("sparse", on_cpu(rows=2)):
+        clock.sleep(3)
+    assert timer.timing.sparse == [1.5, 1.5]
 
 
 def test_measurements_nest(clock):
-    inner, outer = [], []
-    watch = Stopwatch()
-    with watch.measure(CPU, outer.append):
+    timer = Timer(Timing())
+    with timer.measure("search", on_cpu()):
         clock.sleep(1)
-        with watch.measure(CPU, inner.append):
+        with timer.measure("search_dense", on_cpu()):
             clock.sleep(2)
-    assert (inner, outer) == ([2.0], [3.0])
+    assert timer.timing == Timing(search=[3.0], search_dense=[2.0])
 
 
 def test_work_that_fails_has_no_time(clock):
-    seconds = []
-    with pytest.raises(RuntimeError, match="broken"), Stopwatch().measure(CPU, seconds.append):
+    timer = Timer(Timing())
+    with pytest.raises(RuntimeError, match="broken"), timer.measure("dense", on_cpu()):
         raise RuntimeError("broken")
-    assert seconds == []
+    assert timer.timing == Timing()
+
+
+def test_an_attempt_ends_where_memory_does_and_lets_go_of_what_it_held(clock):
+    timer, held = Timer(Timing()), []
+
+    def work():
+        large = torch.zeros(100)
+        held.append(weakref.ref(large))
+        raise torch.OutOfMemoryError("no room")
+
+    with timer.attempt("sparse", on_cpu()):
+        work()
+    assert timer.timing == Timing() and held[0]() is None
+    with pytest.raises(RuntimeError, match="broken"), timer.attempt("sparse", on_cpu()):
+        raise RuntimeError("broken")
 
 
 class FakeEvent:
@@ -70,25 +96,25 @@ class FakeEvent:
         return end.at - self.at
 
 
-def test_a_gpus_seconds_wait_for_the_drain(monkeypatch):
+def test_a_gpus_seconds_wait_to_be_read(monkeypatch):
     monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: "stream")
-    watch, seconds = Stopwatch(), []
-    with watch.measure(torch.device("cuda", 0), seconds.append):
+    timer, q = Timer(Timing()), MagicMock(device=torch.device("cuda", 0))
+    q.__len__.return_value = 1
+    with timer.measure("dense", q):
         pass
-    assert seconds == []
-    watch.drain()
-    assert seconds == [1.0]
-    watch.drain()
-    assert seconds == [1.0], "handed out once"
+    assert timer.timing == Timing()
+    timer.read()
+    assert timer.timing == Timing(dense=[1.0])
+    timer.read()
+    assert timer.timing == Timing(dense=[1.0]), "noted once"
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_measures_real_work_on_a_gpu(device):
-    watch, seconds = Stopwatch(), []
-    x = torch.randn(4096, 4096, device=device)
+    timer, x = Timer(Timing()), torch.randn(1, 4096, 4096, device=device)
     x @ x
-    with watch.measure(device, seconds.append):
+    with timer.measure("dense", x):
         x @ x
-    watch.drain()
-    assert 1e-5 < seconds[0] < 1
+    timer.read()
+    assert 1e-5 < timer.timing.dense[0] < 1

@@ -6,9 +6,8 @@ import pytest
 import torch
 
 from sparse_attn.backends import reference
-from sparse_attn.run import timer as stopwatch
-from sparse_attn.run.cache import Cache
-from tests.run.fakes import BLOCKS, LAYOUT, Backend, L, Run, tensors
+from sparse_attn.run import timer
+from tests.run.fakes import BLOCKS, LAYOUT, Backend, Run, tensors
 
 
 def test_patterns_hold_the_true_density_and_recall():
@@ -18,7 +17,7 @@ def test_patterns_hold_the_true_density_and_recall():
     run.state.end_step()
     ((key, pattern),) = run.statistics.patterns.items()
     assert key == (4, "positive") and pattern.step == 5 and pattern.exact
-    keep = run.layer().mask.to_dense()
+    keep = run.pattern().mask.to_dense()
     true = reference.recall(*(x.double() for x in qkv[:2]), keep, **BLOCKS).mean(0)
     assert pattern.recall == pytest.approx(true.tolist(), abs=1e-5)
     density = keep.double().mean((-1, -2)).mean(0)
@@ -33,7 +32,7 @@ def test_recall_of_a_search_in_one_pass_is_called_an_estimate(one_pass):
         run.attend(0, tensors(0))
     run.attend(1, tensors(1))
     run.state.end_step()
-    assert run.statistics.exact() == (not one_pass)
+    assert run.statistics.patterns.exact() == (not one_pass)
 
 
 def test_recall_of_a_later_search_is_called_an_estimate():
@@ -42,14 +41,14 @@ def test_recall_of_a_later_search_is_called_an_estimate():
     run.attend(1)
     run.state.end_step()
     assert not run.statistics.patterns[0, "positive"].exact
-    assert not run.statistics.exact()
+    assert not run.statistics.patterns.exact()
 
 
 def test_seconds_are_counted_per_kind_and_video(monkeypatch):
     run = Run("DSsSs", Backend(one_pass=False))
     clock = SimpleNamespace(now=0.0)
     clock.perf_counter = lambda: clock.now
-    monkeypatch.setattr(stopwatch, "time", clock)
+    monkeypatch.setattr(timer, "time", clock)
 
     def slow(name, seconds):
         function = getattr(run.backend, name)
@@ -63,7 +62,7 @@ def test_seconds_are_counted_per_kind_and_video(monkeypatch):
     slow("attention", lambda mask=None, **_: 8.0 if mask is None else 2.0)
     slow("block_masses", lambda **_: 4.0)
     qkv = tensors(batch=2)
-    with run.state.timed("dense", qkv[0]):
+    with run.state.timer.measure("dense", qkv[0]):
         clock.now += 8.0
     for step in range(1, 5):
         run.attend(step, qkv)
@@ -79,10 +78,10 @@ def test_held_memory_is_the_sum_of_masks_and_lse():
     run = Run("SsSs")
     for key in ("a", "b"):
         run.attend(0, key=key)
-    one = run.layer("a").mask.bits.nbytes + run.layer("a").lse.nbytes
-    assert run.statistics.held_bytes == 2 * one
+    one = run.pattern("a").mask.bits.nbytes + run.layer("a").lse.nbytes
+    assert run.statistics.memory.held_bytes == 2 * one
     run.state.free()
-    assert run.statistics.held_bytes == 2 * one, "the fullest moment, not the last"
+    assert run.statistics.memory.held_bytes == 2 * one, "the fullest moment, not the last"
 
 
 @pytest.mark.parametrize("config", [{}, {"block_size": "128x64"}, {"recall": 0.8}], ids=str)
@@ -91,15 +90,15 @@ def test_held_memory_is_the_sum_of_masks_and_lse():
 def test_memory_is_predicted_to_the_byte(kinds, one_pass, config):
     run = Run(kinds, Backend(one_pass), **config)
     q, k, v = tensors(batch=2)
-    run.state.foresee(q, k, v, layers=3, batch=2, layout=LAYOUT)
+    run.estimate((q, k, v), layers=3)
     for step in range(len(kinds)):
         for layer in range(3):
-            if kinds[step] != "D" or run.state.wants_lse(step, q, k, v):
+            if run.attends(step, (q, k, v)):
                 run.attend(step, (q, k, v), key=layer, layer=layer)
     statistics = run.statistics
-    assert statistics.held_bytes == statistics.predicted_bytes
-    assert (statistics.held_bytes > 0) == ("S" in kinds)
-    assert statistics.tokens == L and statistics.layout == LAYOUT.describe()
+    assert statistics.memory.held_bytes == statistics.memory.predicted_bytes
+    assert (statistics.memory.held_bytes > 0) == ("S" in kinds)
+    assert statistics.layout == (LAYOUT if "S" in kinds else None)
 
 
 PLACES = [
@@ -114,20 +113,17 @@ PLACES = [
 
 @pytest.mark.parametrize("cache, free_bytes, place", PLACES)
 def test_where_the_cache_lives(cache, free_bytes, place):
-    run = Run("Ss", cache=cache).state
-    run.cache = Cache(cache, free_bytes)
-    run.foresee(*tensors(), layers=60, batch=1, layout=LAYOUT)
-    assert run.statistics.cache_place == place
+    run = Run("Ss", cache=cache, free_bytes=free_bytes)
+    run.estimate(layers=60)
+    run.attend(0)
+    assert run.statistics.memory.place == place
     if free_bytes is not None:
-        assert run.cache.place == place
+        assert run.state.cache.place == place
 
 
 def test_the_summary_of_a_whole_run():
     run = Run("DSsSs", sparsity=0.7)
-    q, k, v = tensors()
-    run.state.foresee(q, k, v, layers=1, batch=1, layout=LAYOUT)
-    with run.state.timed("dense", q):
-        pass
+    run.estimate()
     for step in range(1, 5):
         run.state.enter_step(step)
         run.attend(step)
@@ -136,7 +132,7 @@ def test_the_summary_of_a_whole_run():
     statistics.timing.dense = [9.0]
     statistics.timing.search, statistics.timing.search_again = [12.0], [4.0]
     statistics.timing.sparse = [2.0] * 3
-    mean, worst = statistics.recall()
+    mean, worst = statistics.patterns.recall()
     assert 0.5 < worst <= mean <= 1
     # ten blocks: the first is a sink, the others keep three of ten each
     assert statistics.summary() == (
