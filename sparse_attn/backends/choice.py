@@ -8,6 +8,9 @@ from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
 
+import torch
+
+from . import tiles
 from .torch import attention as torch_attention
 from .torch import block_masses as torch_masses
 from .torch import features as torch_features
@@ -89,7 +92,7 @@ def choose(q, k, v, block_q: int, block_k: int) -> tuple[Backend | None, str]:
     for why_not, backend in CANDIDATES:
         reason = why_not(q, k, v, block_q, block_k)
         if reason is None:
-            chosen = backend()
+            chosen = backend(q.device)
             return chosen, f"{chosen.name} ({'; '.join(reasons)})" if reasons else chosen.name
         reasons.append(reason)
     return None, "; ".join(reasons)
@@ -113,7 +116,7 @@ def _why_not_kernels(q, k, v, block_q: int, block_k: int) -> str | None:
     if q.device.type != "cuda":
         reason = f"needs a CUDA tensor, got {q.device.type}"
     else:
-        reason = why_no_triton() or _kernel("attention").why_not(q, k, v, block_q, block_k)
+        reason = why_no_triton() or _kernel("launch").why_not(q, k, v, block_q, block_k)
     return None if reason is None else f"Triton kernels: {reason}"
 
 
@@ -122,28 +125,42 @@ def _why_not_torch(q, k, v, block_q: int, block_k: int) -> str | None:
     return None if reason is None else f"plain torch: {reason}"
 
 
-def _kernel(name: str):
-    return import_module(f".triton.{name}", __package__)
+def _kernel(name: str, folder: str = "triton"):
+    return import_module(f".{folder}.{name}", __package__)
 
 
-def triton_kernels() -> Backend:
-    """The Triton kernels, and plain torch where a call is more than its kernel serves."""
-    quantised = _kernel("quantised_attention")
+@cache
+def _has_gluon() -> bool:
+    """Whether this Triton knows all of Gluon that the kernels for Hopper need."""
+    try:
+        for name in ("attention", "block_masses", "quantised_attention"):
+            _kernel(name, "hopper")
+    except (ImportError, AttributeError):
+        # Gluon is younger than the oldest Triton served
+        return False
+    return True
+
+
+def triton_kernels(device: torch.device | None = None) -> Backend:
+    """The kernels for a device, or for the current one, and plain torch where they do not serve."""
+    card = tiles.card_of(device)
+    folder = "hopper" if card == tiles.HOPPER and _has_gluon() else "triton"
+    attention, masses = _kernel("attention", folder), _kernel("block_masses", folder)
     return Backend(
         name="Triton kernels",
         one_pass_search=True,
-        attention=_kernel("attention").attention,
-        attention_with_masses=_kernel("attention").attention_with_masses,
-        why_not_quantised=quantised.why_not_quantised,
-        quantised_attention=quantised.quantised_attention,
-        block_masses=_kernel("block_masses").block_masses,
+        attention=attention.attention,
+        attention_with_masses=attention.attention_with_masses,
+        why_not_quantised=_kernel("quantised_attention").why_not_quantised,
+        quantised_attention=_kernel("quantised_attention", folder).quantised_attention,
+        block_masses=masses.block_masses,
         pooled_masses=_kernel("pooled_masses").pooled_masses,
         permute=_kernel("permute").permute,
         **_asked_at_every_call(),
     )
 
 
-def plain_torch() -> Backend:
+def plain_torch(device: torch.device | None = None) -> Backend:
     """Plain torch, and on a GPU kernels for what does not depend on the dtype of q, k and v."""
     return Backend(
         name="plain torch",

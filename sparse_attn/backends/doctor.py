@@ -51,8 +51,8 @@ def _check(backend, q, k, v):
     scale = q.shape[-1] ** -0.5
     exact_inputs = [x.double().cpu() for x in (q, k, v)]
     out, lse = backend.attention(q, k, v, scale=scale)
-    exact, exact_lse = reference.dense_attention(*exact_inputs, scale=scale)
-    torch_out, _ = reference.dense_attention(q, k, v, scale=scale)
+    exact, exact_lse = reference.attention(*exact_inputs, scale=scale)
+    torch_out, _ = reference.attention(q, k, v, scale=scale)
     yield _compare("dense attention", out, exact, torch_out)
 
     masses = backend.block_masses(q, k, lse, scale=scale, **blocks)
@@ -62,24 +62,25 @@ def _check(backend, q, k, v):
 
     keep = torch.rand(masses.shape, generator=torch.Generator().manual_seed(1)) < 0.4
     keep[..., 0] = True
-    mask = BlockMask.from_dense(keep.to(q.device), **blocks)
-    out, _ = backend.attention(q, k, v, scale=scale, mask=mask)
-    exact, _ = reference.sparse_attention(*exact_inputs, keep, scale=scale, **blocks)
-    same, _ = reference.sparse_attention(q, k, v, keep.to(q.device), scale=scale, **blocks)
-    yield _compare("sparse attention", out, exact, same)
-
+    mask = BlockMask.from_dense(keep, **blocks)
+    on_device = mask.with_bits(mask.bits.to(q.device))
     # heads in different orders, as `similarity` finds them
-    generator = torch.Generator().manual_seed(2)
-    order = torch.rand(q.shape[:3], generator=generator).argsort(-1).int().to(q.device)
-    moved = backend.permute(q, k, v, order)
-    out, _ = backend.attention(
+    orders = torch.rand(q.shape[:3], generator=torch.Generator().manual_seed(2)).argsort(-1).int()
+    for name, order in (("sparse attention", None), ("sparse attention with a tail", orders)):
+        exact = _sparse(reference, exact_inputs, scale, mask, order)
+        order = None if order is None else order.to(q.device)
+        out, same = (_sparse(x, (q, k, v), scale, on_device, order) for x in (backend, reference))
+        yield _compare(name, out, exact, same)
+
+
+def _sparse(operations, qkv, scale, mask, order):
+    """Sparse attention by a backend or the reference, pooled where there is an order."""
+    if order is None:
+        return operations.attention(*qkv, scale=scale, mask=mask)[0]
+    moved = operations.permute(*qkv, order)
+    return operations.attention(
         moved.q, moved.k, moved.v, scale=scale, mask=mask, pooled=moved.pooled, order=order
-    )
-    order, options = order.cpu(), {"scale": scale, **blocks}
-    exact, _ = reference.sparse_attention_with_tail(*exact_inputs, keep, order, **options)
-    inputs = [x.cpu() for x in (q, k, v)]
-    same, _ = reference.sparse_attention_with_tail(*inputs, keep, order, **options)
-    yield _compare("sparse attention with a tail", out, exact, same)
+    )[0]
 
 
 def _compare(name, out, exact, same_dtype):

@@ -1,6 +1,11 @@
-"""Ground truth in plain torch: slow, obvious, float64 when given float64."""
+"""Ground truth in plain torch: slow, obvious, float64 when given float64.
+
+Every operation of `choice.Backend` has its truth here, under its name and with its arguments.
+"""
 
 import torch
+
+from .permuted import BLOCK, Permuted, Pooled
 
 
 def scaled_logits(q, k, scale: float, key_bias=None) -> torch.Tensor:
@@ -22,23 +27,109 @@ def expand_blocks(keep, block_q: int, block_k: int, len_q: int, len_k: int) -> t
     return keep.repeat_interleave(block_k, -1)[..., :len_k]
 
 
-def sparse_attention(q, k, v, keep, *, block_q, block_k, scale, key_bias=None):
-    """Attention over the kept key blocks only.
+def attention(q, k, v, *, scale, key_bias=None, mask=None, pooled=None, order=None):
+    """Attention over all keys, or over the blocks that a mask keeps and the means of the others.
 
     Args:
-        q: [B, H, Lq, D]. k, v: [B, H, Lk, D]. keep: [B, H, Nq, Nk] bool.
+        q: [B, H, Lq, D]. k, v: [B, H, Lk, D]. key_bias: [B, Lk] or None.
+        mask: a `BlockMask` or None. pooled: a `Pooled` or None.
+        order: [B, H, Lq], the token at every place of q, or None.
 
     Returns:
-        out: [B, H, Lq, D], dtype of `v`, 0 where a row keeps no block.
-        lse: [B, H, Lq], natural log, -inf where a row keeps no block.
+        out: [B, H, Lq, D] in the order of the tokens, dtype of `v`, 0 where a row sees no key.
+        lse: [B, H, Lq] in the order of q, natural log, -inf where a row sees no key.
     """
     logits = scaled_logits(q, k, scale, key_bias)
-    tokens = expand_blocks(keep, block_q, block_k, q.shape[-2], k.shape[-2])
-    logits = logits.masked_fill(~tokens, float("-inf"))
+    if mask is not None:
+        keep = mask.to_dense()
+        tokens = expand_blocks(keep, mask.block_q, mask.block_k, q.shape[-2], k.shape[-2])
+        logits = logits.masked_fill(~tokens, float("-inf"))
+        if pooled is not None:
+            means = scaled_logits(q, pooled.k_mean, scale, pooled.log_sizes)
+            listed = expand_blocks(keep, mask.block_q, 1, q.shape[-2], mask.num_k)
+            logits = torch.cat([logits, means.masked_fill(listed, float("-inf"))], -1)
+            v = torch.cat([v, pooled.v_mean], -2)
     lse = logits.logsumexp(-1)
-    # a row without a key weighs nothing, instead of exp(-inf + inf)
-    weights = (logits - lse.masked_fill(lse == float("-inf"), 0.0)[..., None]).exp()
-    return weights.to(v.dtype) @ v, lse
+    out = weights_of(logits, lse).to(v.dtype) @ v
+    if order is not None:
+        places = order.long()[..., None].expand_as(out)
+        out = torch.empty_like(out).scatter_(2, places, out)
+    return out, lse
+
+
+def attention_with_masses(q, k, v, *, scale, previous_lse, block_q, block_k, key_bias=None):
+    """Dense attention, and the masses by an earlier LSE, scaled to their rows."""
+    options = {"scale": scale, "key_bias": key_bias}
+    masses = block_masses(q, k, previous_lse, block_q=block_q, block_k=block_k, **options)
+    return *attention(q, k, v, **options), masses
+
+
+# what quantising changes is error
+quantised_attention = attention
+
+
+def block_masses(
+    q, k, lse, *, block_q, block_k, scale, key_bias=None, renormalise=True, int8=False
+) -> torch.Tensor:  # fmt: skip
+    """M[i, j]: sum of exp(logit - lse) over query block i and key block j, [B, H, Nq, Nk]."""
+    weights = weights_of(scaled_logits(q, k, scale, key_bias), lse)
+    B, H, len_q, len_k = weights.shape
+    pad_q, pad_k = -len_q % block_q, -len_k % block_k
+    weights = torch.nn.functional.pad(weights, (0, pad_k, 0, pad_q))
+    weights = weights.view(B, H, (len_q + pad_q) // block_q, block_q, -1, block_k)
+    masses = weights.sum((3, 5))
+    return renormalised(masses, len_q, block_q) if renormalise else masses
+
+
+def renormalised(masses, len_q: int, block_q: int) -> torch.Tensor:
+    """Scale every row of blocks to sum to its number of query rows; a row of none stays."""
+    masses = masses.clone()
+    for i in range(masses.shape[-2]):
+        rows, total = min(block_q, len_q - i * block_q), masses[..., i, :].sum(-1, keepdim=True)
+        masses[..., i, :] *= (rows / total).where(total != 0, 1.0)
+    return masses
+
+
+def pooled_masses(q, k_mean, log_sizes, lse, *, block_q, scale) -> torch.Tensor:
+    """P[i, j]: the same of pooled keys [B, H, N, D] that weigh exp(log_sizes [B, N])."""
+    return block_masses(
+        q, k_mean, lse, block_q=block_q, block_k=1, scale=scale, key_bias=log_sizes,
+        renormalise=False,
+    )  # fmt: skip
+
+
+def tail_error(masses, pooled, v, v_mean) -> torch.Tensor:
+    """sqrt(M (M - P)) s + (M - P) |vm - o| of every block pair, one at a time, [B, H, Nq, N].
+
+    M and P are the masses of a block and of its pooled key, vm and s the mean and the deviation of
+    the block's values, o the mean output of the query block as the block means give it.
+    """
+    scores = torch.zeros_like(masses)
+    for index in torch.cartesian_prod(*(torch.arange(n) for n in masses.shape)).tolist():
+        b, h, i, j = index
+        values = v[b, h, j * BLOCK : (j + 1) * BLOCK]
+        M, row = masses[b, h, i, j], masses[b, h, i]
+        s = (values - v_mean[b, h, j]).square().mean(0).sum().sqrt()
+        o = row @ v_mean[b, h] / row.sum()
+        # a rounded mean may weigh more than its keys
+        missing = (M - pooled[b, h, i, j]).clamp(min=0)
+        scores[b, h, i, j] = (M * missing).sqrt() * s + missing * (v_mean[b, h, j] - o).norm()
+    return scores
+
+
+def permute(q, k, v, order, key_bias=None) -> Permuted:
+    """Tokens in their order and the means of its blocks; a block with a biased key has none."""
+    if key_bias is not None:
+        # the heads have one order where there is a bias
+        key_bias = key_bias.gather(1, order[:, 0].long())
+    q, k, v = (None if x is None else in_order(x, order) for x in (q, k, v))
+    sizes = [part.shape[-1] for part in order.split(BLOCK, -1)]
+    dtype = torch.promote_types(k.dtype, torch.float32)
+    log_sizes = torch.tensor(sizes, dtype=dtype, device=k.device).log().repeat(len(k), 1)
+    if key_bias is not None:
+        biased = [(part != 0).any(-1) for part in key_bias.split(BLOCK, -1)]
+        log_sizes = log_sizes.masked_fill(torch.stack(biased, -1), float("-inf"))
+    return Permuted(q, k, v, key_bias, Pooled(block_means(k), block_means(v), log_sizes))
 
 
 def in_order(x, order) -> torch.Tensor:
@@ -46,94 +137,57 @@ def in_order(x, order) -> torch.Tensor:
     return x.gather(2, order.long()[..., None].expand(-1, -1, -1, x.shape[-1]))
 
 
-def block_means(x, block: int) -> torch.Tensor:
-    """Mean of every block of tokens of x [B, H, L, D], [B, H, N, D]."""
-    return torch.stack([part.mean(-2) for part in x.split(block, -2)], -2)
+def block_means(x) -> torch.Tensor:
+    """Mean of every block of 64 tokens of x [B, H, L, D], [B, H, N, D]."""
+    return torch.stack([part.mean(-2) for part in x.split(BLOCK, -2)], -2)
 
 
-def sparse_attention_with_tail(q, k, v, keep, order, *, block_q, block_k, scale, key_bias=None):
-    """Attention over the kept key blocks and, for each other block, its mean key and mean value.
+def features(q, k, centres, directions, places) -> torch.Tensor:
+    """(q - centre) @ directions, the same of k, and places; 0 where that is not finite."""
+    sides = [(x - c[:, :, None]) @ w for x, c, w in zip((q, k), centres, directions, strict=True)]
+    found = torch.cat([*sides, places.expand(*q.shape[:3], -1)], -1)
+    return found.masked_fill(~found.isfinite(), 0.0)
 
-    A block in which any key has a bias has no stand-in.
 
-    Args:
-        q, k, v: [B, H, L, D]. keep: [B, H, Nq, N] bool, of the tokens in `order`. order: [B, H, L].
-            A `key_bias` goes with the order of the first head.
+def pca_tree(features) -> torch.Tensor:
+    """[h, V] order of [h, V, F]: on every level each node is split at the median of its direction.
+
+    The direction is that of eight power steps over 128 samples of the node.
+    """
+    tokens = torch.arange(features.shape[1])
+    levels = (-(-len(tokens) // BLOCK) - 1).bit_length()
+    return torch.stack([_split(head, tokens, levels) for head in features])
+
+
+def _split(features, tokens, levels: int) -> torch.Tensor:
+    if levels == 0 or len(tokens) == 0:
+        return tokens
+    some = features[tokens[torch.arange(128) * len(tokens) // 128]]
+    some = some - some.mean(0)
+    direction = some.square().sum(0).sqrt()
+    for _ in range(8):
+        direction = some.T @ (some @ direction)
+        direction = direction / direction.norm().clamp(min=1e-20)
+    tokens = tokens[(features[tokens] @ direction).argsort(stable=True)]
+    middle = (-(-len(tokens) // BLOCK) + 1) // 2 * BLOCK
+    halves = tokens[:middle], tokens[middle:]
+    return torch.cat([_split(features, half, levels - 1) for half in halves])
+
+
+def row_wise_top_k(scores, masses, budgets, largest_budget, sink_k, sink_q):
+    """Per row, one at a time: the sinks first, then the highest scores. All of a sink's row.
 
     Returns:
-        out: [B, H, L, D] as the tokens came. lse: [B, H, L] in `order`.
+        keep: [B, H, Nq, Nk] bool. recall: [B, H], the share of mass that it keeps.
     """
-    order = order.long()
-    q, k, v = (in_order(x, order) for x in (q, k, v))
-    length = k.shape[-2]
-    if key_bias is not None:
-        key_bias = key_bias.gather(1, order[:, 0])
-    logits = scaled_logits(q, k, scale, key_bias)
-    tokens = expand_blocks(keep, block_q, block_k, length, length)
-    logits = logits.masked_fill(~tokens, float("-inf"))
-    sizes = torch.tensor([part.shape[-1] for part in order.split(block_k, -1)], dtype=logits.dtype)
-    pseudo = scaled_logits(q, block_means(k, block_k), scale) + sizes.log()
-    pseudo = pseudo.masked_fill(expand_blocks(keep, block_q, 1, length, len(sizes)), float("-inf"))
-    if key_bias is not None:
-        biased = torch.stack([(part != 0).any(-1) for part in key_bias.split(block_k, -1)], -1)
-        pseudo = pseudo.masked_fill(biased[:, None, None], float("-inf"))
-    both = torch.cat([logits, pseudo], -1)
-    lse = both.logsumexp(-1)
-    values = torch.cat([v, block_means(v, block_k)], -2)
-    arranged = weights_of(both, lse).to(v.dtype) @ values
-    out = torch.empty_like(arranged)
-    out.scatter_(2, order[..., None].expand_as(arranged), arranged)
-    return out, lse
-
-
-def tail_error(q, k, v, lse, *, block_q, block_k, scale) -> torch.Tensor:
-    """sqrt(M (M - P)) s + (M - P) |vm - o| of every block pair, one at a time, [B, H, Nq, N].
-
-    M and P are the masses of a block and of its pseudo key, vm and s the mean and the deviation of
-    the block's values, o the mean output of the query block as the block means give it.
-    """
-    masses = block_masses(q, k, lse, block_q=block_q, block_k=block_k, scale=scale)
-    k_mean, v_mean = block_means(k, block_k), block_means(v, block_k)
-    pseudo = weights_of(scaled_logits(q, k_mean, scale), lse)
-    scores = torch.zeros_like(masses)
-    for index in torch.cartesian_prod(*(torch.arange(n) for n in masses.shape)).tolist():
-        b, h, i, j = index
-        rows = slice(i * block_q, (i + 1) * block_q)
-        values = v[b, h, j * block_k : (j + 1) * block_k]
-        M = masses[b, h, i, j]
-        P = len(values) * pseudo[b, h, rows, j].sum()
-        s = (values - v_mean[b, h, j]).square().mean(0).sum().sqrt()
-        o = masses[b, h, i] @ v_mean[b, h] / len(q[b, h, rows])
-        # a rounded mean may weigh more than its keys
-        missing = (M - P).clamp(min=0)
-        scores[b, h, i, j] = (M * missing).sqrt() * s + missing * (v_mean[b, h, j] - o).norm()
-    return scores
-
-
-def dense_attention(q, k, v, *, scale, key_bias=None):
-    """Attention over all keys; shapes as in `sparse_attention`."""
-    logits = scaled_logits(q, k, scale, key_bias)
-    lse = logits.logsumexp(-1)
-    return weights_of(logits, lse).to(v.dtype) @ v, lse
-
-
-def block_masses(q, k, lse, *, block_q, block_k, scale, key_bias=None) -> torch.Tensor:
-    """M[i, j]: sum of exp(logit - lse) over query block i and key block j, [B, H, Nq, Nk]."""
-    weights = weights_of(scaled_logits(q, k, scale, key_bias), lse)
-    B, H, len_q, len_k = weights.shape
-    pad_q, pad_k = -len_q % block_q, -len_k % block_k
-    weights = torch.nn.functional.pad(weights, (0, pad_k, 0, pad_q))
-    weights = weights.view(B, H, (len_q + pad_q) // block_q, block_q, -1, block_k)
-    return weights.sum((3, 5))
-
-
-def renormalised(masses, len_q: int, block_q: int) -> torch.Tensor:
-    """Scale every row of blocks to sum to its number of query rows."""
-    masses = masses.clone()
-    for i in range(masses.shape[-2]):
-        rows = min(block_q, len_q - i * block_q)
-        masses[..., i, :] *= rows / masses[..., i, :].sum(-1, keepdim=True)
-    return masses
+    keep = torch.zeros_like(scores, dtype=torch.bool)
+    for index in torch.cartesian_prod(*(torch.arange(n) for n in scores.shape[:-1])).tolist():
+        b, h, i = index
+        row = scores[b, h, i].tolist()
+        order = sorted(range(len(row)), key=lambda j: (not sink_k[j], -row[j]))
+        kept = range(len(row)) if sink_q[i] else order[: budgets[b][h]]
+        keep[b, h, i][list(kept)] = True
+    return keep, (masses * keep).sum((-1, -2)) / masses.sum((-1, -2))
 
 
 def recall(q, k, keep, *, block_q, block_k, scale, key_bias=None) -> torch.Tensor:
@@ -153,24 +207,6 @@ def head_sparsities(recalls: list[float], sparsity: float) -> list[float]:
     for head in heads[len(heads) - n :]:
         sparsities[head] = (3 * sparsity - 1) / 2
     return sparsities
-
-
-def row_wise_top_k(scores, budgets, sink, sink_q=None) -> torch.Tensor:
-    """Per row, one at a time: the sinks first, then the highest scores. All of a sink's row.
-
-    Args:
-        scores: [B, H, Nq, Nk]. budgets: [B][H] key blocks per row. sink: [Nk] bool.
-        sink_q: [Nq] bool, None where the same.
-    """
-    sink_q = sink if sink_q is None else sink_q
-    keep = torch.zeros_like(scores, dtype=torch.bool)
-    for index in torch.cartesian_prod(*(torch.arange(n) for n in scores.shape[:-1])).tolist():
-        b, h, i = index
-        row = scores[b, h, i].tolist()
-        order = sorted(range(len(row)), key=lambda j: (not sink[j], -row[j]))
-        kept = range(len(row)) if sink_q[i] else order[: budgets[b][h]]
-        keep[b, h, i][list(kept)] = True
-    return keep
 
 
 def sink_blocks(layout, block_size: int) -> list[bool]:

@@ -1,29 +1,21 @@
-"""The one table of tile sizes, warps and stages, per kernel and GPU architecture."""
+"""The one table of tile sizes, warps, stages and registers, per kernel and GPU architecture.
+
+Milliseconds are at 24 heads x 119,040 tokens x 128 in bfloat16 (HunyuanVideo, 720p) in blocks of 64
+keys, NVIDIA H200, torch 2.11, Triton 3.6, 2026-11-23 and 24, if nothing else is said; cuDNN dense
+took 279 in the same process.
+"""
 
 from dataclasses import dataclass
 from functools import cache
 
 import torch
 
+# compute capability, or an AMD architecture such as "gfx942"
+Card = tuple[int, int] | str
 
-@dataclass(frozen=True)
-class Tile:
-    """Tokens that one program holds on chip; the attention kernels take two key tiles a turn."""
-
-    tile_q: int
-    tile_k: int
-    num_warps: int
-    num_stages: int
-    tma: bool = False
-    hopper: bool = False  # the Gluon kernel; `num_stages` pairs of tiles in its ring
-
-    def mass_block(self, block_q: int, block_k: int) -> tuple[int, int]:
-        """Blocks whose masses a kernel yields; those asked for are made up of them."""
-        return (64, 64) if self.hopper else (block_q, min(block_k, 2 * self.tile_k))
-
-
-# block masses, which INT8 queries leave more registers to than bfloat16 ones
-MASSES = ("masses", "int8 masses")
+# what a kernel may be compiled for anywhere: the oldest tensor cores served
+ANY_CARD = (8, 0)
+HOPPER = (9, 0)
 
 # largest shared memory of one program, bytes
 SHARED_MEMORY = {
@@ -40,88 +32,214 @@ SHARED_MEMORY = {
 }
 
 
-# ms at 24 heads x 119040 tokens x 128 bfloat16 in blocks of 64 keys; NVIDIA H200, torch 2.11,
-# Triton 3.6, 2026-11-23; cuDNN dense took 279 in the same process:
-#   sparse at density 0.2, 128 rows: 6 stages 57.5 and 55.1 (two runs), 5 stages 59.5, 4 stages
-#   56.8 and 59.1; with a key bias on the last 200 keys 59.8 (57.1 and 60.1 without), on all 81.3
-#   sparse at density 0.2, 64 rows: 3 stages 68.6 and 68.3, 2 stages 73.4
-#   dense: 289.8 and 300.1; with masses 297.9; 64 rows 327.7
-#   masses: 3 consumers with two tiles in turn 146.5; 4 with one tile 144.1 and 143.9, but then
-#   Triton 3.9 spills; 2 with two pairs of tiles 162.3 and 159.9. A quarter of the exponentials as a
-#   polynomial: 153.2 instead of 144.1
-#   masses from INT8: 4 consumers 114.8, 3 of them 120.2; every eighth exponential as a polynomial 116.1
-#   low precision, INT8 scores, 1.28 for quantising not included: sparse at 0.2 39.2, 64 rows 44.6,
-#   dense 196.5; with P V summed in float32 48.2, 54.4 and 232.8; two consumers that exponentiate by
-#   turns 41.8, 45.6 and 196.5
-#   low precision, 2026-11-24: sparse at 0.2 39.0, with a tail 44.7, with a key bias on the last 200
-#   keys 39.7, 64 rows 43.0; with one loop for all tiles, which looked for a bias in every turn and
-#   always rescaled the sums, 39.5, 49.7, 45.3 and 42.2
-def hopper_tile(kernel: str, block_q: int) -> Tile:
-    """The tile of the Gluon kernels."""
-    if kernel in MASSES:
-        # 64 rows a consumer
-        rows = 192 if kernel == "masses" else 256
-        return Tile(rows, 64, 4, 4, tma=True, hopper=True)
-    if kernel == "sparse" and block_q == 64:
-        return Tile(64, 64, 4, 3, tma=True, hopper=True)
-    return Tile(128, 64, 4, 6, tma=True, hopper=True)
+@dataclass(frozen=True)
+class Tile:
+    """What one program of a Triton kernel holds on chip.
+
+    Args:
+        tile_q, tile_k: queries or other rows, and keys or other columns; attention takes two tiles
+            of keys a turn.
+        num_stages: turns whose loads are under way at once; 3 is Triton's own default.
+    """
+
+    tile_q: int
+    tile_k: int
+    num_warps: int
+    num_stages: int = 3
+
+    @property
+    def options(self) -> dict[str, int]:
+        """What a launch takes besides its arguments."""
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages}
 
 
-# the same work without the Gluon kernels, on the same day and card:
-#   sparse, 128 rows, pairs of 64 keys, 8 warps: TMA 75.9, pointers 79.4; pairs of 32 keys 102.6
-#   sparse, 64 rows, 4 warps: pairs of 32 keys 90.6 with TMA, 100.5 with pointers; of 64 103.1
-#   masses, TMA: 128 x 64 197.6, 64 x 128 194.6, 128 x 128 235.4, 64 x 256 389.9
-# Other cards were compiled for, not measured: their tiles fit shared memory without spilling.
-def tile_for(kernel: str, capability: tuple[int, int], D: int, block_q: int, block_k: int) -> Tile:
-    """The tile that the plain Triton `kernel` uses on a card of this compute capability."""
-    tma = capability[0] in (9, 10)
-    if kernel in MASSES:
-        return Tile(128, 128 if block_k == 128 else 64, 8, 3 if tma else 2, tma)
+@dataclass(frozen=True)
+class HopperTile:
+    """The partitions of one Gluon program: consumers of 64 query rows each, and one producer warp.
+
+    Args:
+        stages: pairs of 64-key tiles in its ring.
+        consumer_registers, producer_registers: a thread, of the warps that are added to the first
+            four, which keep what is left over.
+        maxnreg: registers a thread for all of it, so that two programs share a multiprocessor.
+    """
+
+    consumers: int
+    stages: int
+    consumer_registers: int
+    producer_registers: int = 24
+    maxnreg: int | None = None
+
+    @property
+    def tile_q(self) -> int:
+        """Query rows."""
+        return 64 * self.consumers
+
+    @property
+    def options(self) -> dict[str, int | None]:
+        """What a launch takes besides its arguments; the four warps are the first consumer's."""
+        return {
+            "CONSUMERS": self.consumers,
+            "STAGES": self.stages,
+            "CONSUMER_REGISTERS": self.consumer_registers,
+            "PRODUCER_REGISTERS": self.producer_registers,
+            "num_warps": 4,
+            "maxnreg": self.maxnreg,
+        }
+
+
+# ---- Gluon kernels, on Hopper
+
+
+# sparse at density 0.2, 128 rows: 6 stages 57.5 and 55.1 (two runs), 5 stages 59.5, 4 stages 56.8 and
+# 59.1; with a key bias on the last 200 keys 59.8 (57.1 and 60.1 without), on all 81.3
+# sparse at density 0.2, 64 rows: 3 stages 68.6 and 68.3, 2 stages 73.4
+# dense: 289.8 and 300.1; with masses 297.9; 64 rows 327.7
+# registers: 240 is the most that two consumers and the first four warps can have beside the producer
+# (64K a multiprocessor); one consumer has the first four warps, all of 128
+def hopper_attention(block_q: int) -> HopperTile:
+    """The tile of attention, and of quantised attention, for query blocks of 64 or 128."""
+    if block_q == 64:
+        return HopperTile(1, stages=3, consumer_registers=0, maxnreg=128)
+    return HopperTile(2, stages=6, consumer_registers=240)
+
+
+# quantised attention with INT8 scores, 1.28 for quantising not included: sparse at 0.2 39.0 to 39.2,
+# with a tail 44.7, with a key bias on the last 200 keys 39.7, 64 rows 43.0 to 44.6, dense 196.5
+# with P V summed in float32 48.2, 54.4 (64 rows) and 232.8; two consumers that exponentiate by turns
+# 41.8, 45.6 and 196.5; one loop for all tiles, which looked for a bias in every turn and always
+# rescaled the sums, 39.5, with a tail 49.7, with a bias 45.3, 64 rows 42.2
+hopper_quantised_attention = hopper_attention
+
+
+# bfloat16: 3 consumers with two tiles in turn 146.5; 4 with one tile 144.1 and 143.9, but then
+# Triton 3.9 spills; 2 with two pairs of tiles 162.3 and 159.9. A quarter of the exponentials as a
+# polynomial: 153.2 instead of 144.1
+# INT8, which leaves more registers: 4 consumers 114.8, 3 of them 120.2; every eighth exponential as a
+# polynomial 116.1. A key bias takes those registers back
+# the first consumer takes what registers are left over from the others and the producer
+def hopper_block_masses(int8: bool, has_bias: bool) -> HopperTile:
+    """The tile of block masses."""
+    if int8 and not has_bias:
+        return HopperTile(4, stages=4, consumer_registers=112)
+    return HopperTile(3, stages=4, consumer_registers=160)
+
+
+# ---- Triton kernels, on every card
+
+
+# on an H200 instead of the Gluon kernels: sparse, 128 rows, pairs of 64 keys, 8 warps 79.4, pairs of
+# 32 keys 102.6; 64 rows, 4 warps, pairs of 32 keys 100.5, of 64 103.1
+# other cards were compiled for, not measured: their tiles fit shared memory without spilling
+def attention(card: Card, block_q: int) -> Tile:
+    """The tile of attention over pairs of key tiles."""
+    if isinstance(card, str):
+        return _amd_attention(card, block_q)
     warps = 4 if block_q == 64 else 8
-    if tma and block_q == 128:
-        return Tile(block_q, 64, warps, 2, tma)
-    return Tile(block_q, 32, warps, 3 if tma else 2, tma)
+    if card[0] in (9, 10) and block_q == 128:
+        return Tile(block_q, 64, warps, 2)
+    return Tile(block_q, 32, warps, 3 if card[0] in (9, 10) else 2)
 
 
-# AMD cards were compiled for only: gfx942 takes the same tiles without a spill; on gfx1100 those
-# spill up to 1,374 registers, these at most 107, and that in the search with blocks of 128 alone
-def amd_tile(kernel: str, arch: str, D: int, block_q: int, block_k: int) -> Tile:
-    """The tile of the plain Triton `kernel` on an AMD card such as "gfx942" or "gfx1100"."""
-    if arch.startswith("gfx9"):
-        return tile_for(kernel, (8, 0), D, block_q, block_k)
-    if kernel in MASSES:
-        return Tile(block_q, block_k, 16, 1)
+# AMD cards were compiled for only: gfx942 takes the tiles of other cards without a spill; on gfx1100
+# those spill up to 1,374 registers, these at most 107, and that in the search with blocks of 128 alone
+def _amd_attention(card: str, block_q: int) -> Tile:
+    if card.startswith("gfx9"):
+        return attention(ANY_CARD, block_q)
     return Tile(block_q, 16, 8 if block_q == 64 else 16, 1)
 
 
-@cache
-def _amd_arch(device: torch.device) -> str:
-    return torch.cuda.get_device_properties(device).gcnArchName
+# not measured: one 64-key tile a turn, since the keys of a tile share a scale; compiled for every card
+# without a spill
+def quantised_attention(block_q: int) -> Tile:
+    """The tile of attention in eight bits."""
+    return Tile(block_q, 64, 4 if block_q == 64 else 8, 2)
+
+
+# on an H200 instead of the Gluon kernels, by TMA: 128 x 64 197.6, 64 x 128 194.6, 128 x 128 235.4,
+# 64 x 256 389.9; by pointers and on other cards not measured
+def block_masses(card: Card, block_q: int, block_k: int) -> Tile:
+    """The tile of block masses; both sides are whole blocks."""
+    if isinstance(card, str) and not card.startswith("gfx9"):
+        return Tile(block_q, block_k, 16, 1)
+    return Tile(128, block_k, 8, 3 if card[0] in (9, 10) else 2)
+
+
+# 64 rows: 5.6; others not measured. A warp owns sixteen rows, the height of a matrix instruction
+def pooled_masses(block_q: int) -> Tile:
+    """The tile of pooled masses."""
+    return Tile(block_q, 64, 4 if block_q == 64 else 8, 2)
+
+
+# bits of a mask per turn of one warp: 256 took 0.18, 512 0.16, 4 warps with 1,024 0.23, 8 with 2,048
+# 0.28 (1,860 x 1,860 blocks a head, density 0.2)
+UNPACK_MASK = Tile(1, 512, 1)
+
+# a block of tokens, whole: 0.37 for one of q, k and v, four fifths of the card's bandwidth
+PERMUTE = Tile(64, 0, 4)
+
+# blocks of queries and keys, and how many tiles of keys a program takes. Not measured apart: it reads two
+# maps and writes one, 1.0 GB of 4.8 TB/s; three products of 64 x 32 x 128 a tile hide behind that
+TAIL_ERROR = Tile(64, 32, 8, 2)
+TAIL_ERROR_TURNS = 16
+# the deviation of one block of values. Not measured apart: it reads the values once
+DEVIATION = Tile(64, 0, 4)
+
+# scores that one warp ranks, the least and the most that a program holds: a binary for each power of 2.
+# A whole selection of 24 x 1,860 x 1,860 scores took 0.89, with twice as many a warp 0.96
+SCORES_PER_WARP = 512
+SCORES_LEAST, SCORES_MOST = 1024, 8192
+
+
+def row_wise_top_k(num_k: int) -> Tile:
+    """The tile of row-wise top-k: one row of scores."""
+    scores = max(SCORES_LEAST, 1 << (num_k - 1).bit_length())
+    return Tile(1, scores, scores // SCORES_PER_WARP)
+
+
+# tokens of a tile. Not measured apart: the order of 24 x 118,800 tokens takes 7.9 on the device, features
+# and all. It reads queries and keys once, and writes a third as much
+FEATURES = Tile(64, 0, 4)
+
+# the PCA tree: samples of a node by features; tokens that are measured along its direction or moved.
+# Not measured apart from the order (FEATURES)
+PCA_DIRECTION = Tile(128, 64, 4)
+PCA_ALONG = Tile(128, 64, 4)
+PCA_TAKE = Tile(128, 1, 4)
+# tokens that one program sorts; larger nodes are left to torch. More do not fit a program's registers
+PCA_SORTED = 2048
+
+
+def pca_sort(tokens: int) -> Tile:
+    """The tile that sorts a node: eight tokens a lane."""
+    size = 1 << (tokens - 1).bit_length()
+    return Tile(1, size, max(1, size // 256))
+
+
+# quantising, 1.28 together: rows that a program adds up side by side, of SUM_SPLITS programs a head;
+# tiles of 64 rows that a program rotates in ROTATE_TURNS turns, by a product of 64 x D x D; tiles of
+# values. Not measured apart
+SUMS = Tile(16, 0, 4)
+SUM_SPLITS = 64
+MEANS = Tile(1, 0, 4)
+ROTATE = Tile(64, 0, 4, 2)
+ROTATE_TURNS = 8
+VALUES = Tile(64, 0, 4)
+
+
+# ---- cards
+
+
+def card_of(device: torch.device | None = None) -> Card:
+    """A card, by default the current one; any card where there is none."""
+    if not torch.cuda.is_available() or (device is not None and device.type != "cuda"):
+        # interpreted
+        return ANY_CARD
+    return _card(torch.cuda.current_device() if device is None else device)
 
 
 @cache
-def _capability(device: torch.device) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(device)
-
-
-@cache
-def _has_hopper_kernels() -> bool:
-    try:
-        from .hopper import attention, block_masses, quantised_attention  # noqa: F401
-    except (ImportError, AttributeError):
-        # Gluon is younger than the oldest Triton served
-        return False
-    return True
-
-
-def choose(kernel: str, q: torch.Tensor, block_q: int, block_k: int) -> Tile:
-    """The tile for a call with these queries."""
-    if q.device.type != "cuda":
-        # interpreted, where any tile will do
-        return tile_for(kernel, (8, 0), q.shape[-1], block_q, block_k)
+def _card(device: torch.device | int) -> Card:
     if torch.version.hip is not None:
-        return amd_tile(kernel, _amd_arch(q.device), q.shape[-1], block_q, block_k)
-    capability = _capability(q.device)
-    if capability == (9, 0) and _has_hopper_kernels():
-        return hopper_tile(kernel, block_q)
-    return tile_for(kernel, capability, q.shape[-1], block_q, block_k)
+        return torch.cuda.get_device_properties(device).gcnArchName
+    return torch.cuda.get_device_capability(device)

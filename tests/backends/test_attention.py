@@ -1,18 +1,17 @@
+"""Attention, sparse and dense, by every implementation, against float64."""
+
 import pytest
 import torch
-
-pytest.importorskip("triton")
-
 from close import assert_as_accurate_as, assert_within
 
-from sparse_attn.backends.reference import expand_blocks
-from sparse_attn.backends.tiles import Tile
-from sparse_attn.backends.triton.attention import sparse_attention
-from sparse_attn.backends.triton.permute import arrange
-from sparse_attn.backends.triton.unpack_mask import unpack_mask
-from sparse_attn.block_mask import BlockMask
-from tests.backends import kernel_reference as reference
+from sparse_attn.backends import reference
+from tests.backends import inputs
+from tests.backends.implementations import implementations
 
+ATTENTION = pytest.mark.parametrize(
+    "attention", implementations("attention", "torch", "triton", "hopper")
+)
+KERNELS = pytest.mark.parametrize("attention", implementations("attention", "triton", "hopper"))
 # B, H, Lq, Lk, D, block_q, block_k
 CASES = [
     (1, 1, 64, 64, 64, 64, 64),  # one block, an odd list
@@ -31,233 +30,205 @@ def name(case):
     return "B{}-H{}-Lq{}-Lk{}-D{}-q{}-k{}".format(*case)
 
 
-def blocks(length, block):
-    return -(-length // block)
-
-
-def run(q, k, v, keep, block_q, block_k, scale, key_bias=None):
-    indices, counts = reference.lists(keep)
-    return sparse_attention(
-        q, k, v, indices, counts, block_q=block_q, block_k=block_k, scale=scale, key_bias=key_bias
-    )
-
-
-def check(q, k, v, keep, block_q, block_k, key_bias=None):
-    scale = q.shape[-1] ** -0.5
-    tokens = expand_blocks(keep, block_q, block_k, q.shape[2], k.shape[2])
-    exact, exact_lse = reference.attention(q, k, v, scale, key_bias, tokens)
-    same_dtype = reference.torch_attention(q, k, v, scale, key_bias, tokens)
-    out, lse = run(q, k, v, keep, block_q, block_k, scale, key_bias)
+def check(attention, q, k, v, scale=0.125, key_bias=None, **options):
+    """Plain torch tells no LSE with a mask, and a bias passes through the dtype of q there."""
+    out, lse = attention(q, k, v, scale=scale, key_bias=key_bias, **options)
+    exact, exact_lse = inputs.exact_attention(q, k, v, scale, key_bias, **options)
+    hidden = None if key_bias is None else key_bias.clamp_min(torch.finfo(q.dtype).min)
+    same_dtype = inputs.torch_attention(q, k, v, scale, hidden, **options)
     assert_as_accurate_as("out", out, same_dtype, exact)
-    assert_within("lse", lse, exact_lse, LSE_TOLERANCE)
+    if lse is not None and attention.args[1] != "torch":
+        assert_within("lse", lse, exact_lse, LSE_TOLERANCE)
     return out, lse
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CASES, ids=name)
-def test_matches_reference(case, dtype, device):
+@ATTENTION
+def test_a_mask_keeps_blocks(attention, case, dtype, device):
     B, H, Lq, Lk, D, block_q, block_k = case
-    q, k, v = reference.make(B, H, Lq, Lk, D, dtype, device)
-    keep = reference.random_keep(B, H, blocks(Lq, block_q), blocks(Lk, block_k), 0.4, device)
-    out, _ = check(q, k, v, keep, block_q, block_k)
+    q, k, v = inputs.make(B, H, Lq, Lk, D, dtype, device)
+    mask = inputs.random_mask(B, H, Lq, Lk, block_q, block_k, device)
+    out, _ = check(attention, q, k, v, mask=mask)
+    # the host's layout is a view of the output
     assert out.transpose(1, 2).is_contiguous()
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", CASES[:4], ids=name)
+@ATTENTION
+def test_without_a_mask_it_is_dense(attention, case, dtype, device):
+    B, H, Lq, Lk, D, _, _ = case
+    q, k, v = inputs.make(B, H, Lq, Lk, D, dtype, device)
+    out, _ = check(attention, q, k, v)
+    assert out.transpose(1, 2).is_contiguous() or attention.args[1] == "torch"
+
+
 @pytest.mark.parametrize("layout", ["BLHD", "packed"])
-def test_reads_strided_inputs_in_place(layout, device):
-    q, k, v = reference.make(2, 2, 130, 130, 64, torch.bfloat16, device, layout)
-    keep = reference.random_keep(2, 2, 3, 3, 0.5, device)
-    check(q, k, v, keep, 64, 64)
+@pytest.mark.parametrize("dense", [False, True], ids=["sparse", "dense"])
+@ATTENTION
+def test_reads_strided_inputs_in_place(attention, dense, layout, device):
+    q, k, v = inputs.make(2, 2, 130, 130, 64, torch.bfloat16, device, layout)
+    mask = None if dense else inputs.random_mask(2, 2, 130, 130, 64, 64, device)
+    check(attention, q, k, v, mask=mask)
 
 
-def test_copies_rows_that_start_off_16_bytes(device):
-    q, k, v = reference.make(1, 1, 128, 128, 64, torch.bfloat16, device)
+@KERNELS
+def test_copies_rows_that_start_off_16_bytes(attention, device):
+    q, k, v = inputs.make(1, 1, 128, 128, 64, torch.bfloat16, device)
     q = torch.nn.functional.pad(q, (3, 2))[..., 3:67]
-    keep = reference.random_keep(1, 1, 2, 2, 0.5, device)
-    check(q, k, v, keep, 64, 64)
+    check(attention, q, k, v, mask=inputs.random_mask(1, 1, 128, 128, 64, 64, device))
 
 
 @pytest.mark.parametrize("value", [float("-inf"), torch.finfo(torch.float32).min])
-def test_key_bias_hides_padding(value, device):
-    B, H, Lq, Lk = 2, 1, 192, 200
-    q, k, v = reference.make(B, H, Lq, Lk, 64, torch.bfloat16, device)
-    bias = torch.randn(B, Lk, device=device)
-    bias[0, 150:] = value
-    bias[1, 10:140] = value
-    keep = reference.random_keep(B, H, 3, 4, 0.5, device)
-    # torch knows nothing of rows that see only finfo.min, so each row keeps a free block
-    keep[..., 0] = True
-    keep[0, :, 2] = False
-    hidden = bias.clamp_min(torch.finfo(torch.bfloat16).min) if value != float("-inf") else bias
-    check(q, k, v, keep, 64, 64, hidden)
+@pytest.mark.parametrize("dense", [False, True], ids=["sparse", "dense"])
+@ATTENTION
+def test_key_bias_hides_padding(attention, dense, value, device):
+    q, k, v = inputs.make(2, 1, 192, 300, 64, torch.bfloat16, device)
+    bias = torch.randn(2, 300, device=device)
+    # a whole first pair of tiles is hidden, so the maximum stays at -inf for a while
+    bias[0, :140] = value
+    bias[1, 100:] = value
+    mask = None
+    if not dense:
+        mask = inputs.random_mask(2, 1, 192, 300, 64, 64, device)
+        keep = mask.to_dense()
+        # torch knows nothing of rows that see only finfo.min, so each row keeps a free block
+        keep[0, ..., 3] = keep[1, ..., 0] = True
+        mask = inputs.mask_of(keep, device)
+    check(attention, q, k, v, key_bias=bias, mask=mask)
 
 
-@pytest.mark.parametrize("block_q", [64, 128])
-def test_a_bias_of_a_few_keys_reaches_those_alone(block_q, device):
-    B, H, Lq, Lk = 2, 2, 200, 650
-    q, k, v = reference.make(B, H, Lq, Lk, 64, torch.bfloat16, device)
-    bias = reference.few_biased_keys(B, Lk, device)
-    keep = reference.random_keep(B, H, -(-Lq // block_q), -(-Lk // 64), 0.5, device)
-    check(q, k, v, keep, block_q, 64, bias)
+@pytest.mark.parametrize("block_q", [64, 128, None])
+@ATTENTION
+def test_a_bias_of_a_few_keys_reaches_those_alone(attention, block_q, device):
+    q, k, v = inputs.make(2, 2, 200, 650, 64, torch.bfloat16, device)
+    bias = inputs.few_biased_keys(2, 650, device)
+    mask = block_q and inputs.random_mask(2, 2, 200, 650, block_q, 64, device)
+    check(attention, q, k, v, key_bias=bias, mask=mask)
 
 
-def test_rows_without_a_visible_key_are_zero_and_harm_no_other(device):
-    q, k, v = reference.make(1, 1, 128, 192, 64, torch.bfloat16, device)
+@KERNELS
+def test_rows_without_a_visible_key_are_zero_and_harm_no_other(attention, device):
+    q, k, v = inputs.make(1, 1, 128, 192, 64, torch.bfloat16, device)
     bias = torch.zeros(1, 192, device=device)
     bias[:, 64:128] = float("-inf")
-    keep = torch.tensor([[[[False, True, False], [True, True, False]]]], device=device)
-    out, lse = check(q, k, v, keep, 64, 64, bias)
+    mask = inputs.mask_of([[[[False, True, False], [True, True, False]]]], device)
+    out, lse = check(attention, q, k, v, key_bias=bias, mask=mask)
     assert (out[:, :, :64] == 0).all() and (lse[:, :, :64] == float("-inf")).all()
 
 
-def test_query_block_with_no_key_blocks_is_zero(device):
-    q, k, v = reference.make(1, 2, 192, 192, 64, torch.bfloat16, device)
-    keep = torch.zeros(1, 2, 3, 3, dtype=torch.bool, device=device)
-    out, lse = run(q, k, v, keep, 64, 64, 0.1)
-    assert (out == 0).all() and (lse == float("-inf")).all()
+@KERNELS
+def test_keys_hidden_everywhere_give_zero(attention, device):
+    q, k, v = inputs.make(2, 1, 64, 130, 64, torch.bfloat16, device)
+    bias = torch.zeros(2, 130, device=device)
+    bias[0] = float("-inf")
+    out, lse = attention(q, k, v, scale=0.125, key_bias=bias)
+    assert (out[0] == 0).all() and (lse[0] == float("-inf")).all()
+    assert torch.isfinite(out[1]).all()
+
+
+@ATTENTION
+def test_a_row_that_keeps_no_block_is_zero(attention, device):
+    q, k, v = inputs.make(1, 2, 192, 192, 64, torch.bfloat16, device)
+    mask = inputs.mask_of(torch.zeros(1, 2, 3, 3), device)
+    out, lse = attention(q, k, v, scale=0.1, mask=mask)
+    assert (out == 0).all() and (lse is None or (lse == float("-inf")).all())
 
 
 @pytest.mark.parametrize("block_k", [64, 128])
-def test_reads_only_listed_blocks(block_k, device):
-    q, k, v = reference.make(1, 1, 192, 470, 64, torch.bfloat16, device)
-    keep = reference.random_keep(1, 1, 3, blocks(470, block_k), 0.5, device)
+@ATTENTION
+def test_reads_only_what_the_mask_keeps(attention, block_k, device):
+    q, k, v = inputs.make(1, 1, 192, 470, 64, torch.bfloat16, device)
+    keep = inputs.random_mask(1, 1, 192, 470, 64, block_k, device).to_dense()
     keep[:, :, 1] = keep[:, :, 0]
-    scale = 0.125
-    out, lse = run(q, k, v, keep, 64, block_k, scale)
+    mask = inputs.mask_of(keep, device, 64, block_k)
+    out, lse = attention(q, k, v, scale=0.125, mask=mask)
     unread = ~keep.any(2)[0, 0].repeat_interleave(block_k)[:470]
     assert unread.any()
     k[:, :, unread] = float("nan")
     v[:, :, unread] = float("nan")
-    poisoned_out, poisoned_lse = run(q, k, v, keep, 64, block_k, scale)
-    assert torch.equal(out, poisoned_out) and torch.equal(lse, poisoned_lse)
+    poisoned_out, poisoned_lse = attention(q, k, v, scale=0.125, mask=mask)
+    assert torch.equal(out, poisoned_out) and (lse is None or torch.equal(lse, poisoned_lse))
 
 
-def test_reads_nothing_beside_its_tensors(device):
+@KERNELS
+def test_reads_nothing_beside_its_tensors(attention, device):
     whole = [torch.full((1, 2, 400, 64), float("nan"), device=device) for _ in range(3)]
     q, k, v = (x.half()[:, :1, 100:230] for x in whole)
-    for x, y in zip((q, k, v), reference.make(1, 1, 130, 130, 64, q.dtype, device), strict=True):
+    for x, y in zip((q, k, v), inputs.make(1, 1, 130, 130, 64, q.dtype, device), strict=True):
         x.copy_(y)
-    keep = torch.ones(1, 1, 3, 3, dtype=torch.bool, device=device)
-    check(q, k, v, keep, 64, 64)
+    check(attention, q, k, v, mask=inputs.mask_of(torch.ones(1, 1, 3, 3), device))
 
 
-def test_nan_in_a_query_stays_in_its_row(device):
-    q, k, v = reference.make(1, 1, 128, 128, 64, torch.bfloat16, device)
-    keep = torch.ones(1, 1, 2, 2, dtype=torch.bool, device=device)
-    clean, _ = run(q, k, v, keep, 64, 64, 0.125)
+@pytest.mark.parametrize("dense", [False, True], ids=["sparse", "dense"])
+@ATTENTION
+def test_nan_in_a_query_stays_in_its_row(attention, dense, device):
+    q, k, v = inputs.make(1, 1, 128, 128, 64, torch.bfloat16, device)
+    mask = None if dense else inputs.mask_of(torch.ones(1, 1, 2, 2), device)
+    clean, _ = attention(q, k, v, scale=0.125, mask=mask)
     q[0, 0, 7, 3] = float("nan")
-    out, lse = run(q, k, v, keep, 64, 64, 0.125)
-    assert out[0, 0, 7].isnan().all() and lse[0, 0, 7].isnan()
+    out, lse = attention(q, k, v, scale=0.125, mask=mask)
+    assert out[0, 0, 7].isnan().all() and (lse is None or lse[0, 0, 7].isnan())
     out[0, 0, 7] = clean[0, 0, 7]
-    assert torch.equal(out, clean)
+    assert_within("out", out, clean.double(), 0.0 if attention.args[1] != "torch" else 1e-2)
 
 
-def test_two_runs_are_bit_equal(device):
-    q, k, v = reference.make(1, 2, 256, 256, 128, torch.bfloat16, device)
-    keep = reference.random_keep(1, 2, 4, 4, 0.5, device)
-    first, second = (run(q, k, v, keep, 64, 64, 0.1) for _ in range(2))
-    assert torch.equal(first[0], second[0]) and torch.equal(first[1], second[1])
+@pytest.mark.parametrize("dense", [False, True], ids=["sparse", "dense"])
+@ATTENTION
+def test_two_runs_are_bit_equal(attention, dense, device):
+    q, k, v = inputs.make(1, 2, 256, 256, 128, torch.bfloat16, device)
+    mask = None if dense else inputs.random_mask(1, 2, 256, 256, 64, 64, device)
+    first, second = (attention(q, k, v, scale=0.1, mask=mask) for _ in range(2))
+    assert torch.equal(first[0], second[0])
+    assert first[1] is None or torch.equal(first[1], second[1])
 
 
-def test_keeping_every_block_is_dense(device):
-    q, k, v = reference.make(1, 1, 150, 150, 128, torch.float16, device)
-    keep = torch.ones(1, 1, 3, 3, dtype=torch.bool, device=device)
-    exact, _ = reference.attention(q, k, v, 0.1)
-    out, _ = run(q, k, v, keep, 64, 64, 0.1)
-    assert_as_accurate_as("out", out, reference.torch_attention(q, k, v, 0.1), exact)
-
-
-def test_large_scores_do_not_overflow(device):
-    q, k, v = reference.make(1, 1, 128, 128, 64, torch.bfloat16, device)
-    keep = torch.ones(1, 1, 2, 2, dtype=torch.bool, device=device)
-    exact, exact_lse = reference.attention(q * 30, k, v, 1.0)
-    out, lse = run(q * 30, k, v, keep, 64, 64, 1.0)
-    same_dtype = reference.torch_attention(q * 30, k, v, 1.0)
-    assert_as_accurate_as("out", out, same_dtype, exact)
+@pytest.mark.parametrize("dense", [False, True], ids=["sparse", "dense"])
+@KERNELS
+def test_large_scores_do_not_overflow(attention, dense, device):
+    q, k, v = inputs.make(1, 1, 128, 128, 64, torch.bfloat16, device)
+    mask = None if dense else inputs.mask_of(torch.ones(1, 1, 2, 2), device)
+    exact, exact_lse = inputs.exact_attention(q * 30, k, v, 1.0)
+    out, lse = attention(q * 30, k, v, scale=1.0, mask=mask)
+    assert_as_accurate_as("out", out, inputs.torch_attention(q * 30, k, v, 1.0), exact)
     assert_within("lse", lse / exact_lse, torch.ones_like(exact_lse), 1e-5)
 
 
-def test_refuses_what_it_cannot_serve(device):
-    q, k, v = reference.make(1, 1, 64, 64, 64, torch.float32, device)
-    keep = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device)
-    with pytest.raises(ValueError, match="needs float16 or bfloat16, got float32"):
-        run(q, k, v, keep, 64, 64, 0.1)
-    q, k, v = (x.half() for x in (q, k, v))
-    with pytest.raises(ValueError, match="needs blocks of 64 or 128 tokens, got 32 x 64"):
-        run(q, k, v, keep, 32, 64, 0.1)
-    with pytest.raises(ValueError, match="`kv_num_blocks` must be"):
-        run(q, k, v, keep.expand(1, 1, 2, 1), 64, 64, 0.1)
-    with pytest.raises(ValueError, match="head_dim 64 or 128, got 32"):
-        run(q[..., :32], k[..., :32], v[..., :32], keep, 64, 64, 0.1)
+@KERNELS
+def test_refuses_what_does_not_belong_together(attention, device):
+    q, k, v = inputs.make(1, 2, 128, 128, 64, torch.bfloat16, device)
+    mask = inputs.mask_of(torch.ones(1, 2, 2, 2), device)
+    means = reference.permute(q, k, v, inputs.random_orders(1, 2, 128, device)).pooled
+    for wrong, said in (
+        ({"mask": inputs.mask_of(torch.ones(1, 2, 3, 2), device)}, "mask must be of 2 x 2 blocks"),
+        ({"mask": inputs.mask_of(torch.ones(1, 2, 2, 9), device)}, "mask must be of 2 x 2 blocks"),
+        ({"key_bias": torch.zeros(1, 127, device=device)}, "`key_bias` must be [1, 128]"),
+        (
+            {"order": torch.arange(128, device=device)},
+            "`order` must be [1, 2, 128] int32, got [128]",
+        ),
+        ({"pooled": means}, "Pooled keys need a mask with key blocks of 64"),
+    ):
+        with pytest.raises(ValueError) as error:
+            attention(q, k, v, scale=0.1, **wrong)
+        assert said in str(error.value)
+    with pytest.raises(ValueError, match="q, k and v must have one batch"):
+        attention(q, k[:, :1], v[:, :1], scale=0.1, mask=mask)
 
 
-TILES = [
-    Tile(64, 32, 4, 2),  # pointers, four tiles to a block of 128 keys
-    Tile(64, 64, 4, 2),  # pointers, a pair of tiles to a block of 128 keys
-    Tile(64, 32, 4, 3, tma=True),
-    Tile(64, 64, 4, 3, tma=True, hopper=True),
-    Tile(128, 64, 4, 6, tma=True, hopper=True),
-]
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="interpreted kernels have one tile")
-@pytest.mark.parametrize("tile", TILES, ids=str)
-@pytest.mark.parametrize("layout", ["BHLD", "BLHD"])
-@pytest.mark.parametrize("biased", [False, True])
-def test_every_tile_gives_the_same(tile, layout, biased, device):
-    if tile.tma and torch.cuda.get_device_capability()[0] < 9:
-        pytest.skip("needs TMA")
-    if tile.hopper and torch.cuda.get_device_capability() != (9, 0):
-        pytest.skip("needs Hopper")
-    q, k, v = reference.make(2, 3, 1000, 1111, 128, torch.bfloat16, device, layout)
-    bias = torch.randn(2, 1111, device=device) if biased else None
-    keep = reference.random_keep(2, 3, blocks(1000, tile.tile_q), 9, 0.3, device)
-    tokens = expand_blocks(keep, tile.tile_q, 128, 1000, 1111)
-    exact, exact_lse = reference.attention(q, k, v, 0.09, bias, tokens)
-    indices, counts = reference.lists(keep)
-    out, lse = sparse_attention(
-        q, k, v, indices, counts,
-        block_q=tile.tile_q, block_k=128, scale=0.09, key_bias=bias, tile=tile,
-    )  # fmt: skip
-    same_dtype = reference.torch_attention(q, k, v, 0.09, bias, tokens)
-    assert_as_accurate_as("out", out, same_dtype, exact)
-    assert_within("lse", lse, exact_lse, LSE_TOLERANCE)
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="4 GiB and a long walk on a CPU")
-def test_offsets_past_two_to_the_31(device):
-    q, k, v = reference.make(1, 32, 180_000, 180_000, 128, torch.float16, device, "packed")
-    assert q.stride(2) * q.shape[2] > 2**31
-    rows = blocks(180_000, 64)
-    # every row reads the last block, which lies past 2^31 elements, and its own
-    own = torch.arange(rows, device=device).clamp_max(rows - 2)
-    indices = torch.stack([own, torch.full_like(own, rows - 1)], -1).int()
-    indices = indices.expand(1, 32, rows, 2)
-    counts = torch.full((1, 32, rows), 2, dtype=torch.int32, device=device)
-    out, _ = sparse_attention(q, k, v, indices, counts, block_q=64, block_k=64, scale=0.09)
-    ends = [slice(64 * (rows - 2), 64 * (rows - 1)), slice(64 * (rows - 1), 180_000)]
-    keys = torch.cat([k[:, -1:, end] for end in ends], 2)
-    values = torch.cat([v[:, -1:, end] for end in ends], 2)
-    query = q[:, -1:, ends[0]]
-    exact, _ = reference.attention(query, keys, values, 0.09)
-    same_dtype = reference.torch_attention(query, keys, values, 0.09)
-    assert_as_accurate_as("out", out[:, -1:, ends[0]], same_dtype, exact)
-
-
-def test_every_head_puts_its_rows_where_its_order_says(device):
-    q, k, v = reference.make(2, 2, 200, 200, 64, torch.bfloat16, device)
-    keep = reference.random_keep(2, 2, 4, 4, 0.5, device)
-    indices, counts = reference.lists(keep)
-    options = {"block_q": 64, "block_k": 64, "scale": 0.1}
-    plain, plain_lse = sparse_attention(q, k, v, indices, counts, **options)
-    order = reference.random_orders(2, 2, 200, device)
-    for some in (order, order[:, :1], order[:1]):
+@pytest.mark.parametrize("dense", [False, True], ids=["sparse", "dense"])
+@ATTENTION
+def test_every_head_puts_its_rows_where_its_order_says(attention, dense, device):
+    q, k, v = inputs.make(2, 2, 200, 200, 64, torch.bfloat16, device)
+    mask = None if dense else inputs.random_mask(2, 2, 200, 200, 64, 64, device)
+    plain, plain_lse = attention(q, k, v, scale=0.1, mask=mask)
+    order = inputs.random_orders(2, 2, 200, device)
+    for some in (order, order[:, :1], order[:1], torch.cat([order, order], -1)[..., 200:]):
         shared = some.expand(2, 2, 200)
-        out, lse = sparse_attention(q, k, v, indices, counts, order=shared, **options)
+        out, lse = attention(q, k, v, scale=0.1, mask=mask, order=shared)
         assert torch.equal(out.gather(2, shared.long()[..., None].expand_as(out)), plain)
-        assert torch.equal(lse, plain_lse)
-    with pytest.raises(ValueError, match=r"`order` must be \[2, 2, 200\] int32, got \[200\]"):
-        sparse_attention(q, k, v, indices, counts, order=order[0, 0], **options)
+        assert lse is None or torch.equal(lse, plain_lse)
 
 
 # B, H, Lq, Lk, block_q, D
@@ -269,55 +240,52 @@ TAILS = [
 ]
 
 
+@pytest.mark.parametrize("biased", [False, True], ids=["", "biased"])
 @pytest.mark.parametrize("case", TAILS, ids=lambda c: "B{}-H{}-Lq{}-Lk{}-q{}-D{}".format(*c))
-def test_pooled_tail_matches_reference(case, device):
+@ATTENTION
+def test_means_stand_for_what_a_row_does_not_keep(attention, case, biased, device):
     B, H, Lq, Lk, block_q, D = case
-    q, k, v = reference.make(B, H, Lq, Lk, D, torch.bfloat16, device, "BLHD")
-    order, key_order = (reference.random_orders(B, H, L, device) for L in (Lq, Lk))
-    N = blocks(Lk, 64)
-    more = blocks(N, 64)
-    keep = reference.random_keep(B, H, blocks(Lq, block_q), N, 0.4, device)
-    bits = BlockMask.from_dense(keep, block_q=block_q, block_k=64).bits
-    bias = torch.full((B, (N + more) * 64), float("-inf"), device=device)
-    bias[:, :Lk] = 0.0
-    sizes = (Lk - torch.arange(0, Lk, 64, device=device)).clamp(max=64)
-    bias[:, N * 64 : N * 64 + N] = sizes.log()
-    # a key bias of the caller's own, and a block without a stand-in
-    bias[0, 70:80] = -2.0
-    bias[0, N * 64 + 1] = float("-inf")
-    q_ = arrange(q, order)
-    k_, v_ = arrange(k, key_order, means=True), arrange(v, key_order, means=True)
-    indices, counts = unpack_mask(bits, N, more=more)
-    scale = D**-0.5
-    out, lse = sparse_attention(
-        q_, k_, v_, indices, counts, block_q=block_q, block_k=64, scale=scale, key_bias=bias,
-        tail=bits, order=order,
+    q, k, v = inputs.make(B, H, Lq, Lk, D, torch.bfloat16, device, "BLHD")
+    order, key_order = (inputs.random_orders(B, H, L, device) for L in (Lq, Lk))
+    bias = None
+    if biased:
+        # heads that share a bias share an order
+        key_order = key_order[:, :1].expand(B, H, Lk)
+        bias = torch.zeros(B, Lk, device=device)
+        bias[0, 70:80] = -2.0
+        bias[0, -3:] = float("-inf")
+    moved = reference.permute(None, k, v, key_order, bias)
+    check(
+        attention, q, moved.k, moved.v, D**-0.5, moved.key_bias, pooled=moved.pooled, order=order,
+        mask=inputs.random_mask(B, H, Lq, Lk, block_q, 64, device),
     )  # fmt: skip
 
-    tokens = expand_blocks(keep, block_q, 64, Lq, N * 64)
-    stand_ins = expand_blocks(~keep, block_q, 1, Lq, N)
-    none = torch.zeros(B, H, Lq, more * 64 - N, dtype=torch.bool, device=device)
-    read = torch.cat([tokens, stand_ins, none], -1)
-    exact, exact_lse = reference.attention(q_, k_, v_, scale, bias, read)
-    same_dtype = reference.torch_attention(q_, k_, v_, scale, bias, read)
-    assert out.transpose(1, 2).is_contiguous()
-    out = out.gather(2, order.long()[..., None].expand_as(out))
-    assert_as_accurate_as("out", out, same_dtype, exact)
-    assert_within("lse", lse, exact_lse, LSE_TOLERANCE)
+
+@pytest.mark.parametrize("kept", [True, False], ids=["all", "none"])
+@ATTENTION
+def test_means_of_rows_that_keep_all_or_none(attention, kept, device):
+    q, k, v = inputs.make(1, 1, 100, 600, 64, torch.bfloat16, device)
+    order = inputs.random_orders(1, 1, 600, device)
+    moved = reference.permute(None, k, v, order)
+    mask = inputs.mask_of(torch.full((1, 1, 2, 10), kept), device)
+    check(attention, q, moved.k, moved.v, mask=mask, pooled=moved.pooled)
 
 
-def test_refuses_a_tail_that_does_not_fit(device):
-    q = torch.zeros(1, 1, 64, 64, dtype=torch.bfloat16, device=device)
-    k = torch.zeros(1, 1, 128, 64, dtype=torch.bfloat16, device=device)
-    indices = torch.zeros(1, 1, 1, 2, dtype=torch.int32, device=device)
-    counts = torch.ones(1, 1, 1, dtype=torch.int32, device=device)
-    bits = torch.zeros(1, 1, 1, 1, dtype=torch.uint8, device=device)
-    options = {"block_q": 64, "scale": 0.1, "tail": bits}
-    with pytest.raises(ValueError, match="A tail needs"):
-        sparse_attention(q, k, k, indices, counts, block_k=64, **options)
-    options["key_bias"] = torch.zeros(1, 128, device=device)
-    with pytest.raises(ValueError, match="A tail needs"):
-        sparse_attention(q, k, k, indices, counts, block_k=128, **options)
-    options["tail"] = bits.expand(1, 1, 1, 2)
-    with pytest.raises(ValueError, match="`tail` must be"):
-        sparse_attention(q, k, k, indices, counts, block_k=64, **options)
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="4 GiB and a long walk on a CPU")
+@KERNELS
+def test_offsets_past_two_to_the_31(attention, device):
+    q, k, v = inputs.make(1, 32, 180_000, 180_000, 128, torch.float16, device, "packed")
+    assert q.stride(2) * q.shape[2] > 2**31
+    rows = inputs.blocks(180_000, 64)
+    # every row reads the last block, which lies past 2^31 elements, and its own
+    keep = torch.eye(rows, dtype=torch.bool)
+    keep[-1, -2] = keep[:, -1] = True
+    mask = inputs.mask_of(keep.expand(1, 32, rows, rows), device)
+    out, _ = attention(q, k, v, scale=0.09, mask=mask)
+    ends = [slice(64 * (rows - 2), 64 * (rows - 1)), slice(64 * (rows - 1), 180_000)]
+    keys = torch.cat([k[:, -1:, end] for end in ends], 2)
+    values = torch.cat([v[:, -1:, end] for end in ends], 2)
+    query = q[:, -1:, ends[0]]
+    exact, _ = inputs.exact_attention(query, keys, values, 0.09)
+    same_dtype = inputs.torch_attention(query, keys, values, 0.09)
+    assert_as_accurate_as("out", out[:, -1:, ends[0]], same_dtype, exact)

@@ -1,13 +1,18 @@
+"""Block masses by an LSE, by every implementation, against float64."""
+
 import pytest
 import torch
-
-pytest.importorskip("triton")
-
 from close import assert_within
 
-from sparse_attn.backends.tiles import Tile
-from sparse_attn.backends.triton.block_masses import block_masses, finished
-from tests.backends import kernel_reference as reference
+from tests.backends import inputs
+from tests.backends.implementations import implementations
+
+MASSES = pytest.mark.parametrize(
+    "block_masses", implementations("block_masses", "torch", "triton", "hopper")
+)
+KERNELS = pytest.mark.parametrize(
+    "block_masses", implementations("block_masses", "triton", "hopper")
+)
 
 # B, H, Lq, Lk, D, block_q, block_k
 CASES = [
@@ -26,15 +31,16 @@ def name(case):
 
 @pytest.mark.parametrize("renormalise", [True, False])
 @pytest.mark.parametrize("case", CASES, ids=name)
-def test_matches_reference(case, renormalise, device):
+@MASSES
+def test_matches_reference(block_masses, case, renormalise, device):
     B, H, Lq, Lk, D, block_q, block_k = case
-    q, k, v = reference.make(B, H, Lq, Lk, D, torch.bfloat16, device)
+    q, k, v = inputs.make(B, H, Lq, Lk, D, torch.bfloat16, device)
     scale = D**-0.5
-    _, lse = reference.attention(q, k, v, scale)
+    _, lse = inputs.exact_attention(q, k, v, scale)
     masses = block_masses(
         q, k, lse.float(), block_q=block_q, block_k=block_k, scale=scale, renormalise=renormalise
     )
-    exact = reference.block_masses(q, k, lse, scale, block_q, block_k)
+    exact = inputs.exact_masses(q, k, lse, scale, block_q, block_k)
     assert_within("masses", masses, exact, MASS_TOLERANCE)
 
 
@@ -43,16 +49,17 @@ def relative(masses, exact):
 
 
 @pytest.mark.parametrize("case", CASES, ids=name)
-def test_int8_scores_err_little(case, device):
+@KERNELS
+def test_int8_scores_err_little(block_masses, case, device):
     B, H, Lq, Lk, D, block_q, block_k = case
-    q, k, v = reference.make(B, H, Lq, Lk, D, torch.bfloat16, device)
+    q, k, v = inputs.make(B, H, Lq, Lk, D, torch.bfloat16, device)
     # an offset that the keys share is no matter, nor is a channel that stands out
     k += 2
     q[..., 5] *= 10
     scale = D**-0.5
-    _, lse = reference.attention(q, k, v, scale)
+    _, lse = inputs.exact_attention(q, k, v, scale)
     blocks = {"block_q": block_q, "block_k": block_k}
-    exact = reference.block_masses(q, k, lse, scale, block_q, block_k)
+    exact = inputs.exact_masses(q, k, lse, scale, block_q, block_k)
     masses = block_masses(
         q, k, lse.float(), scale=scale, int8=True, renormalise=False, **blocks
     )  # fmt: skip
@@ -62,24 +69,26 @@ def test_int8_scores_err_little(case, device):
 
 
 @pytest.mark.parametrize("few", [True, False])
-def test_int8_scores_take_a_bias(few, device):
-    q, k, v = reference.make(2, 2, 300, 600, 64, torch.bfloat16, device)
-    bias = reference.few_biased_keys(2, 600, device)
+@KERNELS
+def test_int8_scores_take_a_bias(block_masses, few, device):
+    q, k, v = inputs.make(2, 2, 300, 600, 64, torch.bfloat16, device)
+    bias = inputs.few_biased_keys(2, 600, device)
     if not few:
         bias += torch.randn(2, 600, device=device)
         bias[0, 64:128] = float("-inf")
-    _, lse = reference.attention(q, k, v, 0.125, bias)
+    _, lse = inputs.exact_attention(q, k, v, 0.125, bias)
     masses = block_masses(
         q, k, lse.float(), block_q=64, block_k=64, scale=0.125, key_bias=bias, int8=True
     )  # fmt: skip
-    exact = reference.block_masses(q, k, lse, 0.125, 64, 64, bias)
+    exact = inputs.exact_masses(q, k, lse, 0.125, 64, 64, bias)
     assert relative(masses, exact) < 0.02
     assert (masses[exact == 0] == 0).all()
 
 
-def test_int8_scores_leave_empty_and_stale_rows_finite(device):
-    q, k, v = reference.make(1, 1, 200, 128, 64, torch.bfloat16, device)
-    _, lse = reference.attention(q, k, v, 0.125)
+@KERNELS
+def test_int8_scores_leave_empty_and_stale_rows_finite(block_masses, device):
+    q, k, v = inputs.make(1, 1, 200, 128, 64, torch.bfloat16, device)
+    _, lse = inputs.exact_attention(q, k, v, 0.125)
     lse = lse.float()
     lse[0, 0, 5] = -300.0
     lse[0, 0, 64:128] = float("-inf")
@@ -94,16 +103,17 @@ def test_int8_scores_leave_empty_and_stale_rows_finite(device):
 
 
 @pytest.mark.parametrize("density", [0.2, 0.1])
-def test_blocks_chosen_by_int8_scores_hold_as_much(density, device):
+@KERNELS
+def test_blocks_chosen_by_int8_scores_hold_as_much(block_masses, density, device):
     L = 1024
-    q, k, v = reference.make(1, 2, L, L, 64, torch.bfloat16, device)
+    q, k, v = inputs.make(1, 2, L, L, 64, torch.bfloat16, device)
     # neighbours are alike, keys share an offset, channels stand out
     centres = torch.randn(2, 1, 2, L // 32, 64, device=device).repeat_interleave(32, 3)
     q, k = q + centres[0].bfloat16(), k + centres[1].bfloat16() + 3
     q[..., 5] *= 4
     k[..., 9] *= 4
-    _, lse = reference.attention(q, k, v, 0.125)
-    exact = reference.block_masses(q, k, lse, 0.125, 64, 64)
+    _, lse = inputs.exact_attention(q, k, v, 0.125)
+    exact = inputs.exact_masses(q, k, lse, 0.125, 64, 64)
     held = []
     for int8 in (False, True):
         masses = block_masses(q, k, lse.float(), block_q=64, block_k=64, scale=0.125, int8=int8)
@@ -112,38 +122,29 @@ def test_blocks_chosen_by_int8_scores_hold_as_much(density, device):
     assert held[0] - held[1] < 0.002
 
 
-@pytest.mark.parametrize("lengths", [(300, 450), (256, 256)], ids=str)
-def test_masses_of_small_blocks_add_up_to_those_of_tall_ones(lengths, device):
-    # as the kernels of a card do that yield blocks of 64 x 64 only
-    q, k, _ = reference.make(1, 2, *lengths, 64, torch.float32, device)
-    _, lse = reference.attention(q, k, k, 0.125)
-    small = reference.block_masses(q, k, lse, 0.125, 64, 64)
-    hopper = Tile(128, 64, 4, 3, tma=True, hopper=True)
-    tall = finished(small.float(), lengths[0], 128, 64, hopper, renormalise=True)
-    exact = reference.block_masses(q, k, lse, 0.125, 128, 64)
-    assert_within("masses", tall, exact, 1e-3)
-
-
-def test_serves_float16_and_strided_inputs(device):
-    q, k, v = reference.make(1, 3, 150, 150, 64, torch.float16, device, "packed")
-    _, lse = reference.attention(q, k, v, 0.125)
+@MASSES
+def test_serves_float16_and_strided_inputs(block_masses, device):
+    q, k, v = inputs.make(1, 3, 150, 150, 64, torch.float16, device, "packed")
+    _, lse = inputs.exact_attention(q, k, v, 0.125)
     masses = block_masses(q, k, lse.float(), block_q=64, block_k=64, scale=0.125)
-    exact = reference.block_masses(q, k, lse, 0.125, 64, 64)
+    exact = inputs.exact_masses(q, k, lse, 0.125, 64, 64)
     assert_within("masses", masses, exact, MASS_TOLERANCE)
 
 
-def test_a_stale_lse_is_renormalised(device):
-    q, k, v = reference.make(1, 1, 100, 200, 64, torch.bfloat16, device)
-    _, lse = reference.attention(q, k, v, 0.125)
+@MASSES
+def test_a_stale_lse_is_renormalised(block_masses, device):
+    q, k, v = inputs.make(1, 1, 100, 200, 64, torch.bfloat16, device)
+    _, lse = inputs.exact_attention(q, k, v, 0.125)
     # the same drift on every row vanishes
     masses = block_masses(q, k, lse.float() + 3.0, block_q=64, block_k=64, scale=0.125)
-    exact = reference.block_masses(q, k, lse, 0.125, 64, 64)
+    exact = inputs.exact_masses(q, k, lse, 0.125, 64, 64)
     assert_within("masses", masses, exact, MASS_TOLERANCE)
 
 
-def test_hopelessly_stale_and_empty_rows_stay_finite(device):
-    q, k, v = reference.make(1, 1, 128, 128, 64, torch.bfloat16, device)
-    _, lse = reference.attention(q, k, v, 0.125)
+@KERNELS
+def test_hopelessly_stale_and_empty_rows_stay_finite(block_masses, device):
+    q, k, v = inputs.make(1, 1, 128, 128, 64, torch.bfloat16, device)
+    _, lse = inputs.exact_attention(q, k, v, 0.125)
     lse = lse.float()
     lse[0, 0, 5] = -300.0
     lse[0, 0, 64:] = float("-inf")
@@ -151,29 +152,32 @@ def test_hopelessly_stale_and_empty_rows_stay_finite(device):
     assert torch.isfinite(masses).all() and (masses[0, 0, 1] == 0).all()
 
 
-def test_key_bias_takes_mass_away(device):
-    q, k, v = reference.make(2, 1, 90, 200, 64, torch.bfloat16, device)
+@KERNELS
+def test_key_bias_takes_mass_away(block_masses, device):
+    q, k, v = inputs.make(2, 1, 90, 200, 64, torch.bfloat16, device)
     bias = torch.randn(2, 200, device=device)
     bias[0, 64:128] = float("-inf")
     bias[1, 128:] = torch.finfo(torch.float32).min
-    _, lse = reference.attention(q, k, v, 0.125, bias)
+    _, lse = inputs.exact_attention(q, k, v, 0.125, bias)
     masses = block_masses(q, k, lse.float(), block_q=64, block_k=64, scale=0.125, key_bias=bias)
-    exact = reference.block_masses(q, k, lse, 0.125, 64, 64, bias)
+    exact = inputs.exact_masses(q, k, lse, 0.125, 64, 64, bias)
     assert_within("masses", masses, exact, MASS_TOLERANCE)
     assert (masses[0, 0, :, 1] == 0).all() and (masses[1, 0, :, 2:] == 0).all()
 
 
-def test_a_bias_of_a_few_keys_reaches_those_alone(device):
-    q, k, v = reference.make(2, 1, 300, 600, 64, torch.bfloat16, device)
-    bias = reference.few_biased_keys(2, 600, device)
-    _, lse = reference.attention(q, k, v, 0.125, bias)
+@MASSES
+def test_a_bias_of_a_few_keys_reaches_those_alone(block_masses, device):
+    q, k, v = inputs.make(2, 1, 300, 600, 64, torch.bfloat16, device)
+    bias = inputs.few_biased_keys(2, 600, device)
+    _, lse = inputs.exact_attention(q, k, v, 0.125, bias)
     masses = block_masses(q, k, lse.float(), block_q=64, block_k=64, scale=0.125, key_bias=bias)
-    exact = reference.block_masses(q, k, lse, 0.125, 64, 64, bias)
+    exact = inputs.exact_masses(q, k, lse, 0.125, 64, 64, bias)
     assert_within("masses", masses, exact, MASS_TOLERANCE)
 
 
-def test_nan_in_a_key_is_not_hidden(device):
-    q, k, _ = reference.make(1, 1, 64, 128, 64, torch.bfloat16, device)
+@KERNELS
+def test_nan_in_a_key_is_not_hidden(block_masses, device):
+    q, k, _ = inputs.make(1, 1, 64, 128, 64, torch.bfloat16, device)
     k[0, 0, 70] = float("nan")
     lse = torch.zeros(1, 1, 64, device=device)
     masses = block_masses(q, k, lse, block_q=64, block_k=64, scale=0.125, int8=True)
@@ -183,20 +187,22 @@ def test_nan_in_a_key_is_not_hidden(device):
 
 
 @pytest.mark.parametrize("biased", [False, True])
-def test_nan_in_a_key_that_the_mean_skips_is_not_hidden_by_int8(biased, device):
-    q, k, _ = reference.make(2, 1, 64, 8192, 64, torch.bfloat16, device)
+@KERNELS
+def test_nan_in_a_key_that_the_mean_skips_is_not_hidden_by_int8(block_masses, biased, device):
+    q, k, _ = inputs.make(2, 1, 64, 8192, 64, torch.bfloat16, device)
     k[0, 0, 64 * 3 + 5] = float("nan")
     masses = block_masses(
         q, k, torch.zeros(2, 1, 64, device=device), block_q=64, block_k=64, scale=0.125,
-        key_bias=reference.few_biased_keys(2, 8192, device) if biased else None,
+        key_bias=inputs.few_biased_keys(2, 8192, device) if biased else None,
         renormalise=False, int8=True,
     )  # fmt: skip
     spoilt = masses.isnan()[:, 0, 0]
     assert spoilt[0, 3] and spoilt.sum() == 1
 
 
-def test_two_runs_are_bit_equal(device):
-    q, k, _ = reference.make(1, 2, 200, 200, 64, torch.bfloat16, device)
+@KERNELS
+def test_two_runs_are_bit_equal(block_masses, device):
+    q, k, _ = inputs.make(1, 2, 200, 200, 64, torch.bfloat16, device)
     lse = torch.full((1, 2, 200), 5.0, device=device)
     for int8 in (False, True):
         first, second = (

@@ -2,12 +2,14 @@
 
 import inspect
 from dataclasses import fields
+from importlib import import_module
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from sparse_attn.backends import choice
+from sparse_attn.backends import choice, reference
+from tests.backends.implementations import file_of
 
 OPERATIONS = [field.name for field in fields(choice.Backend) if "Callable" in str(field.type)]
 
@@ -28,7 +30,7 @@ def test_the_first_backend_that_can_is_taken_without_excuses(monkeypatch):
 
     asked, fast = [], SimpleNamespace(name="fast")
     slow = (lambda *args: 1 / 0), choice.plain_torch
-    monkeypatch.setattr(choice, "CANDIDATES", ((serves, lambda: fast), slow))
+    monkeypatch.setattr(choice, "CANDIDATES", ((serves, lambda device: fast), slow))
     assert choice.choose(*qkv(), 128, 64) == (fast, "fast")
     assert asked == [(128, 64)]
 
@@ -67,14 +69,42 @@ def test_plain_torch_has_no_eight_bits_and_says_so():
     assert backend.why_not_quantised(*qkv(), 64, 64) == "plain torch computes in float32"
 
 
+FOLDERS = {
+    "features": ("torch", "triton"),
+    "pca_tree": ("torch", "triton"),
+    "permute": ("torch", "triton"),
+    "pooled_masses": ("torch", "triton"),
+    "row_wise_top_k": ("torch", "triton"),
+    "tail_error": ("torch", "triton"),
+    "attention": ("torch", "triton", "hopper"),
+    "block_masses": ("torch", "triton", "hopper"),
+    "attention_with_masses": ("triton", "hopper"),
+    "quantised_attention": ("triton", "hopper"),
+}
+
+
 @pytest.mark.parametrize("operation", OPERATIONS)
-def test_an_operation_has_one_signature(operation):
+def test_an_operation_has_one_signature_and_a_truth(operation):
     pytest.importorskip("triton")
-    backends = choice.plain_torch(), choice.triton_kernels()
-    found = [getattr(backend, operation) for backend in backends]
-    signatures = [inspect.signature(x) for x in found if x is not None]
-    names = [[x.name for x in s.parameters.values() if x.name != "tile"] for s in signatures]
-    assert names[0] == names[-1]
+    if operation == "why_not_quantised":
+        modules = [import_module(f"sparse_attn.backends.{x}") for x in (
+            "torch.attention", "triton.quantised_attention",
+        )]  # fmt: skip
+    else:
+        files = [(folder, file_of(operation, folder)) for folder in FOLDERS[operation]]
+        modules = [import_module(f"sparse_attn.backends.{x}.{y}") for x, y in files]
+        modules.append(reference)
+    signatures = [inspect.signature(getattr(module, operation)) for module in modules]
+    # benchmarks may ask kernels for another tile
+    asked = {
+        tuple((x.name, x.kind, x.default) for x in s.parameters.values() if x.name != "tile")
+        for s in signatures
+    }
+    assert len(asked) == 1, signatures
+
+
+def test_no_operation_is_implemented_and_not_picked():
+    assert set(FOLDERS) | {"why_not_quantised"} == set(OPERATIONS)
 
 
 def test_what_a_kernel_does_not_serve_goes_to_plain_torch():

@@ -1,11 +1,15 @@
+"""Tokens in another order, and the mean key and value of every block of it."""
+
 import pytest
 import torch
+from close import assert_within
 
-pytest.importorskip("triton")
+from sparse_attn.backends import reference
+from sparse_attn.backends.permuted import block_sizes
+from tests.backends import inputs
+from tests.backends.implementations import implementations
 
-from sparse_attn.backends.triton.permute import arrange
-from tests.backends import kernel_reference as reference
-
+PERMUTE = pytest.mark.parametrize("permute", implementations("permute", "torch", "triton"))
 # B, H, L, D, layout
 CASES = [
     (1, 1, 1, 64, "BHLD"),  # one token
@@ -16,60 +20,72 @@ CASES = [
 
 
 def made(case, device):
-    """x, and an order for every head."""
+    """q, k, v, and an order for every head."""
     B, H, L, D, layout = case
-    x = reference.make(B, H, L, L, D, torch.bfloat16, device, layout)[0]
-    return x, reference.random_orders(B, H, L, device)
-
-
-def moved(x, order):
-    return x.gather(2, order.long()[..., None].expand_as(x))
-
-
-def block_means(x):
-    """Float64 means of every 64 tokens of [B, H, L, D]."""
-    return torch.stack([part.mean(2) for part in x.double().split(64, 2)], 2)
+    qkv = inputs.make(B, H, L, L, D, torch.bfloat16, device, layout)
+    return *qkv, inputs.random_orders(B, H, L, device)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda c: "B{}-H{}-L{}-D{}-{}".format(*c))
-def test_gives_every_token_its_place(case, device):
-    x, order = made(case, device)
-    out = arrange(x, order)
-    assert out.is_contiguous() and torch.equal(out, moved(x, order))
+@PERMUTE
+def test_tokens_in_their_order_and_the_means_of_their_blocks(permute, case, device):
+    q, k, v, order = made(case, device)
+    found = permute(q, k, v, order)
+    exact = reference.permute(q, k, v, order)
+    assert found.key_bias is None and torch.equal(found.q, exact.q)
+    assert torch.equal(found.k, exact.k) and torch.equal(found.v, exact.v)
+    exact = reference.permute(q.double(), k.double(), v.double(), order).pooled
+    for means, truth in ((found.pooled.k_mean, exact.k_mean), (found.pooled.v_mean, exact.v_mean)):
+        assert means.dtype == q.dtype
+        # bfloat16 has 8 bits, and Triton's interpreter truncates to them
+        assert_within("means", means, truth, truth.abs().max().item() * 2**-7)
+    assert_within("sizes", found.pooled.log_sizes, exact.log_sizes, 1e-6)
+    assert found.pooled.log_sizes.dtype == torch.float32
+    assert torch.equal(
+        block_sizes(case[2]).log().double(), found.pooled.log_sizes[0].cpu().double()
+    )
 
 
-def test_heads_may_share_an_order(device):
-    x, order = made(CASES[1], device)
+@PERMUTE
+def test_queries_need_not_be_moved(permute, device):
+    _, k, v, order = made(CASES[1], device)
+    assert permute(None, k, v, order).q is None
+
+
+@PERMUTE
+def test_heads_may_share_an_order(permute, device):
+    q, k, v, order = made(CASES[1], device)
     for shared in (order[:1, :1], order[:, :1], order[:1]):
-        whole = shared.expand(x.shape[:3])
-        assert torch.equal(arrange(x, whole), moved(x, whole))
+        whole = shared.expand(q.shape[:3])
+        assert torch.equal(permute(q, k, v, whole).k, reference.in_order(k, whole))
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda c: "B{}-H{}-L{}-D{}-{}".format(*c))
-def test_appends_the_mean_of_every_block(case, device):
-    x, order = made(case, device)
-    B, H, L, D, _ = case
-    out = arrange(x, order, means=True)
-    N = -(-L // 64)
-    assert out.shape == (B, H, N * 64 + -(-N // 64) * 64, D)
-    assert torch.equal(out[:, :, :L], moved(x, order))
-    expected = block_means(moved(x, order))
-    means = out[:, :, N * 64 : N * 64 + N].double()
-    # bfloat16 has 8 bits, and Triton's interpreter truncates to them
-    assert (means - expected).abs().max() <= expected.abs().max() * 2**-7
-    assert not out[:, :, L : N * 64].any() and not out[:, :, N * 64 + N :].any()
+@PERMUTE
+def test_a_block_with_a_biased_key_has_no_mean(permute, device):
+    q, k, v, order = made(CASES[1], device)
+    order = order[:, :1].expand_as(order)
+    key_bias = torch.zeros(2, 300, device=device)
+    key_bias[1, 21] = -2.0
+    found = permute(q, k, v, order, key_bias)
+    assert torch.equal(found.key_bias, reference.permute(q, k, v, order, key_bias).key_bias)
+    block = int((order[1, 0] == 21).nonzero()) // 64
+    hidden = (found.pooled.log_sizes == float("-inf")).nonzero().tolist()
+    assert hidden == [[1, block]]
 
 
-def test_a_second_call_gives_the_same_bits(device):
-    x, order = made(CASES[1], device)
-    assert torch.equal(arrange(x, order, means=True), arrange(x, order, means=True))
+@PERMUTE
+def test_a_second_call_gives_the_same_bits(permute, device):
+    q, k, v, order = made(CASES[1], device)
+    first, second = (permute(q, k, v, order).pooled for _ in range(2))
+    assert torch.equal(first.k_mean, second.k_mean) and torch.equal(first.v_mean, second.v_mean)
 
 
-def test_refuses_an_order_of_another_length(device):
-    x, order = made(CASES[1], device)
+@pytest.mark.parametrize("permute", implementations("permute", "triton"))
+def test_refuses_an_order_that_is_none(permute, device):
+    q, k, v, order = made(CASES[1], device)
     with pytest.raises(ValueError, match=r"`order` must be \[2, 3, 300\] int32, got \[2, 3, 299\]"):
-        arrange(x, order[..., :-1])
+        permute(q, k, v, order[..., :-1])
     with pytest.raises(ValueError, match=r"got \[300\]"):
-        arrange(x, order[0, 0])
+        permute(q, k, v, order[0, 0])
     with pytest.raises(ValueError, match="int64"):
-        arrange(x, order.long())
+        permute(q, k, v, order.long())

@@ -19,15 +19,14 @@ sys.path.insert(0, str(ROOT))
 import torch  # noqa: E402
 from torch.nn.attention import SDPBackend, sdpa_kernel  # noqa: E402
 
-from sparse_attn.backends.triton.attention import sparse_attention  # noqa: E402
-from sparse_attn.backends.triton.block_masses import block_masses  # noqa: E402
-from sparse_attn.backends.triton.dense_attention import dense_attention  # noqa: E402
+from sparse_attn.backends.choice import triton_kernels  # noqa: E402
 from tests.bench.bookkeeping_contestants import enter_bookkeeping, python_ms  # noqa: E402
 from tests.bench.contest import (  # noqa: E402
     CUDNN,
     DENSE,
     Contest,
     error_of,
+    mask_of,
     print_head,
     print_rows,
     random_lists,
@@ -47,6 +46,7 @@ DENSITIES = (0.2, 0.1, 0.05)
 
 def enter_dense(contest):
     q, k, v, scale = contest.q, contest.k, contest.v, contest.scale
+    ours, blocks = triton_kernels(), {"block_q": 64, "block_k": 64}
 
     def torch_dense(backend):
         def run():
@@ -62,11 +62,11 @@ def enter_dense(contest):
     contest.enter("torch flash", torch_dense(SDPBackend.FLASH_ATTENTION), 1.0, check)
     contest.enter(
         DENSE,
-        lambda: dense_attention(q, k, v, scale=scale),
+        lambda: ours.attention(q, k, v, scale=scale),
         1.0,
         lambda result: check(result[0]),
     )
-    lse = dense_attention(q, k, v, scale=scale)[1]
+    lse = ours.attention(q, k, v, scale=scale)[1]
 
     def masses_error(masses):
         head, block = q.shape[1] - 1, 7
@@ -77,13 +77,13 @@ def enter_dense(contest):
 
     contest.enter(
         "ours, dense, with LSE and masses",
-        lambda: dense_attention(q, k, v, scale=scale, previous_lse=lse),
+        lambda: ours.attention_with_masses(q, k, v, scale=scale, previous_lse=lse, **blocks),
         1.0,
         lambda result: max(check(result[0]), masses_error(result[2])),
     )
     contest.enter(
         "ours, masses from cached LSE",
-        lambda: block_masses(q, k, lse, block_q=64, block_k=64, scale=scale),
+        lambda: ours.block_masses(q, k, lse, scale=scale, **blocks),
         None,
         masses_error,
     )
@@ -93,11 +93,11 @@ def enter_sparse(contest, block_q, density):
     q, k, v, scale = contest.q, contest.k, contest.v, contest.scale
     heads, length = q.shape[1:3]
     rows, columns = math.ceil(length / block_q), length // 64
-    indices, counts = random_lists(heads, rows, columns, density, contest.device)
-    options = {"block_q": block_q, "block_k": 64, "scale": scale}
+    indices, _ = random_lists(heads, rows, columns, density, contest.device)
+    ours, options = triton_kernels(), {"scale": scale, "mask": mask_of(indices, columns, block_q)}
     contest.enter(
         f"ours, sparse {block_q}x64 at {density}",
-        lambda: sparse_attention(q, k, v, indices, counts, **options),
+        lambda: ours.attention(q, k, v, **options),
         density,
         lambda result: error_of(result[0], q, k, v, block_q, 64, indices),
     )
@@ -107,7 +107,7 @@ def enter_sparse(contest, block_q, density):
         bias[:, -200:] = float("-inf")
         contest.enter(
             f"ours, sparse {block_q}x64 at {density}, key bias",
-            lambda: sparse_attention(q, k, v, indices, counts, key_bias=bias, **options),
+            lambda: ours.attention(q, k, v, key_bias=bias, **options),
             density,
             lambda result: error_of(result[0], q, k, v, block_q, 64, indices, bias[0]),
         )

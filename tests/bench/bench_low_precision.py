@@ -20,16 +20,17 @@ sys.path.insert(0, str(ROOT))
 import torch  # noqa: E402
 from torch.nn.attention import SDPBackend, sdpa_kernel  # noqa: E402
 
-from sparse_attn.backends import triton_backend  # noqa: E402
+from sparse_attn.backends.choice import triton_kernels  # noqa: E402
 from sparse_attn.backends.triton import quantise  # noqa: E402
 from sparse_attn.orders.position import rods  # noqa: E402
 from sparse_attn.token_layout import TokenLayout  # noqa: E402
 from tests.bench.bench_tail import DIM, HEADS, LAYOUT, median_ms, random_mask  # noqa: E402
-from tests.bench.contest import random_lists  # noqa: E402
+from tests.bench.contest import mask_of, random_lists  # noqa: E402
 from tests.bench.record import facts  # noqa: E402
 
 SCALE = DIM**-0.5
 DEVICE = torch.device("cuda")
+OURS = triton_kernels()
 # heads, tokens of the checks
 CHECKED = (4, 32768)
 
@@ -42,43 +43,31 @@ def tensors(heads, tokens, seed=0):
 def times():
     q, k, v = (x.bfloat16() for x in tensors(HEADS, LAYOUT.tokens))
     order = rods(LAYOUT, DEVICE).expand(1, HEADS, LAYOUT.tokens)
-    moved = triton_backend.arrange(q, k, v, order)
+    moved = OURS.permute(q, k, v, order)
     with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
         cudnn = median_ms(lambda: torch.nn.functional.scaled_dot_product_attention(q, k, v))
-    options = {"scale": SCALE, "dtype": torch.int8, "values": True, "ordered": True}
+    options = {"scale": SCALE, "values": True, "ordered": True}
 
-    def attend(precision, *qkv, **options):
-        attention = triton_backend.low_precision_attention
-        return attention(*qkv, precision=precision, scale=SCALE, **options)
+    def attend(*qkv, **options):
+        return OURS.quantised_attention(*qkv, scale=SCALE, **options)
 
     found = {
         "cudnn_ms": cudnn,
         "quantise_ms": median_ms(lambda: quantise.quantise(q, k, v, **options)),
-        "int8_dense_ms": median_ms(lambda: attend("int8", q, k, v)),
+        "int8_dense_ms": median_ms(lambda: attend(q, k, v)),
         **masses_ms(q, k),
         "rows": [],
     }
     for density in (0.2, 0.1, 0.05):
         for block_q in (128, 64):
             mask = random_mask(density, block_q, DEVICE)
-            plain = triton_backend.unpack_mask(mask.bits, mask.num_k)
-            more = triton_backend.unpack_mask(mask.bits, mask.num_k, more=moved.pseudo_blocks)
-            blocks = {"block_q": block_q, "block_k": 64}
-            tail = {"key_bias": moved.key_bias, "tail": mask.bits, "order": order, **blocks}
-
-            def lists(pair):
-                return dict(zip(("kv_indices", "kv_num_blocks"), pair, strict=True))
-
+            tail = {"mask": mask, "pooled": moved.pooled, "order": order}
             row = {
                 "density": density,
                 "blocks": f"{block_q}x64",
-                "int8_ms": median_ms(lambda: attend("int8", q, k, v, **lists(plain), **blocks)),
-                "int8_tail_ms": median_ms(
-                    lambda: attend("int8", moved.q, moved.k, moved.v, **lists(more), **tail)
-                ),
+                "int8_ms": median_ms(lambda: attend(q, k, v, mask=mask)),
+                "int8_tail_ms": median_ms(lambda: attend(moved.q, moved.k, moved.v, **tail)),
             }
-            if density == 0.2:
-                row["fp8_ms"] = median_ms(lambda: attend("fp8", q, k, v, **lists(plain), **blocks))
             found["rows"].append(row)
             print(row, flush=True)
     return found
@@ -90,7 +79,7 @@ def masses_ms(q, k):
     options = {"block_q": 64, "block_k": 64, "scale": SCALE}
     return {
         f"{name}_masses_ms": median_ms(
-            lambda int8=int8: triton_backend.block_masses(q, k, lse, int8=int8, **options)
+            lambda int8=int8: OURS.block_masses(q, k, lse, int8=int8, **options)
         )
         for name, int8 in (("bf16", False), ("int8", True))
     }
@@ -146,15 +135,10 @@ def errors(kind, heads, tokens, density):
     q, k, v = data(kind, heads, tokens)
     options, indices = {}, None
     if density is not None:
-        indices, counts = random_lists(heads, tokens // 128, tokens // 64, density, DEVICE)
-        options = {"kv_indices": indices, "kv_num_blocks": counts, "block_q": 128}
-    outs = {
-        precision: triton_backend.low_precision_attention(
-            q, k, v, scale=SCALE, precision=precision, **options
-        )[0]
-        for precision in ("int8", "fp8")
-    }
-    sums = dict.fromkeys(("emulated", "int8", "fp8"), 0.0)
+        indices, _ = random_lists(heads, tokens // 128, tokens // 64, density, DEVICE)
+        options = {"mask": mask_of(indices, tokens // 64, 128)}
+    out = OURS.quantised_attention(q, k, v, scale=SCALE, **options)[0]
+    sums = dict.fromkeys(("emulated", "int8"), 0.0)
     for head, block in ((0, 3), (1, 77), (heads - 1, tokens // 128 - 1)):
         rows = slice(128 * block, 128 * block + 128)
         keys = torch.arange(tokens, device=DEVICE)
@@ -165,8 +149,7 @@ def errors(kind, heads, tokens, density):
         exact = s.softmax(-1) @ v[0, head, keys].double()
         of_head = (x[0, head] for x in (q, k, v))
         sums["emulated"] += relative(emulated(*of_head, rows, keys), exact) / 3
-        for name, out in outs.items():
-            sums[name] += relative(out[0, head, rows], exact) / 3
+        sums["int8"] += relative(out[0, head, rows], exact) / 3
     return {name: round(value, 4) for name, value in sums.items()}
 
 
@@ -200,7 +183,7 @@ def recalls(kind, share):
     exact, lse = exact_masses(q, k)
     options = {"block_q": 64, "block_k": 64, "scale": SCALE}
     found = {"data": kind, "shared_by_neighbours": share}
-    masses = [triton_backend.block_masses(q, k, lse, int8=x, **options) for x in (False, True)]
+    masses = [OURS.block_masses(q, k, lse, int8=x, **options) for x in (False, True)]
     for density in (0.2, 0.1):
         count = round(density * exact.shape[-1])
         bf16, int8 = (
@@ -218,31 +201,26 @@ def tail_errors(kind):
     layout = TokenLayout(0, 8, 64, 64)
     q, k, v = like_a_video(kind, layout.tokens)
     order = torch.arange(layout.tokens, device=DEVICE, dtype=torch.int32).expand(q.shape[:3])
-    moved = triton_backend.arrange(q, k, v, order)
-    N = moved.blocks
-    indices, counts = random_lists(CHECKED[0], layout.tokens // 128, N, 0.2, DEVICE)
-    keep = torch.zeros(*counts.shape, N, dtype=torch.bool, device=DEVICE)
-    keep.scatter_(3, indices.long(), True)
-    powers = 2 ** torch.arange(8, device=DEVICE)
-    bits = (keep.unflatten(-1, (-1, 8)) * powers).sum(-1).to(torch.uint8)
-    lists = triton_backend.unpack_mask(bits, N, more=moved.pseudo_blocks)
-    options = {
-        "kv_indices": lists[0], "kv_num_blocks": lists[1], "key_bias": moved.key_bias,
-        "tail": bits, "order": order, "block_q": 128, "block_k": 64, "scale": SCALE,
-    }  # fmt: skip
-    outs = {"bf16": triton_backend.sparse_attention(moved.q, moved.k, moved.v, **options)[0]}
-    for precision in ("int8", "fp8"):
-        outs[precision] = triton_backend.low_precision_attention(
-            moved.q, moved.k, moved.v, precision=precision, **options
-        )[0]
+    moved = OURS.permute(q, k, v, order)
+    pooled, N = moved.pooled, layout.tokens // 64
+    indices, _ = random_lists(CHECKED[0], layout.tokens // 128, N, 0.2, DEVICE)
+    mask = mask_of(indices, N, 128)
+    options = {"scale": SCALE, "mask": mask, "pooled": pooled, "order": order}
+    outs = {
+        "bf16": OURS.attention(moved.q, moved.k, moved.v, **options)[0],
+        "int8": OURS.quantised_attention(moved.q, moved.k, moved.v, **options)[0],
+    }
+    keep = mask.to_dense()
     sums = dict.fromkeys(outs, 0.0)
     for head, block in ((0, 3), (1, 77), (CHECKED[0] - 1, len(keep[0, 0]) - 1)):
         rows = slice(128 * block, 128 * block + 128)
-        read = torch.cat([keep[0, head, block].repeat_interleave(64), ~keep[0, head, block]])
-        read = torch.nn.functional.pad(read, (0, moved.k.shape[2] - len(read)))
-        s = q[0, head, rows].double() @ moved.k[0, head, read].double().T * SCALE
-        s += moved.key_bias[0, read].double()
-        exact = s.softmax(-1) @ moved.v[0, head, read].double()
+        listed = keep[0, head, block]
+        seen = listed.repeat_interleave(64)
+        keys = torch.cat([moved.k[0, head, seen], pooled.k_mean[0, head, ~listed]]).double()
+        values = torch.cat([moved.v[0, head, seen], pooled.v_mean[0, head, ~listed]]).double()
+        s = q[0, head, rows].double() @ keys.T * SCALE
+        s[:, int(seen.sum()) :] += pooled.log_sizes[0, ~listed].double()
+        exact = s.softmax(-1) @ values
         for name, out in outs.items():
             sums[name] += relative(out[0, head, rows], exact) / 3
     return {name: round(value, 4) for name, value in sums.items()}
@@ -265,7 +243,7 @@ def main():
         print(check, flush=True)
     result = {
         "what": f"low-precision attention, {HEADS} heads x {LAYOUT.tokens:,} tokens x {DIM}; "
-        "times with quantisation; `tail`: pooled, of tokens that are arranged already",
+        "times with quantisation; `tail`: pooled, of tokens that are permuted already",
         **times(),
         "errors": checks,
         "errors_with_tail": with_tail,

@@ -3,7 +3,7 @@
     python tests/bench/bench_tail.py --out results.json
 
 Random bfloat16 tensors in the host's layout, a random order for every head, medians of
-`triton.testing.do_bench`. `whole` is what a sparse step does per layer: arrange q, k and v, unpack
+`triton.testing.do_bench`. `whole` is what a sparse step does per layer: permute q, k and v, unpack
 the mask, attend.
 """
 
@@ -20,8 +20,7 @@ import torch  # noqa: E402
 from torch.nn.attention import SDPBackend, sdpa_kernel  # noqa: E402
 from triton.testing import do_bench  # noqa: E402
 
-from sparse_attn.backends import triton_backend  # noqa: E402
-from sparse_attn.backends.triton.permute import arrange  # noqa: E402
+from sparse_attn.backends.choice import triton_kernels  # noqa: E402
 from sparse_attn.block_mask import BlockMask  # noqa: E402
 from sparse_attn.token_layout import TokenLayout  # noqa: E402
 from tests.bench.record import facts  # noqa: E402
@@ -58,46 +57,38 @@ def main():
     )
     noise = torch.rand(1, HEADS, LAYOUT.tokens, device=device, generator=generator)
     order = noise.argsort(-1).int()
-    moved = triton_backend.arrange(q, k, v, order)
+    ours = triton_kernels()
+    moved = ours.permute(q, k, v, order)
+    k_mean, log_sizes = moved.pooled.k_mean, moved.pooled.log_sizes
     lse = torch.full(q.shape[:3], math.log(LAYOUT.tokens), device=device)
     with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
         dense = median_ms(lambda: torch.nn.functional.scaled_dot_product_attention(q, k, v))
     result = {
         "heads": HEADS, "tokens": LAYOUT.tokens, "head_dim": DIM, "cudnn_ms": dense,
-        "arrange_q_ms": median_ms(lambda: arrange(q, order)),
-        "arrange_k_with_means_ms": median_ms(lambda: arrange(k, order, means=True)),
+        "permute_ms": median_ms(lambda: ours.permute(q, k, v, order)),
         "pooled_masses_ms": median_ms(
-            lambda: triton_backend.pooled_masses(
-                moved.q, moved.k_mean, moved.log_sizes, lse, block_q=64, scale=scale
-            )
+            lambda: ours.pooled_masses(moved.q, k_mean, log_sizes, lse, block_q=64, scale=scale)
         ),
         "rows": [], **facts(),
     }  # fmt: skip
     for density in (0.2, 0.1, 0.05):
         for block_q in (64, 128):
             mask = random_mask(density, block_q, device)
-            blocks = {"block_q": block_q, "block_k": 64, "scale": scale}
-            plain = triton_backend.unpack_mask(mask.bits, mask.num_k)
-            lists = triton_backend.unpack_mask(mask.bits, mask.num_k, more=moved.pseudo_blocks)
 
-            def attend(moved, lists, mask=mask, blocks=blocks):
-                return triton_backend.sparse_attention(
-                    moved.q, moved.k, moved.v, *lists,
-                    key_bias=moved.key_bias, tail=mask.bits, order=order, **blocks,
+            def attend(moved, mask=mask):
+                return ours.attention(
+                    moved.q, moved.k, moved.v, scale=scale, mask=mask, pooled=moved.pooled,
+                    order=order,
                 )  # fmt: skip
 
-            def whole(mask=mask, attend=attend):
-                moved = triton_backend.arrange(q, k, v, order)
-                more = moved.pseudo_blocks
-                return attend(moved, triton_backend.unpack_mask(mask.bits, mask.num_k, more=more))
+            def whole(attend=attend):
+                return attend(ours.permute(q, k, v, order))
 
             row = {
                 "density": density,
                 "blocks": f"{block_q}x64",
-                "plain_ms": median_ms(
-                    lambda: triton_backend.sparse_attention(q, k, v, *plain, **blocks)
-                ),
-                "tail_ms": median_ms(lambda: attend(moved, lists)),
+                "plain_ms": median_ms(lambda: ours.attention(q, k, v, scale=scale, mask=mask)),
+                "tail_ms": median_ms(lambda: attend(moved)),
                 "whole_ms": median_ms(whole),
             }
             result["rows"].append(row)

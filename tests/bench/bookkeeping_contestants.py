@@ -84,8 +84,7 @@ def enter_bookkeeping(contest):
     def wrong(_):
         """Blocks by which a row's list misses its budget, over all rows."""
         mask = whole.layer.pattern.mask
-        _, listed = unpack_mask(mask.bits, mask.num_k)
-        return float((listed != mask.to_dense().sum(-1)).sum().item())
+        return float((unpack_mask(mask)[1] != mask.to_dense().sum(-1)).sum().item())
 
     contest.enter("ours, sparse step, whole call", whole.sparse, DENSITY, wrong)
     contest.enter("ours, sparse step, all but the kernel", bare.sparse)

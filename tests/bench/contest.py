@@ -5,6 +5,8 @@ import statistics
 
 import torch
 
+from sparse_attn.block_mask import BlockMask
+
 # how long a contestant runs in a round, milliseconds; the second half of its runs counts
 RUN_MS = 200
 DENSE = "ours, dense, with LSE"
@@ -22,6 +24,14 @@ def random_lists(heads, rows, columns, density, device):
         order = torch.rand(rows, columns, device=device, generator=generator).topk(count, 1)
         indices[0, head] = order.indices.sort(1).values.int()
     return indices, torch.full((1, heads, rows), count, dtype=torch.int32, device=device)
+
+
+def mask_of(indices, columns, block_q, block_k=64):
+    """The mask of `random_lists`."""
+    heads, rows = indices.shape[1:3]
+    keep = torch.zeros(1, heads, rows, columns, dtype=torch.bool, device=indices.device)
+    keep.scatter_(3, indices.long(), True)
+    return BlockMask.from_dense(keep, block_q=block_q, block_k=block_k)
 
 
 def exact_rows(q, k, v, head, first, block_q, block_k, listed=None, bias=None):

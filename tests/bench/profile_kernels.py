@@ -26,12 +26,8 @@ sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
 
-from sparse_attn.backends import triton as kernels  # noqa: E402
-from sparse_attn.backends.triton.attention import sparse_attention  # noqa: E402
-from sparse_attn.backends.triton.block_masses import block_masses  # noqa: E402
-from sparse_attn.backends.triton.dense_attention import dense_attention  # noqa: E402
-from sparse_attn.backends.triton.quantised_attention import low_precision_attention  # noqa: E402
-from tests.bench.contest import Contest, random_lists  # noqa: E402
+from sparse_attn.backends import hopper  # noqa: E402
+from tests.bench.contest import Contest, mask_of, random_lists  # noqa: E402
 from tests.bench.record import facts  # noqa: E402
 
 HEADS, LENGTH, DIM = 24, 119040, 128
@@ -93,7 +89,7 @@ def without_exponentials(*modules: str):
     left_out = 0
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         for module in modules:
-            name = f"{kernels.__name__}.{module}"
+            name = f"{hopper.__name__}.{module}"
             text = Path(importlib.import_module(name).__file__).read_text()
             left_out += text.count(EXPONENTIAL)
             path = Path(folder) / f"{module}.py"
@@ -101,10 +97,16 @@ def without_exponentials(*modules: str):
             spec = importlib.util.spec_from_file_location(name, path)
             changed = importlib.util.module_from_spec(spec)
             stack.enter_context(mock.patch.dict(sys.modules, {name: changed}))
-            stack.enter_context(mock.patch.object(kernels, module, changed))
+            stack.enter_context(mock.patch.object(hopper, module, changed))
             spec.loader.exec_module(changed)
         assert left_out, modules
         yield
+
+
+def operation(name: str, *args, **options):
+    """Run an operation of the kernels for Hopper as they are now."""
+    module = importlib.import_module(f"{hopper.__name__}.{name}")
+    return getattr(module, name)(*args, **options)
 
 
 def measure(run, seconds: float, meter: Meter) -> dict:
@@ -136,36 +138,35 @@ def main():
     options = parser.parse_args()
     contest = Contest(HEADS, LENGTH, DIM, torch.device("cuda"))
     q, k, v, scale = contest.q, contest.k, contest.v, contest.scale
-    lse = dense_attention(q, k, v, scale=scale)[1]
-    rows = -(-LENGTH // 128)
-    indices, counts = random_lists(HEADS, rows, LENGTH // 64, DENSITY, contest.device)
-    lists = {"block_q": 128, "block_k": 64, "scale": scale}
-    low = {"precision": "int8", "kv_indices": indices, "kv_num_blocks": counts, **lists}
+    lse = operation("attention", q, k, v, scale=scale)[1]
+    rows, columns = -(-LENGTH // 128), LENGTH // 64
+    indices, _ = random_lists(HEADS, rows, columns, DENSITY, contest.device)
+    sparse = {"scale": scale, "mask": mask_of(indices, columns, 128)}
     masses = {"block_q": 64, "block_k": 64, "scale": scale}
-    masses_of, attention = ("hopper_block_masses",), ("hopper_attention",)
-    eight = "hopper_low_precision_ops", "hopper_low_precision"
+    of_masses, attention = ("block_masses",), ("attention",)
+    eight = "quantised_ops", "quantised_attention"
     # modules, share of all pairs, products per pair by precision, run
     contestants = {
         "masses from a cached LSE": (
-            masses_of, 1.0, {"bf16": 1}, lambda: block_masses(q, k, lse, **masses)
+            of_masses, 1.0, {"bf16": 1}, lambda: operation("block_masses", q, k, lse, **masses)
         ),
         "masses from a cached LSE, int8": (
-            masses_of, 1.0, {"int8": 1},
-            lambda: block_masses(q, k, lse, int8=True, **masses),
+            of_masses, 1.0, {"int8": 1},
+            lambda: operation("block_masses", q, k, lse, int8=True, **masses),
         ),
         "dense": (
-            attention, 1.0, {"bf16": 2}, lambda: dense_attention(q, k, v, scale=scale)
+            attention, 1.0, {"bf16": 2}, lambda: operation("attention", q, k, v, scale=scale)
         ),
         "dense, int8": (
             eight, 1.0, {"int8": 2},
-            lambda: low_precision_attention(q, k, v, scale=scale, precision="int8"),
+            lambda: operation("quantised_attention", q, k, v, scale=scale),
         ),
         "sparse 128x64 at 0.2": (
-            attention, DENSITY, {"bf16": 2},
-            lambda: sparse_attention(q, k, v, indices, counts, **lists),
+            attention, DENSITY, {"bf16": 2}, lambda: operation("attention", q, k, v, **sparse)
         ),
         "sparse 128x64 at 0.2, int8": (
-            eight, DENSITY, {"int8": 2}, lambda: low_precision_attention(q, k, v, **low)
+            eight, DENSITY, {"int8": 2},
+            lambda: operation("quantised_attention", q, k, v, **sparse),
         ),
     }  # fmt: skip
     processors = torch.cuda.get_device_properties(0).multi_processor_count

@@ -49,8 +49,8 @@ def test_two_passes_give_dense_output_and_exact_masses(case, biased, device):
     found, masses, passes = search(TORCH, q, k, v, block_size, key_bias=bias)
     exact_qkv = [x.double() for x in (q, k, v)]
     options = {"scale": 0.3, "key_bias": None if bias is None else bias.double()}
-    exact, exact_lse = reference.dense_attention(*exact_qkv, **options)
-    same, _ = reference.dense_attention(q, k, v, scale=0.3, key_bias=bias)
+    exact, exact_lse = reference.attention(*exact_qkv, **options)
+    same, _ = reference.attention(q, k, v, scale=0.3, key_bias=bias)
     blocks = AdaSpaConfig(block_size=block_size).blocks
     exact_masses = reference.block_masses(*exact_qkv[:2], exact_lse, **blocks, **options)
     assert_as_accurate_as("out", found.out, same, exact, factor=4.0)

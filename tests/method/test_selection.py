@@ -35,7 +35,7 @@ def naive_select(masses, layout, config):
     sink = reference.sink_blocks(layout, config.block_k)
     budget = row_budget(config.density, n, sum(sink))
     budgets = [[budget] * masses.shape[1] for _ in masses]
-    keep = reference.row_wise_top_k(masses, budgets, sink, sink_q)
+    keep, _ = reference.row_wise_top_k(masses, masses, budgets, None, sink, sink_q)
     if config.head_adaptive:
         for b, video in enumerate(masses):
             held = [
@@ -50,7 +50,7 @@ def naive_select(masses, layout, config):
                 room = min(budget // 2, budget - low, high - budget)
                 moved = (sparsity < config.sparsity) - (sparsity > config.sparsity)
                 budgets[b][h] = budget + moved * room
-        keep = reference.row_wise_top_k(masses, budgets, sink, sink_q)
+        keep, _ = reference.row_wise_top_k(masses, masses, budgets, None, sink, sink_q)
     return keep, budgets, sink_q, sink
 
 

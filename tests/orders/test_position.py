@@ -65,7 +65,3 @@ def test_an_output_in_the_hosts_layout_stays_in_it():
     layout = LAYOUTS[1]
     x = torch.randn(2, layout.tokens, 3, 4).transpose(1, 2)
     assert in_raster(x, rods(layout, CPU).expand(2, 3, -1)).stride() == x.stride()
-
-
-def test_an_order_is_made_once():
-    assert rods(LAYOUTS[1], CPU) is rods(TokenLayout(20, 5, 6, 31, 7), CPU)

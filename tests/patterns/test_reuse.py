@@ -60,9 +60,8 @@ def test_tall_blocks_are_carried_and_saved_as_such(tmp_path):
     run, qkv = carrying("Ss", pattern, block_size="128x64"), tensors(0)
     out, did = call_of(run, 0, qkv)
     assert did == ["sparse"]
-    keep = BlockMask(pattern.layers[NAME].bits, 10, 128, 64).to_dense()
-    blocks = {"block_q": 128, "block_k": 64, "scale": SCALE}
-    expected, _ = reference.sparse_attention(*(x.double() for x in qkv), keep, **blocks)
+    mask = BlockMask(pattern.layers[NAME].bits, 10, 128, 64)
+    expected, _ = reference.attention(*(x.double() for x in qkv), scale=SCALE, mask=mask)
     assert_within("out", out, expected, 1e-5)
     # in square blocks the same pattern is of no use
     assert call_of(carrying("Ss", pattern), 0, qkv)[1] == ["dense", "masses"]
@@ -73,8 +72,8 @@ def test_a_carried_layer_runs_sparse_from_the_search_step_on(found):
     qkv = tensors(0)
     out, did = call_of(run, 1, qkv)
     assert did == ["sparse"]
-    keep = BlockMask(found.layers[NAME].bits, 10, 64, 64).to_dense()
-    expected, _ = reference.sparse_attention(*(x.double() for x in qkv), keep, **BLOCKS)
+    mask = BlockMask(found.layers[NAME].bits, 10, 64, 64)
+    expected, _ = reference.attention(*(x.double() for x in qkv), scale=SCALE, mask=mask)
     assert_within("out", out, expected, 1e-5)
     assert call_of(run, 2, tensors(0))[1] == ["sparse"]
     run.state.end_step()

@@ -79,17 +79,8 @@ def violations(path: Path, text: str | None = None) -> list[str]:
     return found
 
 
-# still on the way into their folders; an entry that has become true fails, and goes
-NOT_YET = {
-    "backends/triton/attention.py", "backends/triton/block_masses.py",
-    "backends/triton/dense_attention.py", "backends/triton/quantised_attention.py",
-}  # fmt: skip
-
-
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(ROOT).as_posix())
-def test_imports_only_what_stands_above(path, request):
-    if path.relative_to(ROOT).as_posix().removeprefix("sparse_attn/") in NOT_YET:
-        request.applymarker(pytest.mark.xfail(strict=True))
+def test_imports_only_what_stands_above(path):
     assert not violations(path)
 
 

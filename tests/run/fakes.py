@@ -41,7 +41,7 @@ def tensors(seed=0, batch=1):
 
 
 def host_attention(q, k, v):
-    return reference.dense_attention(q, k, v, scale=SCALE)[0]
+    return reference.attention(q, k, v, scale=SCALE)[0]
 
 
 def call_of(qkv, step=0, dense=None, layout=LAYOUT, **more):
@@ -183,4 +183,4 @@ def assert_best_choice(run, q, k, key_bias=None, key="layer 0"):
 def dense(q, k, v, key_bias=None):
     bias = None if key_bias is None else key_bias.double()
     qkv = [x.double() for x in (q, k, v)]
-    return reference.dense_attention(*qkv, scale=SCALE, key_bias=bias)[0]
+    return reference.attention(*qkv, scale=SCALE, key_bias=bias)[0]

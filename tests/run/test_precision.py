@@ -8,7 +8,6 @@ from sparse_attn.backends import reference
 from sparse_attn.run.precision import NOT_ALLOWED
 from sparse_attn.run.state import OUT_OF_MEMORY
 from tests.run.fakes import (
-    BLOCKS,
     SCALE,
     TORCH,
     Backend,
@@ -42,9 +41,8 @@ def test_sparse_steps_and_later_searches_run_in_the_precision_asked_for(block_si
     assert run.backend.asked == (config.block_q, config.block_k)
     q, k, v = tensors(4)
     out, _ = run.attend(4, (q, k, v))
-    keep = run.pattern().mask.to_dense()
     inputs = [x.double() for x in (q, k, coarse(v))]
-    exact, _ = reference.sparse_attention(*inputs, keep, **config.blocks, scale=SCALE)
+    exact, _ = reference.attention(*inputs, scale=SCALE, mask=run.pattern().mask)
     assert_within("out", out, exact, 1e-5)
     statistics = run.statistics
     assert statistics.low_precision.calls == 4 and not statistics.low_precision.declined
@@ -112,8 +110,8 @@ def test_out_of_memory_while_quantising_runs_as_usual():
     run.backend.fails["int8"] = no_memory()
     out, did = run.attend(1, qkv)
     assert did == ["int8", "sparse"]
-    keep = run.pattern().mask.to_dense()
-    exact, _ = reference.sparse_attention(*(x.double() for x in qkv), keep, **BLOCKS)
+    mask = run.pattern().mask
+    exact, _ = reference.attention(*(x.double() for x in qkv), scale=SCALE, mask=mask)
     assert_within("out", out, exact, 1e-5)
     assert sum(run.statistics.low_precision.declined.values()) == 1
 

@@ -41,11 +41,9 @@ def test_a_run_reads_its_mask_in_low_precision(qkv, block_size):
         out = attend(run, step, qkv)
     run.end_step()
     assert run.statistics.low_precision.calls == 1 and not run.statistics.low_precision.declined
-    keep = run.layers["layer 0"].pattern.mask.to_dense()
-    assert not keep.all()
-    exact, _ = reference.sparse_attention(
-        *(x.double() for x in qkv), keep, **run.config.blocks, scale=SCALE
-    )
+    mask = run.layers["layer 0"].pattern.mask
+    assert not mask.to_dense().all()
+    exact, _ = reference.attention(*(x.double() for x in qkv), scale=SCALE, mask=mask)
     # random data leaves little but noise in the output; what bf16 gets is told beside it
     usual = make_run("Ss", block_size=block_size)
     for step in range(2):
@@ -93,7 +91,7 @@ def test_a_dense_step_runs_in_low_precision_where_it_is_fastest(qkv):
 
     run.dense.choice.fastest = fastest
     out = run.dense.serve(replace(call_of(qkv), scale=SCALE))
-    exact, _ = reference.dense_attention(*(x.double() for x in qkv), scale=SCALE)
+    exact, _ = reference.attention(*(x.double() for x in qkv), scale=SCALE)
     assert out.shape == exact.shape and relative_error(out, exact) < 0.15
     assert run.statistics.dense_choice == "own int8, not exact"
 
@@ -105,9 +103,7 @@ def test_what_the_kernels_cannot_serve_runs_as_usual(qkv):
     run.precision._reason = lambda *args: "a reason"
     for step in range(2):
         out = attend(run, step, qkv)
-    keep = run.layers["layer 0"].pattern.mask.to_dense()
-    exact, _ = reference.sparse_attention(
-        *(x.double() for x in qkv), keep, **run.config.blocks, scale=SCALE
-    )
+    mask = run.layers["layer 0"].pattern.mask
+    exact, _ = reference.attention(*(x.double() for x in qkv), scale=SCALE, mask=mask)
     assert_within("out", out, exact, 2e-2)
     assert run.statistics.low_precision.declined == {"a reason": 1}

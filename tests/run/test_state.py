@@ -54,7 +54,6 @@ def test_the_first_search_answers_with_its_own_dense_output():
 @pytest.mark.parametrize("head_adaptive", [False, True], ids=["uniform", "head-adaptive"])
 def test_a_sparse_step_attends_what_the_search_chose(head_adaptive, biased, block_size):
     run = Run("Ss", head_adaptive=head_adaptive, block_size=block_size)
-    blocks = {"block_q": run.state.config.block_q, "block_k": run.state.config.block_k}
     bias = None
     if biased:
         bias = torch.zeros(1, L)
@@ -62,9 +61,9 @@ def test_a_sparse_step_attends_what_the_search_chose(head_adaptive, biased, bloc
     first, later = tensors(0), tensors(1)
     run.attend(0, first, key_bias=bias)
     out, _ = run.attend(1, later, key_bias=bias)
-    keep = assert_best_choice(run, *first[:2], bias)
-    exact, _ = reference.sparse_attention(
-        *(x.double() for x in later), keep, **blocks, scale=SCALE, key_bias=bias
+    assert_best_choice(run, *first[:2], bias)
+    exact, _ = reference.attention(
+        *(x.double() for x in later), scale=SCALE, key_bias=bias, mask=run.pattern().mask
     )
     assert_within("out", out, exact, 1e-5)
 

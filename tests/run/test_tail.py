@@ -5,7 +5,7 @@ import torch
 from close import assert_same_choice, assert_within, mass_rounding, rounding
 
 from sparse_attn.backends import reference
-from sparse_attn.block_mask import recall
+from sparse_attn.block_mask import BlockMask, recall
 from sparse_attn.call import LayerName
 from sparse_attn.config import TOKEN_ORDERS
 from sparse_attn.orders.position import in_rods, rods
@@ -68,15 +68,29 @@ def tensors(seed=0, batch=1, layout=LAYOUT, dtype=torch.float32):
 def dense(q, k, v, key_bias=None):
     bias = None if key_bias is None else key_bias.double()
     inputs = (x.double() for x in (q, k, v))
-    return reference.dense_attention(*inputs, scale=SCALE, key_bias=bias)[0]
+    return reference.attention(*inputs, scale=SCALE, key_bias=bias)[0]
 
 
-def with_tail(q, k, v, run, block_q=64, key_bias=None):
+def with_tail(q, k, v, mask, order, key_bias=None):
     bias = None if key_bias is None else key_bias.double()
-    inputs = (x.double() for x in (q, k, v))
-    return reference.sparse_attention_with_tail(
-        *inputs, run.keep, run.order, block_q=block_q, block_k=64, scale=SCALE, key_bias=bias
-    )[0]
+    moved = reference.permute(q.double(), k.double(), v.double(), order, bias)
+    return reference.attention(
+        moved.q, moved.k, moved.v, scale=SCALE, key_bias=moved.key_bias, mask=mask,
+        pooled=moved.pooled, order=order,
+    )[0]  # fmt: skip
+
+
+def tail_error(q, k, v):
+    """Of every block pair, of tokens in the mask's order, in float64."""
+    q, k, v = (x.double() for x in (q, k, v))
+    lse = reference.scaled_logits(q, k, SCALE).logsumexp(-1)
+    order = torch.arange(k.shape[2]).expand(k.shape[:3])
+    pooled = reference.permute(None, k, v, order).pooled
+    masses = reference.block_masses(q, k, lse, block_q=64, block_k=64, scale=SCALE)
+    pooled_masses = reference.pooled_masses(
+        q, pooled.k_mean, pooled.log_sizes, lse, block_q=64, scale=SCALE
+    )
+    return reference.tail_error(masses, pooled_masses, v, pooled.v_mean)
 
 
 def padded(batch=1):
@@ -131,12 +145,12 @@ def test_a_sparse_step_adds_the_averages_of_what_it_skips(
     run.attend(0, tensors(0, batch), key_bias=bias)
     later = tensors(1, batch)
     out, _ = run.attend(1, later, key_bias=bias)
-    keep, block_q = run.keep, run.pattern().mask.block_q
-    exact = with_tail(*later, run, block_q, bias)
+    mask = run.pattern().mask
+    exact = with_tail(*later, mask, run.order, bias)
     assert_within("out", out, exact, 1e-5)
-    bare, _ = reference.sparse_attention(
-        *(x.double() for x in in_order(run, *later)), keep, block_q=block_q, block_k=64,
-        scale=SCALE, key_bias=None if bias is None else bias[:, run.order[0, 0]].double(),
+    bare, _ = reference.attention(
+        *(x.double() for x in in_order(run, *later)), scale=SCALE, mask=mask,
+        key_bias=None if bias is None else bias[:, run.order[0, 0]].double(),
     )  # fmt: skip
     out, truth = in_order(run, out, dense(*later, bias))
     assert (out - bare).abs().max() > 0.05, "the tail does something"
@@ -160,8 +174,7 @@ def test_a_search_keeps_the_blocks_whose_averages_err_most(token_order):
     run, qkv = TailRun("Ss", token_order=token_order, sparsity=0.5), tensors()
     run.attend(0, qkv)
     q, k, v = (x.double() for x in in_order(run, *qkv))
-    lse = reference.scaled_logits(q, k, SCALE).logsumexp(-1)
-    scores = reference.tail_error(q, k, v, lse, block_q=64, block_k=64, scale=SCALE).float()
+    scores = tail_error(q, k, v).float()
     masses = exact_masses(q, k)
     keep, held = chosen(masses, PERMUTED, run.state.config, scores)
     assert_same_choice(run.keep, keep, scores.double(), score_rounding(q, k, v, masses))
@@ -208,8 +221,7 @@ def test_a_later_search_finds_the_new_pattern_with_the_old_lse(one_pass, token_o
     new = run.keep
     assert not torch.equal(new, old) and run.layer().lse is None
     q, k, v = (x.double() for x in in_order(run, *later))
-    lse = reference.scaled_logits(q, k, SCALE).logsumexp(-1)
-    scores = reference.tail_error(q, k, v, lse, block_q=64, block_k=64, scale=SCALE)
+    scores = tail_error(q, k, v)
     best, _ = chosen(scores.float(), PERMUTED, run.state.config)
     spared = (scores * new).sum() / (scores * best).sum()
     assert spared > 0.95, "close to the choice with today's LSE"
@@ -219,11 +231,11 @@ def test_a_later_search_finds_the_new_pattern_with_the_old_lse(one_pass, token_o
     assert not torch.equal(old_order, run.order), "an order of today's tokens"
     truth = dense(*later)
     left = [
-        (reference.sparse_attention_with_tail(
-            *(x.double() for x in later), keep, order, block_q=64, block_k=64, scale=SCALE
-        )[0] - truth).square().mean()
+        (with_tail(*later, BlockMask.from_dense(keep, block_q=64, block_k=64), order) - truth)
+        .square()
+        .mean()
         for keep, order in ((new, run.order), (old, old_order))
-    ]  # fmt: skip
+    ]
     assert left[0] < left[1]
 
 
@@ -273,7 +285,7 @@ def test_a_bias_on_the_video_leaves_all_heads_one_order():
     later = tensors(1)
     out, _ = run.attend(1, later, key_bias=bias)
     assert torch.equal(run.order, rods(LAYOUT, torch.device("cpu")).expand(1, H, -1))
-    assert_within("out", out, with_tail(*later, run, key_bias=bias), 1e-5)
+    assert_within("out", out, with_tail(*later, run.pattern().mask, run.order, bias), 1e-5)
 
 
 def test_a_replaced_order_takes_its_prefetched_copy_along():
@@ -308,11 +320,7 @@ def test_a_video_alone_and_one_smaller_than_the_rods(layout):
     run.attend(0, tensors(0, layout=layout))
     later = tensors(1, layout=layout)
     out, _ = run.attend(1, later)
-    exact, _ = reference.sparse_attention_with_tail(
-        *(x.double() for x in later), run.keep, run.order,
-        block_q=64, block_k=64, scale=SCALE,
-    )  # fmt: skip
-    assert_within("out", out, exact, 1e-5)
+    assert_within("out", out, with_tail(*later, run.pattern().mask, run.order), 1e-5)
 
 
 def test_bfloat16_errs_as_little_as_its_rounding():
@@ -321,7 +329,7 @@ def test_bfloat16_errs_as_little_as_its_rounding():
     later = tensors(1, dtype=torch.bfloat16)
     out, _ = run.attend(1, later)
     assert out.dtype == torch.bfloat16
-    assert_within("out", out, with_tail(*later, run), 2e-2)
+    assert_within("out", out, with_tail(*later, run.pattern().mask, run.order), 2e-2)
 
 
 def test_a_recall_is_one_of_masses_and_sampled_in_the_masks_order():
@@ -379,7 +387,7 @@ def test_low_precision_gets_what_the_sparse_kernel_gets(monkeypatch):
     assert run.statistics.low_precision.calls == 1
     assert torch.equal(given["mask"].bits, run.pattern().mask.bits)
     assert given["order"] is not None and given["pooled"] is not None
-    assert_within("out", out, with_tail(*tensors(1), run), 1e-5)
+    assert_within("out", out, with_tail(*tensors(1), run.pattern().mask, run.order), 1e-5)
 
 
 def test_the_report_tells_of_the_tail():
@@ -432,7 +440,7 @@ def test_a_carried_pattern_is_used_in_its_order(token_order, tmp_path):
     assert torch.equal(run.pattern().mask.bits, pattern.layers[NAME].bits)
     if own:
         assert torch.equal(run.order, pattern.layers[NAME].order)
-    assert_within("out", out, with_tail(*qkv, run), 1e-5)
+    assert_within("out", out, with_tail(*qkv, run.pattern().mask, run.order), 1e-5)
     run.state.end_step()
     (shown,) = run.statistics.patterns.values()
     q, k, _ = in_order(run, *qkv)

@@ -1,45 +1,63 @@
 """Block masses for Hopper in Gluon: consumer warpgroups of 64 query rows share one stream of keys.
-While the tensor cores form the scores of one tile, a consumer exponentiates and adds up those of the
-tile before.
 
-Shapes and helpers as in hopper_attention; the ring carries pairs of key tiles only. Queries and keys
-may be INT8, as `quantise` leaves them.
+While the tensor cores form the scores of one tile, a consumer exponentiates and adds up those of the
+tile before. The ring carries pairs of key tiles, in order. Queries and keys may be INT8, as
+`quantise_qk` leaves them.
 """
 
+import torch
 import triton
 import triton.language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma_wait
+from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma_wait
 
+from .. import tiles
+from ..triton import launch
+from ..triton.block_masses import MassOperands
+from ..triton.mass_granularity import empty_masses, to_granularity
 from ..triton.softmax import LOG2_E
 from .pipeline import (
     STRIP,
     TILE,
     add_bias,
-    bias_tiles,
-    load_pair,
-    load_queries,
+    aggregate,
+    bias_flags,
+    make_queries,
+    make_ring,
+    make_work,
     source,
     start_scores,
     store_masses,
-    wait_for,
 )
 
 # [warp, row, tile] as the threads of a warpgroup hold the rows of a score tile
 STRIP_LAYOUT = gl.constexpr(gl.BlockedLayout([1, 1, 2], [1, 8, 4], [4, 1, 1], [2, 1, 0]))
-SIZES = ["H", "Lq", "Lk", "Nq", "Nk", "num_rows"]
+SIZES = ["H", "Lq", "Lk", "Nq", "num_rows"]
+
+
+@aggregate
+class Tensors:
+    """What a consumer reads and writes beside the tiles; pointers that a call lacks are None."""
+
+    lse: gl.tensor
+    key_bias: gl.tensor | gl.constexpr
+    bias_flags: gl.tensor | gl.constexpr
+    q_scale: gl.tensor | gl.constexpr
+    q_shift: gl.tensor | gl.constexpr
+    k_scale: gl.tensor | gl.constexpr
+    masses: gl.tensor
+    Lq: gl.tensor
+    num_rows: gl.tensor
+    scale_log2: gl.tensor
 
 
 @gluon.jit
-def _produce(
-    q_desc, k_desc, q_tiles, ring, q_ready, ready, free, num_pairs, i_b, i_h, first_q,
-    CONSUMERS: gl.constexpr, STAGES: gl.constexpr,
-):  # fmt: skip
-    load_queries(q_desc, q_tiles, q_ready, i_b, i_h, first_q, CONSUMERS)
-    for n in range(num_pairs):
+def _produce(q_desc, k_desc, queries, ring, work):
+    queries.load(q_desc, work)
+    for n in range(work.num_pairs):
         first = 2 * n * TILE
-        load_pair(k_desc, ring, ready, free, n, i_b, i_h, first, first + TILE, STAGES)
+        ring.load(k_desc, n, work, first, first + TILE)
 
 
 @gluon.jit
@@ -103,74 +121,72 @@ def _put_last(
 
 
 @gluon.jit
-def _consume(
-    q_tiles, ring, q_ready, ready, free, num_pairs, Lq, Lk, H, i_b, i_h, first_q,
-    lse, key_bias, bias_tiles, q_scale, q_shift, k_scale, num_rows, masses, Nk, scale_log2,
-    CONSUMER: gl.constexpr, D: gl.constexpr, HAS_BIAS: gl.constexpr, STAGES: gl.constexpr,
-):  # fmt: skip
-    INT8: gl.constexpr = q_tiles.dtype == gl.int8
-    BYTES: gl.constexpr = q_tiles.dtype.primitive_bitwidth // 8
+def _consume(queries, ring, work, x, CONSUMER: gl.constexpr, D: gl.constexpr):
+    INT8: gl.constexpr = x.q_scale is not None
+    HAS_BIAS: gl.constexpr = x.key_bias is not None
+    BYTES: gl.constexpr = queries.tiles.dtype.primitive_bitwidth // 8
     S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 32 // BYTES])
     S_OPERAND: gl.constexpr = gl.DotOperandLayout(0, S, 4 // BYTES)
 
-    first_q += CONSUMER * TILE
-    i_bh = i_b.to(gl.int64) * H + i_h
+    first_q = work.first_q + CONSUMER * TILE
+    i_bh = work.i_bh.to(gl.int64)
+    Lk = work.Lk
+    Nk = gl.cdiv(Lk, TILE)
     o_q = first_q + gl.arange(0, TILE, layout=gl.SliceLayout(1, S))
     o_k = gl.arange(0, TILE, layout=gl.SliceLayout(0, S))
-    p_masses = masses + (i_bh * gl.cdiv(Lq, TILE) + first_q // TILE) * Nk
+    p_masses = x.masses + (i_bh * gl.cdiv(x.Lq, TILE) + first_q // TILE) * Nk
     # rows past Lq and rows without a key have no mass
-    b_lse = gl.load(lse + i_bh * Lq + o_q, mask=o_q < Lq, other=float("inf"))
-    b_scale = scale_log2
-    p_scale = lse  # not read
+    b_lse = gl.load(x.lse + i_bh * x.Lq + o_q, mask=o_q < x.Lq, other=float("inf"))
+    b_scale = x.scale_log2
+    p_scale = x.lse  # not read
     if INT8:
-        row = i_bh * num_rows + o_q
-        b_lse -= gl.load(q_shift + row, mask=o_q < Lq, other=0.0)
-        b_scale = gl.load(q_scale + row, mask=o_q < Lq, other=0.0)
-        p_scale = k_scale + i_bh * Nk
+        row = i_bh * x.num_rows + o_q
+        b_lse -= gl.load(x.q_shift + row, mask=o_q < x.Lq, other=0.0)
+        b_scale = gl.load(x.q_scale + row, mask=o_q < x.Lq, other=0.0)
+        p_scale = x.k_scale + i_bh * Nk
     b_lse = gl.where(b_lse == float("-inf"), float("inf"), b_lse) * LOG2_E
-    end = gl.where(first_q < Lq, Nk, 0)
-    p_bias = lse  # not read
-    p_flags = lse
+    end = gl.where(first_q < x.Lq, Nk, 0)
+    p_bias = x.lse  # not read
+    p_flags = x.lse
     if HAS_BIAS:
-        p_bias = key_bias + i_b.to(gl.int64) * Lk
-        p_flags = bias_tiles + i_b.to(gl.int64) * Nk
+        p_bias = x.key_bias + work.i_b.to(gl.int64) * Lk
+        p_flags = x.bias_flags + work.i_b.to(gl.int64) * Nk
     o_t = gl.arange(0, STRIP, layout=gl.SliceLayout(0, gl.SliceLayout(1, STRIP_LAYOUT)))
     b_strip = gl.zeros([4, 8, STRIP], gl.float32, STRIP_LAYOUT)
 
-    mbarrier.wait(q_ready.index(CONSUMER), 0)
     # [64, D]
-    b_q = q_tiles.index(CONSUMER).reshape([TILE, D]).load(S_OPERAND)
-    wait_for(ready, 0, STAGES)
-    b_s = start_scores(b_q, ring.index(0), D, S)
+    b_q = queries.wait(CONSUMER, D).load(S_OPERAND)
+    ring.wait(0)
+    b_s = start_scores(b_q, ring.tile(0, 0, TILE, D), S)
     b_s = warpgroup_mma_wait(0, deps=(b_s,))
     scale0, scale1 = _load_scales(p_scale, 0, Nk, INT8)
-    last = num_pairs - 1
+    last = work.num_pairs - 1
     for n in range(0, last):
         b_factor0 = _factor(b_scale, scale0, INT8, HAS_BIAS)
         b_factor1 = _factor(b_scale, scale1, INT8, HAS_BIAS)
         scale0, scale1 = _load_scales(p_scale, n + 1, Nk, INT8)
-        b_t = start_scores(b_q, ring.index(2 * (n % STAGES) + 1), D, S)
+        b_t = start_scores(b_q, ring.tile(n, 1, TILE, D), S)
         b_strip = _put_tile(
             b_strip, o_t, 2 * n, b_s, b_lse, b_factor0, p_bias, p_flags, o_k, Lk, HAS_BIAS
         )  # fmt: skip
         # as in attention, the branch of a wait keeps the exponentials above the next line
-        wait_for(ready, n + 1, STAGES)
+        ring.wait(n + 1)
         b_t = warpgroup_mma_wait(0, deps=(b_t,))
-        mbarrier.arrive(free.index(n % STAGES))
-        b_s = start_scores(b_q, ring.index(2 * ((n + 1) % STAGES)), D, S)
+        ring.release(n)
+        b_s = start_scores(b_q, ring.tile(n + 1, 0, TILE, D), S)
         b_strip = _put_tile(
             b_strip, o_t, 2 * n + 1, b_t, b_lse, b_factor1, p_bias, p_flags, o_k, Lk, HAS_BIAS
         )  # fmt: skip
         if (2 * n + 2) % STRIP == 0:
             b_mass = gl.sum(b_strip.reshape([32, STRIP]), 0)
             store_masses(p_masses, b_mass, 2 * n + 2 - STRIP, 0, end)
-        wait_for(ready, n + 1, STAGES)
+        ring.wait(n + 1)
         b_s = warpgroup_mma_wait(0, deps=(b_s,))
 
     # only the last pair can hold keys past Lk
     b_factor0 = _factor(b_scale, scale0, INT8, True)
     b_factor1 = _factor(b_scale, scale1, INT8, True)
-    b_t = start_scores(b_q, ring.index(2 * (last % STAGES) + 1), D, S)
+    b_t = start_scores(b_q, ring.tile(last, 1, TILE, D), S)
     b_strip = _put_last(
         b_strip, o_t, 2 * last, b_s, b_lse, b_factor0, p_bias, o_k, Lk, HAS_BIAS
     )  # fmt: skip
@@ -185,114 +201,69 @@ def _consume(
 @gluon.jit(
     do_not_specialize=SIZES,
     do_not_specialize_on_alignment=[
-        "lse", "key_bias", "bias_tiles", "q_scale", "q_shift", "k_scale", "masses",
+        "lse", "key_bias", "bias_flags", "q_scale", "q_shift", "k_scale", "masses",
     ],
 )  # fmt: skip
 def hopper_block_masses_kernel(
-    q_desc, k_desc, lse, key_bias, bias_tiles, q_scale, q_shift, k_scale, masses,
-    H, Lq, Lk, Nq, Nk, num_rows,
+    q_desc, k_desc, lse, key_bias, bias_flags, q_scale, q_shift, k_scale, masses,
+    H, Lq, Lk, Nq, num_rows,
     scale_log2,
     D: gl.constexpr,
-    HAS_BIAS: gl.constexpr,
     CONSUMERS: gl.constexpr,
     STAGES: gl.constexpr,
+    CONSUMER_REGISTERS: gl.constexpr,
+    PRODUCER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
-    pid = gl.program_id(0)
-    i_bh = pid // Nq
-    i_b = i_bh // H
-    i_h = i_bh % H
-    first_q = pid % Nq * (CONSUMERS * TILE)
-    num_pairs = gl.cdiv(Lk, 2 * TILE)
-
-    dtype: gl.constexpr = q_desc.dtype
-    q_tiles = gl.allocate_shared_memory(dtype, [CONSUMERS, 1, 1, TILE, D], q_desc.layout)
-    ring = gl.allocate_shared_memory(dtype, [2 * STAGES, 1, 1, TILE, D], k_desc.layout)
-    BAR: gl.constexpr = mbarrier.MBarrierLayout()
-    q_ready = gl.allocate_shared_memory(gl.int64, [CONSUMERS, 1], BAR)
-    ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BAR)
-    free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BAR)
-    for i in gl.static_range(CONSUMERS):
-        mbarrier.init(q_ready.index(i), count=1)
-    for i in gl.static_range(STAGES):
-        mbarrier.init(ready.index(i), count=1)
-        mbarrier.init(free.index(i), count=CONSUMERS)
-
+    work = make_work(Nq, H, Lk, None, None, 0, CONSUMERS * TILE, TILE)
+    queries = make_queries(q_desc, D, CONSUMERS)
+    ring = make_ring(k_desc, TILE, D, CONSUMERS, STAGES)
+    x = Tensors(
+        lse, key_bias, bias_flags, q_scale, q_shift, k_scale, masses, Lq, num_rows, scale_log2
+    )  # fmt: skip
     # the first takes what registers are left over: the producer, so that no consumer is short
     if CONSUMERS == 3:
         gl.warp_specialize(
             [
-                (_consume, (
-                    q_tiles, ring, q_ready, ready, free, num_pairs, Lq, Lk, H, i_b, i_h, first_q,
-                    lse, key_bias, bias_tiles, q_scale, q_shift, k_scale, num_rows, masses, Nk,
-                    scale_log2, 0, D, HAS_BIAS, STAGES,
-                )),
-                (_consume, (
-                    q_tiles, ring, q_ready, ready, free, num_pairs, Lq, Lk, H, i_b, i_h, first_q,
-                    lse, key_bias, bias_tiles, q_scale, q_shift, k_scale, num_rows, masses, Nk,
-                    scale_log2, 1, D, HAS_BIAS, STAGES,
-                )),
-                (_consume, (
-                    q_tiles, ring, q_ready, ready, free, num_pairs, Lq, Lk, H, i_b, i_h, first_q,
-                    lse, key_bias, bias_tiles, q_scale, q_shift, k_scale, num_rows, masses, Nk,
-                    scale_log2, 2, D, HAS_BIAS, STAGES,
-                )),
-                (_produce, (
-                    q_desc, k_desc, q_tiles, ring, q_ready, ready, free, num_pairs, i_b, i_h,
-                    first_q, CONSUMERS, STAGES,
-                )),
+                (_consume, (queries, ring, work, x, 0, D)),
+                (_consume, (queries, ring, work, x, 1, D)),
+                (_consume, (queries, ring, work, x, 2, D)),
+                (_produce, (q_desc, k_desc, queries, ring, work)),
             ],
             [4, 4, 1],
-            [160, 160, 24],
+            [CONSUMER_REGISTERS, CONSUMER_REGISTERS, PRODUCER_REGISTERS],
         )  # fmt: skip
     else:
         gl.warp_specialize(
             [
-                (_consume, (
-                    q_tiles, ring, q_ready, ready, free, num_pairs, Lq, Lk, H, i_b, i_h, first_q,
-                    lse, key_bias, bias_tiles, q_scale, q_shift, k_scale, num_rows, masses, Nk,
-                    scale_log2, 0, D, HAS_BIAS, STAGES,
-                )),
-                (_consume, (
-                    q_tiles, ring, q_ready, ready, free, num_pairs, Lq, Lk, H, i_b, i_h, first_q,
-                    lse, key_bias, bias_tiles, q_scale, q_shift, k_scale, num_rows, masses, Nk,
-                    scale_log2, 1, D, HAS_BIAS, STAGES,
-                )),
-                (_consume, (
-                    q_tiles, ring, q_ready, ready, free, num_pairs, Lq, Lk, H, i_b, i_h, first_q,
-                    lse, key_bias, bias_tiles, q_scale, q_shift, k_scale, num_rows, masses, Nk,
-                    scale_log2, 2, D, HAS_BIAS, STAGES,
-                )),
-                (_consume, (
-                    q_tiles, ring, q_ready, ready, free, num_pairs, Lq, Lk, H, i_b, i_h, first_q,
-                    lse, key_bias, bias_tiles, q_scale, q_shift, k_scale, num_rows, masses, Nk,
-                    scale_log2, 3, D, HAS_BIAS, STAGES,
-                )),
-                (_produce, (
-                    q_desc, k_desc, q_tiles, ring, q_ready, ready, free, num_pairs, i_b, i_h,
-                    first_q, CONSUMERS, STAGES,
-                )),
+                (_consume, (queries, ring, work, x, 0, D)),
+                (_consume, (queries, ring, work, x, 1, D)),
+                (_consume, (queries, ring, work, x, 2, D)),
+                (_consume, (queries, ring, work, x, 3, D)),
+                (_produce, (q_desc, k_desc, queries, ring, work)),
             ],
             [4, 4, 4, 1],
-            [112, 112, 112, 24],
+            [CONSUMER_REGISTERS, CONSUMER_REGISTERS, CONSUMER_REGISTERS, PRODUCER_REGISTERS],
         )  # fmt: skip
 
 
-def launch(q, k, lse, masses, Lk, *, scale, scales, tile, key_bias=None):
-    """Fill masses [B, H, ceil(Lq / 64), ceil(Lk / 64)].
-
-    Args:
-        q, k: aligned [B, H, L, D], or int8 as in `quantise.Quantised`; `Lk` of the keys count.
-        scales: its q_scale, q_shift and k_scale, or None three times.
-    """
-    B, H, Lq = lse.shape
-    Nq = triton.cdiv(Lq, tile.tile_q)
-    hopper_block_masses_kernel[(B * H * Nq,)](
-        source(q), source(k), lse, key_bias, bias_tiles(key_bias), *scales, masses,
-        H, Lq, Lk, Nq, masses.shape[-1], q.shape[2],
-        scale * LOG2_E.value,
-        D=q.shape[-1],
-        HAS_BIAS=key_bias is not None,
-        CONSUMERS=tile.tile_q // TILE.value,
-        STAGES=tile.num_stages,
-        num_warps=4,
-    )  # fmt: skip
+def block_masses(
+    q, k, lse, *, block_q, block_k, scale, key_bias=None, renormalise=True, int8=False, tile=None
+) -> torch.Tensor:
+    """As `triton.block_masses.block_masses`."""
+    masses = empty_masses(q, k, TILE.value, TILE.value)
+    tile = tile or tiles.hopper_block_masses(int8, key_bias is not None)
+    if masses.numel():
+        with launch.on_device(q):
+            x = MassOperands.of(q, k, lse, scale, key_bias, int8)
+            B, H, Lq, Lk, D = x.sizes
+            Nq = triton.cdiv(Lq, tile.tile_q)
+            hopper_block_masses_kernel[(B * H * Nq,)](
+                source(x.q), source(x.k), x.lse, x.key_bias, bias_flags(x.key_bias),
+                x.q_scale, x.q_shift, x.k_scale, masses,
+                H, Lq, Lk, Nq, x.q.shape[2],
+                x.scale * LOG2_E.value,
+                D=D,
+                **tile.options,
+            )  # fmt: skip
+    found, wanted = (TILE.value, TILE.value), (block_q, block_k)
+    return to_granularity(masses, q.shape[2], found, wanted, renormalise)

@@ -1,11 +1,11 @@
-"""Pieces of `hopper_low_precision.py`: products of eight-bit tiles, their scores and weights."""
+"""Pieces of `quantised_attention`: products of eight-bit tiles, their scores and weights."""
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma
 
 from ..triton.softmax import LOG2_E
-from .pipeline import TILE, tile_first
+from .pipeline import TILE
 
 PACK = gl.constexpr("""{
 .reg .b16 low, high;
@@ -33,10 +33,7 @@ RESCALE_OPERANDS = gl.constexpr(",".join(["=f"] * 32 + [str(i) for i in range(32
 def start_pair(q_tile, k_pairs, turn, SCORES: gl.constexpr, STAGES: gl.constexpr):
     """Start the products with both tiles of this turn: [64, 128]."""
     b_k = k_pairs.index(turn % STAGES).permute((1, 0))
-    if q_tile.dtype == gl.int8:
-        b_zero = gl.zeros([TILE, 2 * TILE], gl.int32, SCORES)
-    else:
-        b_zero = gl.zeros([TILE, 2 * TILE], gl.float32, SCORES)
+    b_zero = gl.zeros([TILE, 2 * TILE], gl.int32, SCORES)
     return warpgroup_mma(q_tile, b_k, b_zero, use_acc=False, is_async=True)
 
 
@@ -73,25 +70,33 @@ def lane_sum(b_e, LANES: gl.constexpr):
 
 
 @gluon.jit
-def first_biased(p_list, p_flags, num_tiles, Nk, BLOCK_K: gl.constexpr, LISTED: gl.constexpr):
+def first_biased(work, p_flags):
     """Place in the list of the first tile of which some key has a bias."""
     FLAT: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
     CHUNK: gl.constexpr = 512
     o_t = gl.arange(0, CHUNK, layout=FLAT)
     b_first = gl.full([CHUNK], 2**30, gl.int32, FLAT)
-    for t in range(0, num_tiles, CHUNK):
+    for t in range(0, work.num_tiles, CHUNK):
         b_t = t + o_t
-        b_tile = tile_first(p_list, b_t, num_tiles, Nk * TILE, BLOCK_K, LISTED) // TILE
-        b_flag = gl.load(p_flags + b_tile, mask=(b_t < num_tiles) & (b_tile < Nk), other=0)
+        b_key = work.tile_first(b_t)
+        m_t = (b_t < work.num_tiles) & (b_key < work.Lk)
+        b_flag = gl.load(p_flags + b_key // TILE, mask=m_t, other=0)
         b_first = gl.where(b_flag, gl.minimum(b_first, b_t), b_first)
     return gl.min(b_first, 0)
 
 
 @gluon.jit
-def is_biased(p_flags, tile0, tile1, Nk):
-    """Whether a key of these two tiles has a bias; that of a missing tile hides it."""
-    flag0 = gl.load(p_flags + tile0, mask=tile0 < Nk, other=1)
-    return flag0 | gl.load(p_flags + tile1, mask=tile1 < Nk, other=1)
+def tile_pair(work, n):
+    """Numbers of both tiles of the n-th pair; past the last tile for one past the end."""
+    first0, first1 = work.pair(n)
+    return first0 // TILE, first1 // TILE
+
+
+@gluon.jit
+def of_pair(p_tiles, tile0, tile1, num_tiles, other):
+    """What is known of both tiles, and `other` of those past the last tile."""
+    of0 = gl.load(p_tiles + tile0, mask=tile0 < num_tiles, other=other)
+    return of0, gl.load(p_tiles + tile1, mask=tile1 < num_tiles, other=other)
 
 
 @gluon.jit
@@ -120,25 +125,13 @@ def weights(b_x, b_factor, b_shift, S: gl.constexpr):
 
 
 @gluon.jit
-def load_words(p_words, turn, whole):
-    """The list as bits for the two tiles of means of a turn; 0 for turns before the first."""
-    p_words += 4 * turn
-    word0 = gl.load(p_words, mask=turn >= 0, other=0)
-    word1 = gl.load(p_words + 1, mask=turn >= 0, other=0)
-    m_tile1 = (turn >= 0) & whole
-    word2 = gl.load(p_words + 2, mask=m_tile1, other=0)
-    word3 = gl.load(p_words + 3, mask=m_tile1, other=0)
-    return word0, word1, word2, word3
-
-
-@gluon.jit
 def operand(b_e, OPERAND: gl.constexpr):
     """Weights as FP8 in the registers the tensor cores read them from: no lane trades any."""
     b_e = b_e.reshape([TILE, TILE // 16, 2, 4, 2])
     # the order of quantise.key_order
     b_e = b_e.permute((0, 1, 3, 2, 4)).reshape([TILE, TILE])
     b_e = gl.convert_layout(b_e, OPERAND, assert_trivial=True)
-    # four to a register at once, and not pure, lest they wait unpacked until they are needed
+    # four to a register at once; volatile: the compiler must not sink the pack to its use
     return gl.inline_asm_elementwise(
         PACK, "=r,f,f,f,f", [b_e], dtype=gl.float8e4nv, is_pure=False, pack=4
     )
@@ -156,10 +149,10 @@ def in_order(b_p):
 
 
 @gluon.jit
-def start_values(b_p0, b_p1, b_acc, v_ring, turn, D: gl.constexpr, STAGES: gl.constexpr):
-    """Start b_acc + P V with the values of this turn."""
-    v0 = v_ring.index(2 * (turn % STAGES)).reshape([D, TILE]).permute((1, 0))
-    v1 = v_ring.index(2 * (turn % STAGES) + 1).reshape([D, TILE]).permute((1, 0))
+def start_values(b_p0, b_p1, b_acc, v_ring, turn, D: gl.constexpr):
+    """Start b_acc + P V with the values of this turn, which lie transposed."""
+    v0 = v_ring.tile(turn, 0, D, TILE).permute((1, 0))
+    v1 = v_ring.tile(turn, 1, D, TILE).permute((1, 0))
     b_acc = warpgroup_mma(b_p0, v0, b_acc, is_async=True)
     return warpgroup_mma(b_p1, v1, b_acc, is_async=True)
 

@@ -6,15 +6,17 @@ queries and keys, quantised as for attention: a mass then errs by 0.03 to 5 % of
 have it, and the choice of blocks holds the recall (tests/bench/bench_low_precision.py).
 """
 
+from dataclasses import dataclass
+
 import torch
 import triton
 import triton.language as tl
 
 from .. import tiles
-from . import launch as inputs
-from .quantise import TILE, quantise
-from .quantised_attention import eight_bit_scores
-from .softmax import LOG2_E, load_rows, mask_scores, raw_scores, weights
+from . import launch
+from .mass_granularity import empty_masses, renormalised
+from .quantise import TILE, quantise_qk
+from .softmax import LOG2_E, int8_scores, load_rows, mask_scores, raw_scores, weights
 
 SIZES = [
     "stride_qb", "stride_qh", "stride_ql", "stride_kb", "stride_kh", "stride_kl",
@@ -28,37 +30,33 @@ MAX_MASS = tl.constexpr(1e30)
 
 
 @triton.jit
-def _store_tile(
+def _store_block(
     b_q, b_scale, k, p_scale, p_masses, key_bias, b_lse, i_b, i_h, first, i_q, Nq, Nk,
     stride_kb, stride_kh, stride_kl, Lk, scale_log2,
-    D: tl.constexpr,
-    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, TILE_Q: tl.constexpr, TILE_K: tl.constexpr,
-    HAS_BIAS: tl.constexpr, INT8: tl.constexpr, TMA: tl.constexpr, RAGGED: tl.constexpr,
+    D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, TILE_Q: tl.constexpr,
+    HAS_BIAS: tl.constexpr, INT8: tl.constexpr, RAGGED: tl.constexpr,
 ):  # fmt: skip
-    """Masses of the key blocks of one tile."""
+    """Masses of one key block."""
     ROWS: tl.constexpr = TILE_Q // BLOCK_Q
-    COLS: tl.constexpr = TILE_K // BLOCK_K
-    # [TILE_K, D]
-    b_k = load_rows(k, i_b, i_h, first, stride_kb, stride_kh, stride_kl, Lk, TILE_K, D, TMA, RAGGED)
-    # [TILE_Q, TILE_K]
+    # [BLOCK_K, D]
+    b_k = load_rows(k, i_b, i_h, first, stride_kb, stride_kh, stride_kl, Lk, BLOCK_K, D, RAGGED)
+    # [TILE_Q, BLOCK_K]
     if INT8:
-        o_tile = (first + tl.arange(0, TILE_K)) // SCALED
+        o_tile = (first + tl.arange(0, BLOCK_K)) // SCALED
         b_factor = tl.load(p_scale + o_tile, mask=o_tile < tl.cdiv(Lk, SCALED), other=0.0)
-        b_s = eight_bit_scores(b_q, b_k) * b_scale[:, None] * b_factor[None, :]
+        b_s = int8_scores(b_q, b_k) * b_scale[:, None] * b_factor[None, :]
     else:
         b_s = raw_scores(b_q, b_k)
     b_s = mask_scores(
-        b_s, scale_log2, key_bias, first, Lk, None, 0, 0, TILE_K, HAS_BIAS, False, RAGGED
-    )
+        b_s, scale_log2, key_bias, None, first, Lk, BLOCK_K, HAS_BIAS, False, RAGGED
+    )  # fmt: skip
     b_p = weights(b_s, b_lse, scale_log2, HAS_BIAS)
-    b_rows = tl.sum(tl.reshape(b_p, [TILE_Q, COLS, BLOCK_K]), 2)
-    # [ROWS, COLS]
-    b_mass = tl.sum(tl.reshape(b_rows, [ROWS, BLOCK_Q, COLS]), 1)
+    # [ROWS]
+    b_mass = tl.sum(tl.reshape(tl.sum(b_p, 1), [ROWS, BLOCK_Q]), 1)
     b_mass = tl.where(b_mass > MAX_MASS, MAX_MASS, b_mass)
     o_row = tl.arange(0, ROWS)
-    o_col = first // BLOCK_K + tl.arange(0, COLS)
-    p_out = p_masses + o_row.to(tl.int64)[:, None] * Nk + o_col[None, :]
-    tl.store(p_out, b_mass, mask=(i_q + o_row < Nq)[:, None] & (o_col < Nk)[None, :])
+    p_out = p_masses + o_row.to(tl.int64) * Nk + first // BLOCK_K
+    tl.store(p_out, b_mass, mask=i_q + o_row < Nq)
 
 
 @triton.jit(
@@ -75,10 +73,8 @@ def _block_masses_kernel(
     BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
     TILE_Q: tl.constexpr,
-    TILE_K: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     INT8: tl.constexpr,
-    TMA: tl.constexpr,
 ):  # fmt: skip
     num_q_tiles = tl.cdiv(Lq, TILE_Q)
     pid = tl.program_id(0)
@@ -103,27 +99,66 @@ def _block_masses_kernel(
     b_lse = tl.where(b_lse == float("-inf"), float("inf"), b_lse) * LOG2_E
     # [TILE_Q, D]
     b_q = load_rows(
-        q, i_b, i_h, first_q, stride_qb, stride_qh, stride_ql, Lq, TILE_Q, D, TMA, RAGGED=True
+        q, i_b, i_h, first_q, stride_qb, stride_qh, stride_ql, Lq, TILE_Q, D, RAGGED=True
     )
-    whole = Lk // TILE_K * TILE_K
-    for first in tl.range(0, whole, TILE_K):
-        _store_tile(
+    whole = Lk // BLOCK_K * BLOCK_K
+    for first in tl.range(0, whole, BLOCK_K):
+        _store_block(
             b_q, b_scale, k, k_scale, p_masses, key_bias, b_lse, i_b, i_h, first, i_q, Nq, Nk,
             stride_kb, stride_kh, stride_kl, Lk, scale_log2,
-            D, BLOCK_Q, BLOCK_K, TILE_Q, TILE_K, HAS_BIAS, INT8, TMA, RAGGED=False,
+            D, BLOCK_Q, BLOCK_K, TILE_Q, HAS_BIAS, INT8, RAGGED=False,
         )  # fmt: skip
     # at most one turn
-    for first in tl.range(whole, Lk, TILE_K, num_stages=1):
-        _store_tile(
+    for first in tl.range(whole, Lk, BLOCK_K, num_stages=1):
+        _store_block(
             b_q, b_scale, k, k_scale, p_masses, key_bias, b_lse, i_b, i_h, first, i_q, Nq, Nk,
             stride_kb, stride_kh, stride_kl, Lk, scale_log2,
-            D, BLOCK_Q, BLOCK_K, TILE_Q, TILE_K, HAS_BIAS, INT8, TMA, RAGGED=True,
+            D, BLOCK_Q, BLOCK_K, TILE_Q, HAS_BIAS, INT8, RAGGED=True,
         )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class MassOperands:
+    """The tensors of one call, checked once and in the form that the kernels read.
+
+    Args:
+        q, k: [B, H, L, D] with D contiguous and rows on 16 bytes, or int8 as `quantise_qk` pads them.
+        q_scale, q_shift, k_scale: of int8 q and k, else None.
+        scale: makes scores units of nats; of int8 ones the scales do.
+        sizes: B, H, Lq, Lk, D.
+    """
+
+    q: torch.Tensor
+    k: torch.Tensor
+    lse: torch.Tensor
+    key_bias: torch.Tensor | None
+    q_scale: torch.Tensor | None
+    q_shift: torch.Tensor | None
+    k_scale: torch.Tensor | None
+    scale: float
+    sizes: tuple[int, int, int, int, int]
+
+    @classmethod
+    def of(cls, q, k, lse, scale, key_bias, int8: bool) -> "MassOperands":
+        """Check a call and quantise q and k where asked to."""
+        B, H, Lq, D = q.shape
+        Lk = k.shape[2]
+        if k.shape != (B, H, Lk, D):
+            raise ValueError(f"q and k must belong together, got {list(q.shape)}, {list(k.shape)}.")
+        q, k = launch.aligned(q), launch.aligned(k)
+        lse = launch.checked(lse, "lse", (B, H, Lq))
+        key_bias = launch.checked(key_bias, "key_bias", (B, Lk))
+        scales = 3 * (None,)
+        if int8:
+            x = quantise_qk(q, k, scale=float(scale), key_bias=key_bias)
+            # these make scores units of log2
+            q, k, scales, scale = x.q, x.k, (x.q_scale, x.q_shift, x.k_scale), 1 / LOG2_E.value
+        return cls(q, k, lse, key_bias, *scales, float(scale), (B, H, Lq, Lk, D))
 
 
 def block_masses(
     q, k, lse, *, block_q, block_k, scale, key_bias=None, renormalise=True, int8=False, tile=None
-):
+) -> torch.Tensor:
     """Softmax mass of every block pair: sum over its rows and keys of exp(score - lse).
 
     Args:
@@ -139,88 +174,24 @@ def block_masses(
     Returns:
         [B, H, Nq, Nk] float32.
     """
-    inputs.refuse(why_not(q, k, block_q, block_k))
-    B, H, Lq, D = q.shape
-    Lk = k.shape[2]
-    q, k = inputs.aligned(q), inputs.aligned(k)
-    key_bias = inputs.checked_bias(key_bias, B, Lk)
-    lse = inputs.checked_lse(lse, q)
-    # a bias takes the registers that INT8 leaves
-    kernel = "int8 masses" if int8 and key_bias is None else "masses"
-    tile = tile or tiles.choose(kernel, q, block_q, block_k)
-    masses = empty_masses(q, k, block_q, block_k, tile)
+    masses = empty_masses(q, k, block_q, block_k)
     if masses.numel() == 0:
         return masses
-    scale, scales = float(scale), (None, None, None)
-    with inputs.on_device(q):
-        if int8:
-            x = quantise(
-                q, k, None, scale=scale, dtype=torch.int8, values=False, ordered=False,
-                key_bias=key_bias,
-            )  # fmt: skip
-            # these make scores units of log2
-            q, k, scales, scale = x.q, x.k, (x.q_scale, x.q_shift, x.k_scale), 1 / LOG2_E.value
-        if tile.hopper:
-            from ..hopper import block_masses as hopper_block_masses
-
-            hopper_block_masses.launch(
-                q, k, lse, masses, Lk, scale=scale, scales=scales, tile=tile, key_bias=key_bias
-            )
-            return finished(masses, Lq, block_q, block_k, tile, renormalise)
+    tile = tile or tiles.block_masses(tiles.card_of(q.device), block_q, block_k)
+    with launch.on_device(q):
+        x = MassOperands.of(q, k, lse, scale, key_bias, int8)
+        B, H, Lq, Lk, D = x.sizes
         _block_masses_kernel[(B * H * triton.cdiv(Lq, tile.tile_q),)](
-            inputs.source(q, tile.tile_q, tile.tma),
-            inputs.source(k, tile.tile_k, tile.tma),
-            lse, key_bias, *scales, masses,
-            *inputs.row_strides(q), *inputs.row_strides(k),
-            H, Lq, Lk, masses.shape[-1], q.shape[2],
-            scale * LOG2_E.value,
+            x.q, x.k, x.lse, x.key_bias, x.q_scale, x.q_shift, x.k_scale, masses,
+            *launch.row_strides(x.q), *launch.row_strides(x.k),
+            H, Lq, Lk, masses.shape[-1], x.q.shape[2],
+            x.scale * LOG2_E.value,
             D=D,
             BLOCK_Q=block_q,
-            BLOCK_K=tile.mass_block(block_q, block_k)[1],
+            BLOCK_K=block_k,
             TILE_Q=tile.tile_q,
-            TILE_K=tile.tile_k,
-            HAS_BIAS=key_bias is not None,
+            HAS_BIAS=x.key_bias is not None,
             INT8=int8,
-            TMA=tile.tma,
-            num_warps=tile.num_warps,
-            num_stages=tile.num_stages,
+            **tile.options,
         )  # fmt: skip
-    return finished(masses, Lq, block_q, block_k, tile, renormalise)
-
-
-def empty_masses(q, k, block_q: int, block_k: int, tile: tiles.Tile) -> torch.Tensor:
-    """What a kernel with this tile fills."""
-    rows, cols = tile.mass_block(block_q, block_k)
-    shape = (*q.shape[:2], triton.cdiv(q.shape[2], rows), triton.cdiv(k.shape[2], cols))
-    return torch.empty(shape, device=q.device, dtype=torch.float32)
-
-
-def finished(masses, Lq: int, block_q: int, block_k: int, tile: tiles.Tile, renormalise: bool):
-    """Masses as the caller asked for them; None stays None."""
-    if masses is None:
-        return None
-    rows, cols = tile.mass_block(block_q, block_k)
-    masses = coarser(masses, block_q // rows, block_k // cols)
     return renormalised(masses, Lq, block_q) if renormalise else masses
-
-
-def coarser(masses: torch.Tensor, rows: int, cols: int) -> torch.Tensor:
-    """Sums of rows x cols neighbouring blocks."""
-    if rows == cols == 1:
-        return masses
-    pad = (0, -masses.shape[-1] % cols, 0, -masses.shape[-2] % rows)
-    masses = torch.nn.functional.pad(masses, pad)
-    return masses.unflatten(-1, (-1, cols)).unflatten(-3, (-1, rows)).sum((-1, -3))
-
-
-def renormalised(masses: torch.Tensor, Lq: int, block_q: int) -> torch.Tensor:
-    """Scale every row of blocks, in place, to sum to its number of query rows; empty rows stay."""
-    rows = torch.full((masses.shape[2], 1), float(block_q), device=masses.device)
-    rows[-1] = Lq - (masses.shape[2] - 1) * block_q
-    total = masses.sum(-1, keepdim=True)
-    return masses.mul_(torch.where(total == 0, 1.0, rows / total))
-
-
-def why_not(q, k, block_q: int, block_k: int) -> str | None:
-    """Reason why this kernel cannot serve the call, or None."""
-    return inputs.why_not_tensors(q, k) or inputs.why_not_blocks(block_q, block_k)

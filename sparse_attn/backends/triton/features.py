@@ -1,4 +1,4 @@
-"""Features: every query and key seen from its head's centre along a few directions, and its place.
+"""Features: queries and keys projected on their head's 16 principal directions, and their places.
 
 One program owns a tile of tokens of one head and reads their queries and keys once.
 """
@@ -7,13 +7,13 @@ import torch
 import triton
 import triton.language as tl
 
-from . import launch as inputs
+from .. import tiles
+from . import launch
 from .softmax import FLOAT32, load_rows
 
 SIZES = [
     "stride_qb", "stride_qh", "stride_ql", "stride_kb", "stride_kh", "stride_kl", "H", "V",
 ]  # fmt: skip
-TILE = 64
 
 
 @triton.jit
@@ -22,8 +22,8 @@ def _finite(b_x):
 
 
 @triton.jit
-def _seen(b_x, centre, directions, D: tl.constexpr, N: tl.constexpr):
-    """[TILE, N]: b_x [TILE, D] from a centre [D] along directions [D, N]."""
+def _projected(b_x, centre, directions, D: tl.constexpr, N: tl.constexpr):
+    """[TILE, N]: b_x [TILE, D] less a centre [D], projected on directions [D, N]."""
     o_d, o_n = tl.arange(0, D), tl.arange(0, N)
     b_x = b_x.to(tl.float32) - tl.load(centre + o_d)[None, :]
     b_to = tl.load(directions + o_d[:, None] * N + o_n[None, :])
@@ -44,14 +44,14 @@ def _features_kernel(
     m_v = (o_v < V)[:, None]
     # [TILE, D]
     b_q = load_rows(
-        q, i_b, i_h, first, stride_qb, stride_qh, stride_ql, V, TILE, D, TMA=False, RAGGED=True
+        q, i_b, i_h, first, stride_qb, stride_qh, stride_ql, V, TILE, D, RAGGED=True
     )  # fmt: skip
     b_k = load_rows(
-        k, i_b, i_h, first, stride_kb, stride_kh, stride_kl, V, TILE, D, TMA=False, RAGGED=True
+        k, i_b, i_h, first, stride_kb, stride_kh, stride_kl, V, TILE, D, RAGGED=True
     )  # fmt: skip
-    b_q = _seen(b_q, centres + i_bh * D, directions + i_bh * D * N, D, N)
+    b_q = _projected(b_q, centres + i_bh * D, directions + i_bh * D * N, D, N)
     side = tl.num_programs(1)
-    b_k = _seen(b_k, centres + (side + i_bh) * D, directions + (side + i_bh) * D * N, D, N)
+    b_k = _projected(b_k, centres + (side + i_bh) * D, directions + (side + i_bh) * D * N, D, N)
     row = i_bh.to(tl.int64) * V + o_v
     p_out = features + row[:, None] * (2 * N + PLACE)
     tl.store(p_out + o_n[None, :], b_q, mask=m_v)
@@ -70,16 +70,16 @@ def features(q, k, centres, directions, places) -> torch.Tensor:
     Returns:
         [B, H, V, 2 N + P] float32.
     """
-    inputs.refuse(why_not(q, k, centres, directions, places))
     B, H, V, D = q.shape
     N, P = directions.shape[-1], places.shape[-1]
-    q, k = inputs.aligned(q), inputs.aligned(k)
+    q, k = launch.aligned(q), launch.aligned(k)
     out = torch.empty((B, H, V, 2 * N + P), device=q.device)
-    with inputs.on_device(q):
-        _features_kernel[(triton.cdiv(V, TILE), B * H)](
+    with launch.on_device(q):
+        tile = tiles.FEATURES.tile_q
+        _features_kernel[(triton.cdiv(V, tile), B * H)](
             q, k, centres.contiguous(), directions.contiguous(), places.contiguous(), out,
-            *inputs.row_strides(q), *inputs.row_strides(k), H, V,
-            D=D, N=N, PLACE=P, TILE=TILE, num_warps=4,
+            *launch.row_strides(q), *launch.row_strides(k), H, V,
+            D=D, N=N, PLACE=P, TILE=tile, **tiles.FEATURES.options,
         )  # fmt: skip
     return out
 
@@ -88,4 +88,4 @@ def why_not(q, k, centres, directions, places) -> str | None:
     """Reason why this kernel cannot serve the call, or None."""
     if directions.shape[-1] != 16:
         return f"needs 16 directions, got {directions.shape[-1]}"
-    return inputs.why_not_tensors(q, k)
+    return launch.why_not_tensors(q, k)

@@ -1,4 +1,4 @@
-"""Halve: tokens in two halves along the direction in which they differ most, and so on to a block.
+"""PCA tree: median splits of tokens along their first principal component, down to a block.
 
 A node is a range of places in the order. Per level one kernel finds the direction of every node in
 a sample of it, one measures the node's tokens along it, and the node is sorted: by torch while it
@@ -9,14 +9,12 @@ import torch
 import triton
 import triton.language as tl
 
-from . import launch as inputs
+from .. import tiles
+from ..permuted import BLOCK
+from . import launch
 
-BLOCK = 64
-SAMPLES = 128
+# power iterations towards a node's first principal component
 POWER_STEPS = 8
-TILE = 128
-# tokens that one program sorts
-SORTED = 2048
 MAX_FEATURES = 64
 SIZES = ["V", "depth", "most"]
 UNALIGNED = {"do_not_specialize": SIZES, "do_not_specialize_on_alignment": ["order", "taken"]}
@@ -105,13 +103,13 @@ def _sort_kernel(
 
 @triton.jit(**UNALIGNED)
 def _take_kernel(
-    order, turns, taken, V, depth, most, BLOCK: tl.constexpr, TILE: tl.constexpr
+    order, permutation, taken, V, depth, most, BLOCK: tl.constexpr, TILE: tl.constexpr
 ):  # fmt: skip
     i_node, i_h = tl.program_id(0) // tl.cdiv(most, TILE), tl.program_id(1).to(tl.int64)
     first, size = _node(i_node, depth, V, BLOCK)
     o_t = tl.program_id(0) % tl.cdiv(most, TILE) * TILE + tl.arange(0, TILE)
     m_t = o_t < size
-    o_from = tl.load(turns + ((i_h << depth) + i_node) * most + o_t, mask=m_t, other=0)
+    o_from = tl.load(permutation + ((i_h << depth) + i_node) * most + o_t, mask=m_t, other=0)
     b_order = tl.load(order + i_h * V + first + o_from, mask=m_t, other=0)
     tl.store(taken + i_h * V + first + o_t, b_order, mask=m_t)
 
@@ -125,42 +123,46 @@ def pca_tree(features: torch.Tensor) -> torch.Tensor:
     Returns:
         [h, V] int32, the token at every place.
     """
-    inputs.refuse(why_not(features))
     features = features.contiguous()
-    h, V, F = features.shape
-    width = triton.next_power_of_2(F)
+    h, V, _ = features.shape
     order = torch.arange(V, device=features.device, dtype=torch.int32).repeat(h, 1)
     # nodes of a level differ by at most one block; `most` is the largest
     blocks, depth = triton.cdiv(V, BLOCK), 0
-    with inputs.on_device(features):
+    with launch.on_device(features):
         while blocks > 1:
-            nodes, most = 1 << depth, blocks * BLOCK
-            directions = torch.empty((h, nodes, width), device=features.device)
-            along = torch.empty((h, nodes, most), device=features.device)
-            tiles = (nodes * triton.cdiv(most, TILE), h)
-            of_node = {"BLOCK": BLOCK}
-            _direction_kernel[(nodes, h)](
-                features, order, directions, V, depth,
-                F=F, WIDTH=width, SAMPLES=SAMPLES, STEPS=POWER_STEPS, num_warps=4, **of_node,
-            )  # fmt: skip
-            _along_kernel[tiles](
-                features, order, directions, along, V, depth, most,
-                F=F, WIDTH=width, TILE=TILE, num_warps=4, **of_node,
-            )  # fmt: skip
-            if most <= SORTED:
-                size = triton.next_power_of_2(most)
-                _sort_kernel[(nodes, h)](
-                    along, order, V, depth, most,
-                    SIZE=size, num_warps=max(1, size // 256), **of_node,
-                )  # fmt: skip
-            else:
-                turns, before = along.sort(dim=-1, stable=True).indices, order
-                order = torch.empty_like(before)
-                _take_kernel[tiles](
-                    before, turns, order, V, depth, most, TILE=TILE, num_warps=4, **of_node
-                )  # fmt: skip
+            order = _split(features, order, depth, blocks * BLOCK)
             blocks, depth = triton.cdiv(blocks, 2), depth + 1
     return order
+
+
+def _split(features, order, depth: int, most: int):
+    """Sort the tokens of every node of a level, of `most` tokens at most, along its direction."""
+    (h, V, F), nodes = features.shape, 1 << depth
+    width = triton.next_power_of_2(F)
+    directions = torch.empty((h, nodes, width), device=features.device)
+    along = torch.empty((h, nodes, most), device=features.device)
+    _direction_kernel[(nodes, h)](
+        features, order, directions, V, depth,
+        F=F, WIDTH=width, BLOCK=BLOCK, SAMPLES=tiles.PCA_DIRECTION.tile_q, STEPS=POWER_STEPS,
+        **tiles.PCA_DIRECTION.options,
+    )  # fmt: skip
+    tile = tiles.PCA_ALONG
+    _along_kernel[(nodes * triton.cdiv(most, tile.tile_q), h)](
+        features, order, directions, along, V, depth, most,
+        F=F, WIDTH=width, BLOCK=BLOCK, TILE=tile.tile_q, **tile.options,
+    )  # fmt: skip
+    if most <= tiles.PCA_SORTED:
+        tile = tiles.pca_sort(most)
+        _sort_kernel[(nodes, h)](
+            along, order, V, depth, most, BLOCK=BLOCK, SIZE=tile.tile_k, **tile.options
+        )  # fmt: skip
+        return order
+    tile, permutation = tiles.PCA_TAKE, along.sort(dim=-1, stable=True).indices
+    taken = torch.empty_like(order)
+    _take_kernel[(nodes * triton.cdiv(most, tile.tile_q), h)](
+        order, permutation, taken, V, depth, most, BLOCK=BLOCK, TILE=tile.tile_q, **tile.options
+    )  # fmt: skip
+    return taken
 
 
 def why_not(features: torch.Tensor) -> str | None:
@@ -171,4 +173,4 @@ def why_not(features: torch.Tensor) -> str | None:
         )
     if features.shape[-1] > MAX_FEATURES:
         return f"needs at most {MAX_FEATURES} features, got {features.shape[-1]}"
-    return inputs.why_not_device(features)
+    return launch.why_not_device(features)

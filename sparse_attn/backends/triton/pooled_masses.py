@@ -8,14 +8,14 @@ import torch
 import triton
 import triton.language as tl
 
-from . import launch as inputs
+from .. import tiles
+from . import launch
 from .softmax import LOG2_E, load_rows, raw_scores
 
 SIZES = [
     "stride_qb", "stride_qh", "stride_ql", "stride_kb", "stride_kh", "stride_kl",
     "H", "Lq", "Nq", "Nk",
 ]  # fmt: skip
-TILE_K = 64
 
 
 @triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=["log_sizes", "lse"])
@@ -38,8 +38,7 @@ def _pooled_masses_kernel(
     b_lse = tl.where(b_lse == float("-inf"), float("inf"), b_lse) * LOG2_E
     # [BLOCK_Q, D]
     b_q = load_rows(
-        q, i_b, i_h, i_q * BLOCK_Q, stride_qb, stride_qh, stride_ql, Lq, BLOCK_Q, D,
-        TMA=False, RAGGED=True,
+        q, i_b, i_h, i_q * BLOCK_Q, stride_qb, stride_qh, stride_ql, Lq, BLOCK_Q, D, RAGGED=True,
     )  # fmt: skip
     p_masses = masses + (i_bh.to(tl.int64) * Nq + i_q) * Nk
     p_sizes = log_sizes + i_b.to(tl.int64) * Nk
@@ -47,8 +46,7 @@ def _pooled_masses_kernel(
         o_k = first + tl.arange(0, TILE_K)
         m_k = o_k < Nk
         b_k = load_rows(
-            k_mean, i_b, i_h, first, stride_kb, stride_kh, stride_kl, Nk, TILE_K, D,
-            TMA=False, RAGGED=True,
+            k_mean, i_b, i_h, first, stride_kb, stride_kh, stride_kl, Nk, TILE_K, D, RAGGED=True,
         )  # fmt: skip
         b_size = tl.load(p_sizes + o_k, mask=m_k, other=float("-inf")) * LOG2_E
         b_s = raw_scores(b_q, b_k) * scale_log2 + b_size[None, :] - b_lse[:, None]
@@ -68,30 +66,23 @@ def pooled_masses(q, k_mean, log_sizes, lse, *, block_q: int, scale: float) -> t
     Returns:
         [B, H, ceil(Lq / block_q), Nk] float32.
     """
-    inputs.refuse(why_not(q, k_mean, block_q))
     B, H, Lq, D = q.shape
     Nq, Nk = triton.cdiv(Lq, block_q), k_mean.shape[2]
-    if log_sizes.shape != (B, Nk):
-        raise ValueError(f"`log_sizes` must be [{B}, {Nk}], got {list(log_sizes.shape)}.")
-    q, k_mean = inputs.aligned(q), inputs.aligned(k_mean)
-    lse = inputs.checked_lse(lse, q)
+    q, k_mean = launch.aligned(q), launch.aligned(k_mean)
+    log_sizes = launch.checked(log_sizes, "log_sizes", (B, Nk))
+    lse = launch.checked(lse, "lse", (B, H, Lq))
     masses = torch.empty((B, H, Nq, Nk), device=q.device, dtype=torch.float32)
+    tile = tiles.pooled_masses(block_q)
     if masses.numel():
-        with inputs.on_device(q):
+        with launch.on_device(q):
             _pooled_masses_kernel[(B * H * Nq,)](
-                q, k_mean, log_sizes.to(torch.float32).contiguous(), lse, masses,
-                *inputs.row_strides(q), *inputs.row_strides(k_mean),
+                q, k_mean, log_sizes, lse, masses,
+                *launch.row_strides(q), *launch.row_strides(k_mean),
                 H, Lq, Nq, Nk,
                 float(scale) * LOG2_E.value,
                 D=D,
-                BLOCK_Q=block_q,
-                TILE_K=TILE_K,
-                num_warps=4 if block_q == 64 else 8,
-                num_stages=2,
+                BLOCK_Q=tile.tile_q,
+                TILE_K=tile.tile_k,
+                **tile.options,
             )  # fmt: skip
     return masses
-
-
-def why_not(q, k_mean, block_q: int) -> str | None:
-    """Reason why this kernel cannot serve the call, or None."""
-    return inputs.why_not_tensors(q, k_mean) or inputs.why_not_blocks(block_q, 64)

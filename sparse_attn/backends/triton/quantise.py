@@ -1,10 +1,10 @@
 """Queries, keys and values in eight bits.
 
 Keys lose their mean over the tokens, which shifts every score of a row alike and so leaves the
-softmax as it is. Queries and keys are then turned by one random orthogonal (Hadamard) matrix: it
+softmax as it is. Queries and keys are then rotated by one random orthogonal (Hadamard) matrix: it
 leaves their products as they are, but spreads a channel that stands out over all of them, so that
 256 steps are enough. Values lose their mean too, which the output gets back, and each channel has
-a scale of its own.
+a scale of its own. Pooled keys and values are shifted, rotated and scaled as those of tokens are.
 
 Keys that a bias of -inf hides are zeros to all of this: what they held would only coarsen the rest.
 
@@ -20,39 +20,53 @@ import torch
 import triton
 import triton.language as tl
 
-from . import launch as inputs
+from .. import tiles
+from ..permuted import Pooled
+from . import launch
 from .softmax import INTERPRETED, LOG2_E, load_rows, matmul
 
 # keys that share a scale, and values of one transposed tile
 TILE = 64
 # queries are padded to a multiple of this
 PAD = 128
-# programs that add up one head, and sums, minima and maxima from each of them
-SPLITS = 2 if inputs.INTERPRETED else 64
-# rows that a program of theirs adds up side by side
-PART = 16
-# tiles that one program turns
-TURNS = 1 if inputs.INTERPRETED else 8
+# programs that add up one head, and tiles that one program rotates
+SPLITS = 2 if launch.INTERPRETED else tiles.SUM_SPLITS
+TURNS = 1 if launch.INTERPRETED else tiles.ROTATE_TURNS
 # any shift of the keys is exact, so a share of them is enough to find the one to take
 SAMPLED = 8
 LARGEST_FP8 = tl.constexpr(448.0)
+LARGEST_INT8 = tl.constexpr(127.0)
 # added to a float32, it leaves the nearest integer in the lowest bits
 ROUND = tl.constexpr(12582912.0)
 
 STRIDES = ["stride_b", "stride_h", "stride_l"]
 
 
-class Quantised(NamedTuple):
-    """One attention call's operands."""
+class QuantisedScores(NamedTuple):
+    """Queries and keys."""
 
-    q: torch.Tensor  # [B, H, Nq, D] int8 or e4m3, Nq a multiple of 128, turned
+    q: torch.Tensor  # [B, H, Nq, D] int8, rotated; Nq is a multiple of 128
     q_scale: torch.Tensor  # [B, H, Nq]: times k_scale and a product, a score in units of log2
     q_shift: torch.Tensor  # [B, H, Nq]: what the keys' mean adds to the LSE
-    k: torch.Tensor  # [B, H, Nk * TILE, D] int8 or e4m3, turned
+    k: torch.Tensor  # [B, H, Nk * TILE, D] int8, rotated
     k_scale: torch.Tensor  # [B, H, Nk]
+    k_mean: torch.Tensor  # [B, H, D], rotated
+
+
+class Quantised(NamedTuple):
+    """One attention call's operands; those of pooled keys are None without any."""
+
+    q: torch.Tensor  # these five as of `QuantisedScores`
+    q_scale: torch.Tensor
+    q_shift: torch.Tensor
+    k: torch.Tensor
+    k_scale: torch.Tensor
     v: torch.Tensor | None  # [B, H, Nk * D, 64] e4m3: tiles of 64 keys, transposed
     v_scale: torch.Tensor | None  # [B, H, D]
     v_mean: torch.Tensor | None  # [B, H, D]
+    pooled_k: torch.Tensor | None  # [B, H, Np * TILE, D] int8, rotated
+    pooled_k_scale: torch.Tensor | None  # [B, H, Np]
+    pooled_v: torch.Tensor | None  # [B, H, Np * D, 64] e4m3
 
 
 @cache
@@ -130,7 +144,7 @@ def _finish_kernel(
     k_sums, v_sums, matrix, k_mean, v_mean, v_scale,
     D: tl.constexpr, SPLITS: tl.constexpr, HAS_V: tl.constexpr,
 ):  # fmt: skip
-    """The keys' mean, turned; the values' mean and scales."""
+    """The keys' mean, rotated; the values' mean and scales."""
     i_bh = tl.program_id(0)
     o_d = tl.arange(0, D)
     o_in = i_bh * SPLITS * 4 * D + tl.arange(0, SPLITS)[:, None] * 4 * D + o_d[None, :]
@@ -165,15 +179,10 @@ def to_fp8(b_x, dtype: tl.constexpr):
 
 
 @triton.jit
-def _eight_bits(b_x, b_largest, dtype: tl.constexpr):
-    """b_x in the dtype, its largest magnitude made the largest of it, and what one step is worth."""
-    LARGEST: tl.constexpr = 127.0 if dtype == tl.int8 else 448.0
-    b_x = b_x * tl.where(b_largest > 0, LARGEST / b_largest, 0.0)
-    if dtype == tl.int8:
-        b_x = (b_x + ROUND).to(tl.int32, bitcast=True).to(tl.int8)
-    else:
-        b_x = to_fp8(b_x, dtype)
-    return b_x, b_largest / LARGEST
+def _to_int8(b_x, b_largest):
+    """b_x as int8, its largest magnitude made 127, and what one step is worth."""
+    b_x = b_x * tl.where(b_largest > 0, LARGEST_INT8 / b_largest, 0.0)
+    return (b_x + ROUND).to(tl.int32, bitcast=True).to(tl.int8), b_largest / LARGEST_INT8
 
 
 @triton.jit(
@@ -186,7 +195,7 @@ def _rows_kernel(
     D: tl.constexpr, TILE: tl.constexpr, TURNS: tl.constexpr, KEYS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
 ):  # fmt: skip
-    """Turn and quantise TURNS tiles, keys less their mean."""
+    """Rotate and quantise TURNS tiles, keys less their mean."""
     i_bh = tl.program_id(1)
     o_d = tl.arange(0, D)
     b_matrix = tl.load(matrix + o_d[:, None] * D + o_d[None, :])
@@ -197,8 +206,7 @@ def _rows_kernel(
         o_l = i_l * TILE + tl.arange(0, TILE)
         # [TILE, D]
         b_x = load_rows(
-            x, i_bh // H, i_bh % H, i_l * TILE, stride_b, stride_h, stride_l, L, TILE, D,
-            TMA=False, RAGGED=True,
+            x, i_bh // H, i_bh % H, i_l * TILE, stride_b, stride_h, stride_l, L, TILE, D, RAGGED=True
         )  # fmt: skip
         b_x = matmul(b_x, b_matrix, tl.zeros([TILE, D], dtype=tl.float32))
         p_out = out + (row + o_l)[:, None] * D + o_d[None, :]
@@ -209,13 +217,13 @@ def _rows_kernel(
             # a maximum passes NaN over, and integers have none: the scale must tell
             spoilt = tl.sum(tl.sum((b_x != b_x).to(tl.int32), 1), 0) > 0
             b_largest = tl.where(spoilt, float("nan"), tl.max(tl.abs(b_x)))
-            b_x, b_scale = _eight_bits(b_x, b_largest, out.dtype.element_ty)
+            b_x, b_scale = _to_int8(b_x, b_largest)
             p_scale = scale_out + i_bh * (num_rows // TILE) + i_l
             tl.store(p_scale, b_scale * scale, mask=i_l * TILE < num_rows)
         else:
             b_shift = tl.sum(b_x * b_mean[None, :], 1)
             b_largest = tl.max(tl.abs(b_x), 1)
-            b_x, b_scale = _eight_bits(b_x, b_largest[:, None], out.dtype.element_ty)
+            b_x, b_scale = _to_int8(b_x, b_largest[:, None])
             tl.store(shift_out + row + o_l, b_shift * shift_scale, mask=m_out)
             tl.store(scale_out + (row + o_l)[:, None], b_scale * scale, mask=m_out[:, None])
         tl.store(p_out, b_x, mask=m_out[:, None])
@@ -254,62 +262,99 @@ def _sums(x, key_bias, step: int):
     B, H, L, D = x.shape
     sums = torch.empty(B * H, SPLITS, 4, D, device=x.device, dtype=torch.float32)
     _sums_kernel[(SPLITS, B * H)](
-        x, key_bias, sums, *inputs.row_strides(x), H, L, step,
-        D=D, TILE=TILE, PART=PART, SPLITS=SPLITS, HAS_BIAS=key_bias is not None, num_warps=4,
+        x, key_bias, sums, *launch.row_strides(x), H, L, step,
+        D=D, TILE=TILE, PART=tiles.SUMS.tile_q, SPLITS=SPLITS, HAS_BIAS=key_bias is not None,
+        **tiles.SUMS.options,
     )  # fmt: skip
     return sums
 
 
+def _means(k, v, key_bias):
+    """k_mean rotated, v_mean and v_scale [B, H, D] of tokens that count; v may be None."""
+    B, H, L, D = k.shape
+    k_mean = torch.empty((B, H, D), device=k.device)
+    v_mean, v_scale = (None if v is None else torch.empty_like(k_mean) for _ in range(2))
+    # a short sequence is read whole
+    step = SAMPLED if triton.cdiv(L, TILE) >= 16 * SAMPLED else 1
+    _finish_kernel[(B * H,)](
+        _sums(k, key_bias, step), None if v is None else _sums(v, key_bias, 1),
+        rotation(D, k.dtype, k.device), k_mean, v_mean, v_scale,
+        D=D, SPLITS=SPLITS, HAS_V=v is not None, **tiles.MEANS.options,
+    )  # fmt: skip
+    return k_mean, v_mean, v_scale
+
+
+def _quantise_rows(x, k_mean, *, keys: bool, key_bias=None, scale=1.0, shift_scale=1.0):
+    """Rows of x [B, H, L, D] as int8, padded, and their scales; of queries their shifts too."""
+    B, H, L, D = x.shape
+    pad = TILE if keys else PAD
+    num_rows = triton.cdiv(L, pad) * pad
+    out = torch.empty((B, H, num_rows, D), device=x.device, dtype=torch.int8)
+    scales = torch.empty((B, H, num_rows // TILE if keys else num_rows), device=x.device)
+    shifts = None if keys else torch.empty_like(scales)
+    _rows_kernel[(triton.cdiv(L if keys else num_rows, TILE * TURNS), B * H)](
+        x, key_bias, rotation(D, x.dtype, x.device), k_mean, out, scales, shifts,
+        *launch.row_strides(x), H, L, num_rows, scale, shift_scale,
+        D=D, TILE=TILE, TURNS=TURNS, KEYS=keys, HAS_BIAS=key_bias is not None,
+        **tiles.ROTATE.options,
+    )  # fmt: skip
+    return out, scales, shifts
+
+
+def _quantise_values(v, v_mean, v_scale, ordered: bool, key_bias=None):
+    """Tiles of v [B, H, L, D], transposed, in FP8."""
+    B, H, L, D = v.shape
+    num_tiles = triton.cdiv(L, TILE)
+    out = torch.empty((B, H, num_tiles * D, TILE), device=v.device, dtype=torch.float8_e4m3fn)
+    _values_kernel[(num_tiles, B * H)](
+        v, key_bias, v_mean, v_scale, out, *launch.row_strides(v), H, L,
+        D=D, TILE=TILE, ORDERED=ordered, HAS_BIAS=key_bias is not None, **tiles.VALUES.options,
+    )  # fmt: skip
+    return out
+
+
+def _quantise_qk(q, k, k_mean, scale, key_bias) -> QuantisedScores:
+    D = q.shape[-1]
+    # the rotation multiplies every product by D
+    q, q_scale, q_shift = _quantise_rows(
+        q, k_mean, keys=False, scale=scale * LOG2_E.value / D, shift_scale=scale / D
+    )
+    k, k_scale, _ = _quantise_rows(k, k_mean, keys=True, key_bias=key_bias)
+    return QuantisedScores(q, q_scale, q_shift, k, k_scale, k_mean)
+
+
+def quantise_qk(q, k, *, scale: float, key_bias=None) -> QuantisedScores:
+    """Quantise aligned queries and keys [B, H, L, D].
+
+    Args:
+        scale: factor of the scores.
+        key_bias: contiguous [B, Lk] float32, or None; keys whose bias is -inf become zeros.
+    """
+    return _quantise_qk(q, k, _means(k, None, key_bias)[0], scale, key_bias)
+
+
 def quantise(
-    q, k, v, *, scale: float, dtype: torch.dtype, values: bool, ordered: bool, key_bias=None
-) -> Quantised:
+    q, k, v, *, scale: float, values: bool, ordered: bool, key_bias=None,
+    pooled: Pooled | None = None,
+) -> Quantised:  # fmt: skip
     """Quantise aligned [B, H, L, D] tensors.
 
     Args:
         scale: factor of the scores.
-        dtype: of queries and keys, int8 or float8_e4m3fn.
         values: whether to quantise the values.
         ordered: lay the values in `key_order`.
         key_bias: contiguous [B, Lk] float32, or None; keys whose bias is -inf become zeros.
+        pooled: contiguous, or None; keys of log size -inf become zeros.
     """
-    B, H, Lq, D = q.shape
-    Lk = k.shape[2]
-    Nk = triton.cdiv(Lk, TILE)
-    num_rows = triton.cdiv(Lq, PAD) * PAD
-    biased = key_bias is not None
-
-    def empty(*shape, dtype=torch.float32):
-        return torch.empty((B, H, *shape), device=q.device, dtype=dtype)
-
-    matrix = rotation(D, q.dtype, q.device)
-    # a short sequence is read whole
-    k_sums = _sums(k, key_bias, SAMPLED if Nk >= 16 * SAMPLED else 1)
-    v_sums = _sums(v, key_bias, 1) if values else None
-    k_mean = empty(D)
-    v_mean, v_scale = (empty(D), empty(D)) if values else (None, None)
-    _finish_kernel[(B * H,)](
-        k_sums, v_sums, matrix, k_mean, v_mean, v_scale,
-        D=D, SPLITS=SPLITS, HAS_V=values, num_warps=4,
-    )  # fmt: skip
-
-    q_out, k_out = empty(num_rows, D, dtype=dtype), empty(Nk * TILE, D, dtype=dtype)
-    q_scale, q_shift, k_scale = empty(num_rows), empty(num_rows), empty(Nk)
-    # the matrix multiplies every product by D
-    _rows_kernel[(triton.cdiv(num_rows, TILE * TURNS), B * H)](
-        q, None, matrix, k_mean, q_out, q_scale, q_shift,
-        *inputs.row_strides(q), H, Lq, num_rows, scale * LOG2_E.value / D, scale / D,
-        D=D, TILE=TILE, TURNS=TURNS, KEYS=False, HAS_BIAS=False, num_warps=4, num_stages=2,
-    )  # fmt: skip
-    _rows_kernel[(triton.cdiv(Lk, TILE * TURNS), B * H)](
-        k, key_bias, matrix, k_mean, k_out, k_scale, None,
-        *inputs.row_strides(k), H, Lk, Nk * TILE, 1.0, 1.0,
-        D=D, TILE=TILE, TURNS=TURNS, KEYS=True, HAS_BIAS=biased, num_warps=4, num_stages=2,
-    )  # fmt: skip
-    v_out = None
-    if values:
-        v_out = empty(Nk * D, TILE, dtype=torch.float8_e4m3fn)
-        _values_kernel[(Nk, B * H)](
-            v, key_bias, v_mean, v_scale, v_out, *inputs.row_strides(v), H, Lk,
-            D=D, TILE=TILE, ORDERED=ordered, HAS_BIAS=biased, num_warps=4,
-        )  # fmt: skip
-    return Quantised(q_out, q_scale, q_shift, k_out, k_scale, v_out, v_scale, v_mean)
+    k_mean, v_mean, v_scale = _means(k, v if values else None, key_bias)
+    scores = _quantise_qk(q, k, k_mean, scale, key_bias)
+    v = _quantise_values(v, v_mean, v_scale, ordered, key_bias) if values else None
+    pooled_k = pooled_k_scale = pooled_v = None
+    if pooled is not None:
+        sizes = pooled.log_sizes
+        pooled_k, pooled_k_scale, _ = _quantise_rows(
+            pooled.k_mean, k_mean, keys=True, key_bias=sizes
+        )
+        if values:
+            pooled_v = _quantise_values(pooled.v_mean, v_mean, v_scale, ordered, sizes)
+    return Quantised(*scores[:5], v, v_scale, v_mean, pooled_k, pooled_k_scale, pooled_v)

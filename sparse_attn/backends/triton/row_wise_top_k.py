@@ -8,14 +8,9 @@ import torch
 import triton
 import triton.language as tl
 
-from . import launch as inputs
+from .. import tiles
+from . import launch
 
-# scores a program can hold; longer rows are left to torch. Rows of up to 1,024, 2,048, 4,096 and
-# 8,192 have a binary each
-LEAST, MAX_BLOCKS = 1024, 8192
-# a whole selection of 24 x 1,860 x 1,860 scores takes 0.89 ms, with twice as many a warp 0.96 (H200,
-# Triton 3.6, 2026-11-24)
-SCORES_PER_WARP = 512
 HIGHEST_BIT = tl.constexpr(1 << 31)
 LARGEST = tl.constexpr(0x7FFFFFFF)
 
@@ -26,7 +21,7 @@ LARGEST = tl.constexpr(0x7FFFFFFF)
         "scores", "masses", "budgets", "sink_k", "sink_q", "keep", "held", "total",
     ],
 )  # fmt: skip
-def _top_blocks_kernel(
+def _row_wise_top_k_kernel(
     scores, masses, budgets, sink_k, sink_q, keep, held, total, Nq, Nk, BLOCK: tl.constexpr
 ):
     row = tl.program_id(0).to(tl.int64)
@@ -80,27 +75,17 @@ def row_wise_top_k(
         keep: [B, H, Nq, Nk] bool.
         recall: [B, H] float32, the share of mass on the kept blocks.
     """
-    inputs.refuse(why_not(scores))
     scores, masses = scores.contiguous(), masses.contiguous()
     Nq, Nk = scores.shape[2:]
     keep = torch.empty(scores.shape, dtype=torch.uint8, device=scores.device)
     # of every row, what it keeps and all of it
     sums = torch.empty((2, *scores.shape[:3]), device=scores.device)
-    block = max(LEAST, triton.next_power_of_2(Nk))
-    with inputs.on_device(scores):
-        _top_blocks_kernel[(sums[0].numel(),)](
-            scores,
-            masses,
-            budgets.to(torch.int32).contiguous(),
-            sink_k.view(torch.uint8),
-            sink_q.view(torch.uint8),
-            keep,
-            *sums,
-            Nq,
-            Nk,
-            BLOCK=block,
-            num_warps=block // SCORES_PER_WARP,
-        )
+    tile = tiles.row_wise_top_k(Nk)
+    with launch.on_device(scores):
+        _row_wise_top_k_kernel[(sums[0].numel(),)](
+            scores, masses, budgets.to(torch.int32).contiguous(), sink_k.view(torch.uint8),
+            sink_q.view(torch.uint8), keep, *sums, Nq, Nk, BLOCK=tile.tile_k, **tile.options,
+        )  # fmt: skip
     held, total = sums.sum(-1)
     return keep.view(torch.bool), held / total
 
@@ -111,6 +96,6 @@ def why_not(scores: torch.Tensor, *_) -> str | None:
         return (
             f"needs float32 scores [B, H, Nq, Nk], got {scores.dtype} of {scores.ndim} dimensions"
         )
-    if scores.shape[-1] > MAX_BLOCKS:
-        return f"needs at most {MAX_BLOCKS} key blocks, got {scores.shape[-1]}"
-    return inputs.why_not_device(scores)
+    if scores.shape[-1] > tiles.SCORES_MOST:
+        return f"needs at most {tiles.SCORES_MOST} key blocks, got {scores.shape[-1]}"
+    return launch.why_not_device(scores)

@@ -8,13 +8,11 @@ import torch
 import triton
 import triton.language as tl
 
-from . import launch as inputs
+from .. import tiles
+from ..permuted import BLOCK
+from . import launch
 from .softmax import load_rows, matmul
 
-BLOCK = 64
-# a strip of block pairs, and how much of it a program scores at once
-TILE_Q, TILE_K, TILES = 64, 32, 16
-WARPS = 8
 SIZES = [
     "stride_vb", "stride_vh", "stride_vl", "stride_mb", "stride_mh", "stride_ml", "H", "L", "N",
     "Nq",
@@ -34,8 +32,7 @@ def _deviation_kernel(
     size = tl.minimum(L - i_n * BLOCK, BLOCK)
     # [BLOCK, D]
     b_v = load_rows(
-        v, i_b, i_h, i_n * BLOCK, stride_vb, stride_vh, stride_vl, L, BLOCK, D,
-        TMA=False, RAGGED=True,
+        v, i_b, i_h, i_n * BLOCK, stride_vb, stride_vh, stride_vl, L, BLOCK, D, RAGGED=True
     )  # fmt: skip
     mean = i_b.to(tl.int64) * stride_mb + i_h.to(tl.int64) * stride_mh + i_n * stride_ml
     b_mean = tl.load(v_mean + mean * 8 + tl.arange(0, D)).to(tl.float32)
@@ -51,9 +48,9 @@ def _scores_kernel(
     masses, pooled, v_mean, outputs, deviations, lengths,
     stride_mb, stride_mh, stride_ml,
     H, N, Nq,
-    D: tl.constexpr, TILE_Q: tl.constexpr, TILE_K: tl.constexpr, TILES: tl.constexpr,
+    D: tl.constexpr, TILE_Q: tl.constexpr, TILE_K: tl.constexpr, TURNS: tl.constexpr,
 ):  # fmt: skip
-    i_bh, start = tl.program_id(2), tl.program_id(0) * TILE_K * TILES
+    i_bh, start = tl.program_id(2), tl.program_id(0) * TILE_K * TURNS
     i_b, i_h = i_bh // H, i_bh % H
     o_q, o_k = tl.program_id(1) * TILE_Q + tl.arange(0, TILE_Q), tl.arange(0, TILE_K)
     m_q = (o_q < Nq)[:, None]
@@ -67,14 +64,13 @@ def _scores_kernel(
     b_second = b_out.to(v_mean.dtype.element_ty)
     b_out -= b_second.to(tl.float32)
     b_third = b_out.to(v_mean.dtype.element_ty)
-    for first in range(start, tl.minimum(start + TILE_K * TILES, N), TILE_K):
+    for first in range(start, tl.minimum(start + TILE_K * TURNS, N), TILE_K):
         m_k = first + o_k < N
         m_both = m_q & m_k[None, :]
         o_pair = o_row * N + (first + o_k)[None, :]
         o_block = i_bh.to(tl.int64) * N + first + o_k
         b_mean = load_rows(
-            v_mean, i_b, i_h, first, stride_mb, stride_mh, stride_ml, N, TILE_K, D,
-            TMA=False, RAGGED=True,
+            v_mean, i_b, i_h, first, stride_mb, stride_mh, stride_ml, N, TILE_K, D, RAGGED=True
         )  # fmt: skip
         b_product = matmul(b_third, tl.trans(b_mean), tl.zeros([TILE_Q, TILE_K], tl.float32))
         b_product = matmul(b_second, tl.trans(b_mean), b_product)
@@ -101,23 +97,23 @@ def tail_error(masses, pooled, v, v_mean) -> torch.Tensor:
     Returns:
         [B, H, Nq, N] float32.
     """
-    inputs.refuse(why_not(masses, pooled, v, v_mean))
     B, H, Nq, N = masses.shape
     L, D = v.shape[2:]
-    v, v_mean = inputs.aligned(v), inputs.aligned(v_mean)
+    v, v_mean = launch.aligned(v), launch.aligned(v_mean)
     masses = masses.contiguous()
     deviations, lengths = torch.empty((2, B, H, N), device=v.device)
     rows = masses.sum(-1, keepdim=True).clamp_(min=1e-20)
     outputs = (masses @ v_mean.float()).div_(rows)
-    with inputs.on_device(v):
+    tile, turns = tiles.TAIL_ERROR, tiles.TAIL_ERROR_TURNS
+    with launch.on_device(v):
         _deviation_kernel[(N, B * H)](
-            v, v_mean, deviations, lengths, *inputs.row_strides(v), *inputs.row_strides(v_mean),
-            H, L, N, D=D, BLOCK=BLOCK, num_warps=4,
+            v, v_mean, deviations, lengths, *launch.row_strides(v), *launch.row_strides(v_mean),
+            H, L, N, D=D, BLOCK=BLOCK, **tiles.DEVIATION.options,
         )  # fmt: skip
-        _scores_kernel[(triton.cdiv(N, TILE_K * TILES), triton.cdiv(Nq, TILE_Q), B * H)](
-            masses, pooled, v_mean, outputs, deviations, lengths, *inputs.row_strides(v_mean),
+        _scores_kernel[(triton.cdiv(N, tile.tile_k * turns), triton.cdiv(Nq, tile.tile_q), B * H)](
+            masses, pooled, v_mean, outputs, deviations, lengths, *launch.row_strides(v_mean),
             H, N, Nq,
-            D=D, TILE_Q=TILE_Q, TILE_K=TILE_K, TILES=TILES, num_warps=WARPS, num_stages=2,
+            D=D, TILE_Q=tile.tile_q, TILE_K=tile.tile_k, TURNS=turns, **tile.options,
         )  # fmt: skip
     return pooled
 
@@ -126,4 +122,4 @@ def why_not(masses, pooled, v, v_mean) -> str | None:
     """Reason why this kernel cannot serve the call, or None."""
     if not masses.dtype == pooled.dtype == torch.float32 or not pooled.is_contiguous():
         return "needs float32 masses, and contiguous pooled ones"
-    return inputs.why_not_tensors(v, v_mean)
+    return launch.why_not_tensors(v, v_mean)
