@@ -133,11 +133,12 @@ def _apply_model(handle: RunHandle, node_id):
         # a compiled model is a wrapper of another class
         model = getattr(model, "_orig_mod", model)
         known = {**inputs, "c_crossattn": c_crossattn, "transformer_options": options}
-        family, layout, reason = _family_and_layout(model, x, known)
+        layout = announce = None
+        family, reason = family_of(model)
         if family is not None:
             run.statistics.model = family.name
-        announce = None
-        if reason:
+            layout, reason = _layout(family, model, x, known)
+        if family is None or layout is None:
             call = Declined(run, step, previous, reason)
         else:
             announce = _announcer(run, layout, node_id) if first else None
@@ -172,15 +173,6 @@ def _announcer(run: RunState, layout, node_id):
         waits.acquire()
         say(f"{reason}: leave AdaSpa off")
     return announce
-
-
-def _family_and_layout(model, x, inputs):
-    """The model's family, the token layout of its call, and the reason where one is missing."""
-    family, reason = family_of(model)
-    if family is None:
-        return None, None, reason
-    layout, reason = _layout(family, model, x, inputs)
-    return family, layout, reason
 
 
 def _layout(family, model, x, inputs):

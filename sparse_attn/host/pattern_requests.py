@@ -92,7 +92,7 @@ def end(run, patcher, handle: RunHandle) -> None:
             f"Pattern kept for the next expert: {len(kept.layers)} masks, {gib(kept.nbytes())} "
             "on the CPU"
         )
-    if saves:
+    if request is not None and saves:
         _save(kept, request, run.statistics)
     elif request is not None:
         lines.append(

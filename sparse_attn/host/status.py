@@ -50,9 +50,8 @@ def progress_line(statistics: RunStatistics, step: int) -> str:
     schedule = statistics.schedule
     number = schedule.first_step + step
     parts = [f"step {number} of {schedule.total_steps}: {schedule.kind(step).value}"]
-    if statistics.patterns:
-        mean, _ = statistics.patterns.recall()
-        parts += [f"density {statistics.patterns.density():.2f}", f"recall {mean:.2f}"]
+    if recall := statistics.patterns.recall():
+        parts += [f"density {statistics.patterns.density():.2f}", f"recall {recall[0]:.2f}"]
     return ", ".join(parts)
 
 

@@ -29,13 +29,13 @@ def sampled_recall(
     """
     q, k = call.q, call.k
     B, H, L, _ = k.shape
-    rows = torch.tensor(rows, device=q.device)
+    places = torch.tensor(rows, device=q.device)
     held = torch.zeros(B, H, device=q.device)
-    listed = mask.with_bits(mask.bits[:, :, rows // mask.block_q]).to_dense()
+    listed = mask.with_bits(mask.bits[:, :, places // mask.block_q]).to_dense()
     # one head at a time: the rows of all heads would be a gigabyte
     for b in range(B):
         for h in range(H):
-            chosen = rows if order is None else order[b, h, rows]
+            chosen = places if order is None else order[b, h, places]
             logits = (q[b, h, chosen].float() @ k[b, h].float().mT) * call.scale
             if call.key_bias is not None:
                 logits += call.key_bias[b]

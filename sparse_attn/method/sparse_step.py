@@ -21,6 +21,7 @@ def sparse_step(
         out: [B, H, L, D]. lse: [B, H, L] float32, or None where the backend does not tell it.
     """
     attention = backend.quantised_attention if quantised else backend.attention
+    assert attention is not None, "`why_not_quantised` says when"
     if order is None:
         return attention(
             call.q, call.k, call.v, scale=call.scale, key_bias=call.key_bias, mask=mask

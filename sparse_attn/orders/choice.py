@@ -10,6 +10,7 @@ import torch
 from ..backends.choice import Backend
 from ..call import Call
 from ..config import AdaSpaConfig
+from ..token_layout import TokenLayout
 from .position import in_rods
 from .similarity import similar_order
 
@@ -25,6 +26,7 @@ def find_order(
         order: [B, H, L] int32, the token at every place. similar: [B, H] bool, which are similar.
     """
     B, H, L, _ = call.q.shape
+    assert call.by_position is not None, "set where averages stand for skipped blocks"
     in_place = call.by_position.expand(B, H, L)
     if config.token_order == "position":
         return in_place, torch.zeros(B, H, dtype=torch.bool, device=call.q.device)
@@ -32,14 +34,13 @@ def find_order(
     similar = torch.lt(*_errors(backend, call, (alike, in_place), config))
     if call.key_bias is not None:
         # measured even where it is then thrown away: to ask first would wait for the device
-        similar &= ~biased_video(call)
+        similar &= ~biased_video(call.key_bias, call.layout)
     return torch.where(similar[..., None], alike, in_place), similar
 
 
-def biased_video(call: Call) -> torch.Tensor:
-    """Whether `call.key_bias` weighs the video, [] bool: heads share it, so they need one order."""
-    layout = call.layout
-    return (call.key_bias[:, layout.before :][:, : layout.video] != 0).any()
+def biased_video(key_bias: torch.Tensor, layout: TokenLayout) -> torch.Tensor:
+    """Whether a bias [B, L] weighs the video, [] bool: heads share it, so they need one order."""
+    return (key_bias[:, layout.before :][:, : layout.video] != 0).any()
 
 
 def _errors(backend, call, orders, config) -> list[torch.Tensor]:

@@ -59,7 +59,11 @@ def fitting_mask(
     )
     if layer is None:
         return reason
-    if layer.order is not None and call.key_bias is not None and biased_video(call):
+    if (
+        layer.order is not None
+        and call.key_bias is not None
+        and biased_video(call.key_bias, call.layout)
+    ):
         return ONE_ORDER
     mask = BlockMask(
         layer.bits.to(q.device), call.layout.num_blocks(config.block_k), **config.blocks
@@ -67,6 +71,7 @@ def fitting_mask(
     order = similar = None
     if pattern.pooled:
         in_place = call.by_position
+        assert in_place is not None, "set where averages stand for skipped blocks"
         order = in_place.expand(*q.shape[:3])
         if layer.order is not None:
             order = layer.order.to(q.device)

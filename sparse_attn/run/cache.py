@@ -61,9 +61,10 @@ class Cache:
         with torch.cuda.stream(stream):
             self._fetched[id(stored)] = stored, stored.to(device, non_blocking=True)
 
-    def forget(self, stored: torch.Tensor) -> None:
-        """Drop what was fetched ahead of a stored tensor that gives way to another."""
-        self._fetched.pop(id(stored), None)
+    def forget(self, *stored: torch.Tensor | None) -> None:
+        """Drop what was fetched ahead of stored tensors that give way to others."""
+        for tensor in stored:
+            self._fetched.pop(id(tensor), None)
 
     def clear(self) -> None:
         self._fetched.clear()

@@ -158,8 +158,9 @@ class Dense:
             found[CUDNN] = partial(torch_cudnn, scale=call.scale)
         if backend is not None:
             found[OWN] = partial(backend.attention, scale=call.scale, key_bias=call.key_bias)
-            if not exact and self.precision.serves(backend, call):
-                found[OWN_INT8] = partial(backend.quantised_attention, scale=call.scale)
+            quantised = backend.quantised_attention
+            if not exact and self.precision.serves(backend, call) and quantised is not None:
+                found[OWN_INT8] = partial(quantised, scale=call.scale)
         return found
 
     def _exact(self, call: Call) -> tuple[torch.Tensor, torch.Tensor]:

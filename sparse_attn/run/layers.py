@@ -40,13 +40,10 @@ class LayerPattern:
     carried: bool = False
     sampled_at: int = -1
 
-    def nbytes(self) -> int:
-        """Bytes held between steps."""
-        return self.mask.bits.nbytes + sum(order.nbytes for order in self.own_orders())
-
-    def own_orders(self) -> list[torch.Tensor]:
+    @property
+    def own_order(self) -> torch.Tensor | None:
         """The order, unless all layers share it."""
-        return [] if self.order is None or is_shared(self.order) else [self.order]
+        return None if self.order is None or is_shared(self.order) else self.order
 
 
 @dataclass(eq=False)
@@ -70,8 +67,10 @@ class Layer:
 
     def nbytes(self) -> int:
         """Bytes held between steps."""
-        lse = 0 if self.lse is None else self.lse.nbytes
-        return lse + (0 if self.pattern is None else self.pattern.nbytes())
+        pattern, tensors = self.pattern, [self.lse]
+        if pattern is not None:
+            tensors += [pattern.mask.bits, pattern.own_order]
+        return sum(x.nbytes for x in tensors if x is not None)
 
 
 class Layers(dict[Hashable, Layer]):
@@ -110,22 +109,21 @@ class Layers(dict[Hashable, Layer]):
         if self.cache.place != "cpu" or device.type != "cuda":
             return
         layer = self.get(self.following.get(key))
-        if layer is not None and layer.pattern is not None:
-            self.cache.prefetch(layer.pattern.mask.bits, device)
-            if layer.pattern.order is not None:
-                self.cache.prefetch(layer.pattern.order, device)
+        pattern = None if layer is None else layer.pattern
+        if pattern is not None:
+            self.cache.prefetch(pattern.mask.bits, device)
+            if pattern.order is not None:
+                self.cache.prefetch(pattern.order, device)
 
-    def install(self, layer: Layer, pattern: LayerPattern) -> None:
-        """Put a pattern in the place of a layer's earlier one, in memory of its own."""
-        order = pattern.order
-        if pattern.own_orders():
-            order = self.cache.keep(order)
+    def install(self, layer: Layer, pattern: LayerPattern) -> LayerPattern:
+        """Put a pattern in the place of a layer's earlier one; returns it as the cache keeps it."""
+        own, earlier = pattern.own_order, layer.pattern
+        order = pattern.order if own is None else self.cache.keep(own)
         mask = pattern.mask.with_bits(self.cache.keep(pattern.mask.bits))
-        if layer.pattern is not None:
-            self.cache.forget(layer.pattern.mask.bits)
-            if layer.pattern.order is not None:
-                self.cache.forget(layer.pattern.order)
-        layer.pattern = replace(pattern, mask=mask, order=order)
+        if earlier is not None:
+            self.cache.forget(earlier.mask.bits, earlier.order)
+        layer.pattern = kept = replace(pattern, mask=mask, order=order)
+        return kept
 
     def fetch(self, pattern: LayerPattern, device: torch.device) -> tuple:
         """A pattern's mask and order on `device`."""
@@ -153,14 +151,14 @@ class Layers(dict[Hashable, Layer]):
             # one sequence a pattern: a part of the picture with a prompt of its own may be another
             first = first or like
             if like == first:
-                (order,) = pattern.own_orders() or (None,)
+                order = pattern.own_order
                 kept[name] = CarriedLayer(
                     pattern.mask.bits.cpu(),
                     tuple(pattern.density.tolist()),
                     tuple(pattern.recall.tolist()),
-                    order if order is None else order.cpu(),
+                    None if order is None else order.cpu(),
                 )
-        if not kept:
+        if first is None:
             return None
         return CarriedPattern(family, first[0], config.block_size, kept, pooled=config.pooled)
 

@@ -26,8 +26,9 @@ class Readback:
         self._lock = threading.Lock()
 
     def add_pattern(
-        self, call: Call, layer: Layer, recall: torch.Tensor, block_map: torch.Tensor, exact: bool
-    ) -> None:
+        self, call: Call, layer: Layer, pattern: LayerPattern, recall: torch.Tensor,
+        block_map: torch.Tensor, exact: bool,
+    ) -> None:  # fmt: skip
         """Note a layer's new pattern.
 
         Args:
@@ -35,7 +36,7 @@ class Readback:
             exact: whether the recall was measured with the call's own LSE.
         """
         with self._lock:
-            self._patterns.append((call, layer, layer.pattern, recall, block_map, exact))
+            self._patterns.append((call, layer, pattern, recall, block_map, exact))
 
     def add_sample(self, call: Call, layer: Layer, recall: torch.Tensor) -> None:
         """Note what a mask holds in a later step, by a sample of its rows; `recall` is [H]."""
@@ -50,16 +51,14 @@ class Readback:
     def read(self) -> list[tuple[Call, Layer]]:
         """Wait for the device, and return the calls that met NaN or infinity, with their layers.
 
-        What was found in a call that met them does not count.
+        What such a layer found in the same step does not count.
         """
-        with self._lock:
-            patterns, self._patterns = self._patterns, []
-            samples, self._samples = self._samples, []
-            probes, self._probes = self._probes, []
+        patterns, samples, probes = self._take()
         broken = [(call, layer) for call, layer, probe in probes if not torch.isfinite(probe)]
 
         def sound(call, layer, recall) -> bool:
-            if not all(0 <= r <= 1.001 for r in recall):  # NaN is no such number
+            # NaN is no such number
+            if not all(0 <= r <= 1.001 for r in recall):
                 broken.append((call, layer))
             return not layer.dense_reason and all(layer is not other for _, other in broken)
 
@@ -77,8 +76,13 @@ class Readback:
         return broken
 
     def clear(self) -> None:
+        self._take()
+
+    def _take(self) -> tuple[list, list, list]:
         with self._lock:
+            taken = self._patterns, self._samples, self._probes
             self._patterns, self._samples, self._probes = [], [], []
+        return taken
 
     def _step(self, call: Call) -> int:
         return self.statistics.schedule.first_step + call.step

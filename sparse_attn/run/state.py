@@ -126,7 +126,7 @@ class RunState:
         if self.schedule.kind(call.step) is StepKind.DENSE:
             return self._serve_dense(call, layer)
         if layer.pattern is None and self.carried is not None:
-            self._reuse_pattern(call, layer)
+            self._reuse_pattern(call, layer, self.carried)
         pattern = layer.pattern
         if pattern is None:
             return self._search(call, layer)
@@ -145,23 +145,26 @@ class RunState:
 
     def _search(self, call, layer):
         """Answer with dense attention, and search on the way."""
-        out = None
+        found = self._search_dense(call, layer)
+        if found is None and layer.pattern is None:
+            return None
+        if found is None:
+            self._keep_pattern(call, layer, layer.pattern)
+            return self._serve_sparse(call, layer)
+        out, lse = found
+        if self.schedule.searches_after(call.step) and not self.config.recall:
+            self._keep_lse(layer, lse)
+        self.layers.count_held()
+        return self._checked(call, layer, out, out)
+
+    def _search_dense(self, call, layer):
         with self.timer.attempt("search", call.q):
             found = fused_online_search(
                 layer.backend, call, self.config, self._take_lse(call, layer), self.dense.exact
             )
             self._install_mask(call, layer, found)
-            out, lse = found.out, found.lse
-        found = None
-        if out is None and layer.pattern is None:
-            return None
-        if out is None:
-            self._keep_pattern(call, layer)
-            return self._serve_sparse(call, layer)
-        if self.schedule.searches_after(call.step) and not self.config.recall:
-            self._keep_lse(layer, lse)
-        self.layers.count_held()
-        return self._checked(call, layer, out, out)
+            return found.out, found.lse
+        return None
 
     def _search_again(self, call, layer):
         """Search with the kept LSE."""
@@ -175,7 +178,7 @@ class RunState:
                 # quantised copies may be what memory has no room for
                 counts.declined[OUT_OF_MEMORY] += 1
         if not (done or self._search_with_lse(call, layer, int8=False)):
-            self._keep_pattern(call, layer)
+            self._keep_pattern(call, layer, layer.pattern)
         if not self.schedule.searches_after(call.step):
             layer.lse = None
 
@@ -223,27 +226,26 @@ class RunState:
         else:
             self.readback.add_sample(call, layer, recall)
 
-    def _reuse_pattern(self, call, layer):
+    def _reuse_pattern(self, call, layer, carried: CarriedPattern):
         """Begin with the carried mask, if it holds here what it held when it was found."""
         reuse, reason = self.statistics.reuse, REUSE_OUT_OF_MEMORY
         with self.timer.attempt("carry", call.q):
-            found = fitting_mask(self.carried, self.statistics.model, self.config, call)
+            found = fitting_mask(carried, self.statistics.model, self.config, call)
             if isinstance(found, str):
                 reason = found
             else:
-                carried = found.layer
                 pattern = LayerPattern(
-                    found.mask, found.order, torch.tensor(carried.density),
-                    torch.tensor(carried.recall), found.similar, searched_at=call.step, carried=True,
+                    found.mask, found.order, torch.tensor(found.layer.density),
+                    torch.tensor(found.layer.recall), found.similar, searched_at=call.step,
+                    carried=True,
                 )  # fmt: skip
                 self._install(call, layer, pattern, found.recall, exact=False)
+                reuse.masks += 1
+                reuse.recall.append(found.layer.mean_recall())
         if layer.pattern is None:
             reuse.refused[reason] += 1
-            return
-        if not self.schedule.searches_after(call.step):
+        elif not self.schedule.searches_after(call.step):
             layer.lse = None
-        reuse.masks += 1
-        reuse.recall.append(carried.mean_recall())
         self.layers.count_held()
 
     # ---- parts of a call
@@ -268,18 +270,18 @@ class RunState:
         """Let a layer use a pattern, which holds `recall` [H] in this call."""
         block_map = pattern.mask.block_map()
         with self.outlives_block():
-            self.layers.install(layer, pattern)
-        self.readback.add_pattern(call, layer, recall, block_map, exact)
+            kept = self.layers.install(layer, pattern)
+        self.readback.add_pattern(call, layer, kept, recall, block_map, exact)
 
     def _take_lse(self, call: Call, layer: Layer) -> torch.Tensor | None:
         """The kept LSE on the call's device; the layer keeps it no longer."""
         lse, layer.lse = layer.lse, None
         return None if lse is None else self.cache.fetch(lse, call.q.device)
 
-    def _keep_pattern(self, call: Call, layer: Layer) -> None:
+    def _keep_pattern(self, call: Call, layer: Layer, pattern: LayerPattern) -> None:
         """Go on with the earlier pattern where memory has no room for a search."""
         self.statistics.warn(f"{OUT_OF_MEMORY}: layer {call.layer} kept its earlier pattern")
-        layer.pattern = replace(layer.pattern, searched_at=call.step)
+        layer.pattern = replace(pattern, searched_at=call.step)
 
     def _keep_lse(self, layer: Layer, lse: torch.Tensor | None) -> None:
         """Keep an LSE while memory has room; without it the next search measures its own."""
@@ -305,20 +307,19 @@ class RunState:
     # ---- the run
 
     def estimate(self, call: Call, work: Workload, windows: bool) -> Estimate:
-        """What the run will do and hold; worked out once for every number of videos in a call.
+        """What the run will do and hold, remembered in `estimates` by the number of videos.
 
         Args:
             windows: whether the run samples in context windows; `work` is that of one.
         """
-        if work.batch not in self.estimates:
-            backend, _ = self.backends.of(call.q, call.k, call.v)
-            self.estimates[work.batch] = estimate(
-                work, self.schedule, self.config,
-                one_pass=backend is not None and backend.one_pass_search,
-                carried=self.carried is not None and self.carried.layout == work.layout,
-                windows=windows,
-            )  # fmt: skip
-        return self.estimates[work.batch]
+        backend, _ = self.backends.of(call.q, call.k, call.v)
+        found = self.estimates[work.batch] = estimate(
+            work, self.schedule, self.config,
+            one_pass=backend is not None and backend.one_pass_search,
+            carried=self.carried is not None and self.carried.layout == work.layout,
+            windows=windows,
+        )  # fmt: skip
+        return found
 
     def _reserve(self, batch: int) -> None:
         """At the first call that holds something, decide where the cache lives."""

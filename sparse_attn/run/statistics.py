@@ -96,7 +96,7 @@ class Memory:
     held_bytes: int = 0
     place: str = "gpu"
     conditionings: set[Hashable] = field(default_factory=set)
-    windows: set[tuple] = field(default_factory=set)
+    windows: set[Hashable] = field(default_factory=set)
 
 
 @dataclass

@@ -128,12 +128,12 @@ def test_only_a_backend_that_searches_in_one_pass_wants_an_lse_before():
 
 def test_a_replaced_mask_takes_its_prefetched_copy_along():
     run, forgotten = Run("SSs"), []
-    run.state.cache.forget = forgotten.append
+    run.state.cache.forget = lambda *stored: forgotten.extend(stored)
     run.attend(0)
     assert forgotten == []
     old = run.pattern().mask.bits
     run.attend(1)
-    assert len(forgotten) == 1 and forgotten[0] is old
+    assert len(forgotten) == 2 and forgotten[0] is old and forgotten[1] is None
 
 
 def test_layers_and_conditionings_do_not_share_masks():

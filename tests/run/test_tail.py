@@ -290,7 +290,7 @@ def test_a_bias_on_the_video_leaves_all_heads_one_order():
 
 def test_a_replaced_order_takes_its_prefetched_copy_along():
     run, forgotten = TailRun("SSs", token_order="similarity"), []
-    run.state.cache.forget = forgotten.append
+    run.state.cache.forget = lambda *stored: forgotten.extend(stored)
     run.attend(0, tensors(0))
     old = run.pattern().mask.bits, run.order
     run.attend(1, tensors(1))

@@ -52,9 +52,10 @@ class Family:
         return self.layout(model, latent_shape, inputs)
 
 
-def grid(shape, patch_size) -> tuple[int, ...]:
+def grid(shape, patch_size) -> tuple[int, int, int]:
     """Tokens per axis of a latent [..., T, H, W] that its model pads up to whole patches."""
-    return tuple(-(-size // patch) for size, patch in zip(shape[-3:], patch_size, strict=True))
+    t, h, w = (-(-size // patch) for size, patch in zip(shape[-3:], patch_size, strict=True))
+    return t, h, w
 
 
 def whole_patches(sizes, patch_size) -> tuple[int, ...]:
