@@ -1,6 +1,9 @@
 import os
+import re
 import sys
+from functools import cache
 from importlib.util import find_spec
+from pathlib import Path
 
 # Tests multiply small matrices, and a second thread waits more than it works: 128 x 64 times
 # 64 x 128 took 0.1 ms alone and 15 ms in two threads, on two cores that others wanted too
@@ -39,8 +42,31 @@ def pytest_collection_finish(session):
 
 
 def pytest_collection_modifyitems(items):
-    # the longest file first: where files are handed out to several processes, none waits for it
-    items.sort(key=lambda item: item.path.stem != "test_tiles")
+    # what takes longest first: where it is handed out to several processes, none waits for it
+    items.sort(key=lambda item: (item.path.stem != "test_tiles", not asks_for_server(item.path)))
+
+
+@cache
+def asks_for_server(file: Path) -> bool:
+    """Whether a function of a test file, or of the conftest beside it, takes `comfy_server`."""
+    sources = [x for x in (file, file.with_name("conftest.py")) if x.is_file()]
+    taken = re.compile(r"def \w+\([^)]*\bcomfy_server\b")
+    return any(taken.search(x.read_text(encoding="utf-8")) for x in sources)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """Hand out a file at a time, and those of the server all to one process, which starts it once."""
+    if config.getvalue("dist") != "loadfile":
+        return None
+    from xdist.scheduler import LoadFileScheduling
+
+    class Scheduling(LoadFileScheduling):
+        def _split_scope(self, nodeid):
+            file = super()._split_scope(nodeid)
+            return "server" if asks_for_server(config.rootpath / file) else file
+
+    return Scheduling(config, log)
 
 
 def pytest_sessionfinish(session):
