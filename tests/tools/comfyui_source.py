@@ -7,9 +7,8 @@ import json
 import os
 import re
 import shutil
-import tarfile
 from collections.abc import Mapping
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from . import index_file, pins, requirements
 from .console import ExpectedFailure, Step, size
@@ -64,29 +63,14 @@ def needs(comfyui: Path) -> list[tuple[str, str]]:
 
 
 def unpack_folder(archive: Path, inside: str, target: Path) -> None:
-    """Unpack the part of a .tar.gz below TOP/`inside` into `target`, all of it or nothing."""
+    """Unpack the part of a .tar.gz below TOP/`inside` as `target`, all of it or nothing."""
     partial = target.with_name(target.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    depth = 1 + len(PurePosixPath(inside).parts)
-    with tarfile.open(archive) as tar:
-        for member in tar:
-            path = PurePosixPath(member.name)
-            below = PurePosixPath(*path.parts[depth:])
-            if "/".join(path.parts[1:depth]) != inside or ".." in path.parts:
-                continue
-            if member.isfile() and below.parts:
-                file = partial / below
-                file.parent.mkdir(parents=True, exist_ok=True)
-                source = tar.extractfile(member)
-                assert source
-                with source, open(file, "wb") as copy:
-                    shutil.copyfileobj(source, copy)
-    if not partial.is_dir():
-        raise ExpectedFailure(
-            f"{archive.name} holds no {inside}; delete it and start again to fetch it anew."
-        )
-    shutil.rmtree(target, ignore_errors=True)
-    os.replace(partial, target)
+    for folder in (partial, target):
+        shutil.rmtree(folder, ignore_errors=True)
+    # its hash is known, so what it holds is trusted
+    shutil.unpack_archive(archive, partial)
+    os.replace(next(partial.glob(f"*/{inside}")), target)
+    shutil.rmtree(partial)
 
 
 def pinned_folder(home: Path, version: str) -> Path:

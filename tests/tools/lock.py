@@ -27,18 +27,6 @@ def _try_lock(file) -> bool:
     return True
 
 
-def _unlock(file) -> None:
-    if os.name == "nt":
-        import msvcrt
-
-        file.seek(0)
-        msvcrt.locking(file.fileno(), msvcrt.LK_UNLCK, 1)
-    else:
-        import fcntl
-
-        fcntl.flock(file, fcntl.LOCK_UN)
-
-
 class Held:
     """A lock for as long as this process wants it, without waiting for it."""
 
@@ -58,17 +46,16 @@ class Held:
 @contextmanager
 def exclusive(path: Path, poll: float = 0.5, report_every: float = 15) -> Iterator[None]:
     """Hold `path` as a lock; wait for another holder, saying so."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    held = Held(path)
     started = time.monotonic()
     next_report = 0.0
-    with open(path, "a+b") as file:
-        while not _try_lock(file):
+    try:
+        while not held.acquire():
             waited = time.monotonic() - started
             if waited >= next_report:
                 say(f"  another start is setting up; waiting for it ({seconds(waited)})")
                 next_report = waited + report_every
             time.sleep(poll)
-        try:
-            yield
-        finally:
-            _unlock(file)
+        yield
+    finally:
+        held.release()

@@ -53,6 +53,8 @@ for name in sys.argv[2:]:
 print("FACTS" + json.dumps(facts))
 """
 
+NOTHING = {"python": None, "torch": None, "device": None, "gpus": [], "versions": {}, "imports": {}}
+
 
 def probe(
     python: str = sys.executable, imports: tuple[str, ...] = (), timeout: float = 180
@@ -73,21 +75,9 @@ def probe(
             check=False,
         )
     except (OSError, subprocess.TimeoutExpired) as error:
-        return _nothing(str(error))
+        return {**NOTHING, "error": str(error)}
     for line in run.stdout.splitlines():
         if line.startswith("FACTS"):
             return json.loads(line[len("FACTS") :])
     last = (run.stderr.strip().splitlines() or [f"exit code {run.returncode}"])[-1]
-    return _nothing(last)
-
-
-def _nothing(error: str) -> dict:
-    return {
-        "python": None,
-        "torch": None,
-        "device": None,
-        "gpus": [],
-        "versions": {},
-        "imports": {},
-        "error": error,
-    }
+    return {**NOTHING, "error": last}

@@ -59,13 +59,7 @@ def home_folder(root: Path, env: Mapping[str, str] = os.environ) -> Path:
             return inside
     except OSError:
         pass
-    if os.name == "nt":
-        cache = Path(env.get("LOCALAPPDATA") or Path.home())
-    elif sys.platform == "darwin":
-        cache = Path.home() / "Library" / "Caches"
-    else:
-        cache = Path(env.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return cache / "adaspa"
+    return Path.home() / ".cache" / "adaspa"
 
 
 def installed_here() -> dict[str, str]:
