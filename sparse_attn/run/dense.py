@@ -6,6 +6,7 @@ asked for it.
 
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -80,26 +81,15 @@ def clearly_fastest(measured: dict[str, float]) -> str:
     return best
 
 
+@dataclass(frozen=True)
 class Dense:
-    """Decides who runs a dense call of a run, and runs it.
+    """Decides who runs a dense call of a run, and runs it; `choice` may outlive the run."""
 
-    Args:
-        choice: measurements, which may outlive the run.
-    """
-
-    def __init__(
-        self,
-        choice: DenseChoice,
-        backends: Backends,
-        precision: Precision,
-        statistics: RunStatistics,
-        timer: Timer,
-    ):
-        self.choice = choice
-        self.backends = backends
-        self.precision = precision
-        self.statistics = statistics
-        self.timer = timer
+    choice: DenseChoice
+    backends: Backends
+    precision: Precision
+    statistics: RunStatistics
+    timer: Timer
 
     def serve(self, call: Call) -> torch.Tensor:
         """Serve a plainly dense call; [B, H, L, D]."""

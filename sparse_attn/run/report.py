@@ -1,6 +1,6 @@
 """What the node, the log and the report say of a run; `run` is its `RunStatistics`."""
 
-from statistics import median
+from statistics import fmean, median
 
 UNREACHED = "no attention call reached it; another node may have replaced the model's attention"
 
@@ -115,7 +115,7 @@ def reuse_lines(run) -> list[str]:
     if reuse.masks and now:
         line += (
             f", recall {sum(now) / len(now):.2f} here (sampled), "
-            f"{reuse.found_recall():.2f} when found"
+            f"{fmean(reuse.recall):.2f} when found"
         )
     refused = [
         f"Searched after all: {count} masks, {reason}"

@@ -124,7 +124,9 @@ class RunState:
         if self.config.pooled:
             call = replace(call, by_position=self._by_position(call))
         if self.schedule.kind(call.step) is StepKind.DENSE:
-            return self._serve_dense(call, layer)
+            out, lse = self.dense.serve_with_lse(call)
+            self._keep_lse(layer, lse)
+            return out
         if layer.pattern is None and self.carried is not None:
             self._reuse_pattern(call, layer, self.carried)
         pattern = layer.pattern
@@ -138,33 +140,25 @@ class RunState:
                 return self._search(call, layer)
         return self._serve_sparse(call, layer)
 
-    def _serve_dense(self, call, layer):
-        out, lse = self.dense.serve_with_lse(call)
-        self._keep_lse(layer, lse)
-        return out
-
     def _search(self, call, layer):
         """Answer with dense attention, and search on the way."""
-        found = self._search_dense(call, layer)
-        if found is None and layer.pattern is None:
+        out = lse = None
+        with self.timer.attempt("search", call.q):
+            out, lse = self._install_mask(
+                call, layer,
+                fused_online_search(
+                    layer.backend, call, self.config, self._take_lse(call, layer), self.dense.exact
+                ),
+            )  # fmt: skip
+        if out is None and layer.pattern is None:
             return None
-        if found is None:
+        if out is None:
             self._keep_pattern(call, layer, layer.pattern)
             return self._serve_sparse(call, layer)
-        out, lse = found
         if self.schedule.searches_after(call.step) and not self.config.recall:
             self._keep_lse(layer, lse)
         self.layers.count_held()
         return self._checked(call, layer, out, out)
-
-    def _search_dense(self, call, layer):
-        with self.timer.attempt("search", call.q):
-            found = fused_online_search(
-                layer.backend, call, self.config, self._take_lse(call, layer), self.dense.exact
-            )
-            self._install_mask(call, layer, found)
-            return found.out, found.lse
-        return None
 
     def _search_again(self, call, layer):
         """Search with the kept LSE."""
@@ -185,8 +179,9 @@ class RunState:
     def _search_with_lse(self, call, layer, *, int8: bool) -> bool:
         with self.timer.attempt("search_again", call.q):
             lse = self.cache.fetch(layer.lse, call.q.device)
-            found = lse_cached_search(layer.backend, call, self.config, lse, int8)
-            self._install_mask(call, layer, found)
+            self._install_mask(
+                call, layer, lse_cached_search(layer.backend, call, self.config, lse, int8)
+            )  # fmt: skip
             return True
         return False
 
@@ -258,13 +253,15 @@ class RunState:
                 self._orders[key] = rods(*key)
         return self._orders[key]
 
-    def _install_mask(self, call: Call, layer: Layer, found: Found) -> None:
+    def _install_mask(self, call: Call, layer: Layer, found: Found) -> tuple:
+        """Let a layer use what a search found; returns the search's own output and LSE."""
         similar = None if found.similar is None else found.similar.float().mean(0)
         density, recall = found.mask.density().mean(0), found.recall.mean(0)
         pattern = LayerPattern(
             found.mask, found.order, density, recall, similar, searched_at=call.step
         )  # fmt: skip
         self._install(call, layer, pattern, recall, found.exact)
+        return found.out, found.lse
 
     def _install(self, call, layer, pattern: LayerPattern, recall, exact: bool) -> None:
         """Let a layer use a pattern, which holds `recall` [H] in this call."""

@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Hashable
 from dataclasses import dataclass, field
-from statistics import fmean, median
+from statistics import median
 
 import torch
 
@@ -101,12 +101,7 @@ class Memory:
 
 @dataclass
 class LowPrecisionCalls:
-    """How the request for low precision was met.
-
-    Args:
-        calls: that ran in it. declined: why others did not, counted.
-        searches: later searches that measured with INT8 q and k.
-    """
+    """Calls in low precision, later searches with INT8 q and k, and why other calls declined."""
 
     calls: int = 0
     searches: int = 0
@@ -129,10 +124,6 @@ class Reuse:
     recall: list[float] = field(default_factory=list)
     refused: Counter[str] = field(default_factory=Counter)
     kept: list[str] = field(default_factory=list)
-
-    def found_recall(self) -> float:
-        """Mean recall of the masks in use when they were found."""
-        return fmean(self.recall)
 
 
 @dataclass
