@@ -5,7 +5,8 @@
 `graph_api.json` is a graph with an AdaSpa Attention node, exported with "Export (API)". For every
 seed it is sampled dense (the node's `enabled` off), then once with each preset. OUT gets
 `presets.json`, a table and a plot of the likeness to dense against the time of the whole prompt, as
-the lab draws for its small models. The first prompt, which loads the models, is not counted.
+the lab draws for its small models; the plot needs matplotlib (`pip install matplotlib`). The first
+prompt, which loads the models, is not counted.
 """
 
 import argparse
@@ -21,13 +22,14 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "lab")]
 
 import numpy as np  # noqa: E402
-import svg  # noqa: E402
+import plots  # noqa: E402
 import torch  # noqa: E402
 from metrics import likeness  # noqa: E402
 from PIL import Image  # noqa: E402
 from tools.comfy_client import ComfyClient  # noqa: E402
 
 from sparse_attn.config import PRESETS  # noqa: E402
+from sparse_attn.video_metrics import ssim  # noqa: E402
 
 NODES = ("AdaSpaAttention", "AdaSpaAttentionPair")
 SEEDS = ("seed", "noise_seed")
@@ -97,7 +99,7 @@ def compare(client, graph, seeds, presets) -> list[dict]:
         print(f"seed {seed} {'dense':>9} {dense_seconds:7.1f} s", flush=True)
         for preset in presets:
             video, seconds = sample(client, variant(graph, preset, seed))
-            like = {name: values[0] for name, values in likeness(dense, video).items()}
+            like = {name: values[0] for name, values in likeness(dense, video, ssim).items()}
             rows.append(
                 {"seed": seed, "preset": preset, "seconds": seconds,
                  "dense_seconds": dense_seconds, **like}
@@ -106,8 +108,8 @@ def compare(client, graph, seeds, presets) -> list[dict]:
     return rows
 
 
-def summary(rows: list[dict]) -> tuple[str, str]:
-    """A table in Markdown and the plot."""
+def summary(rows: list[dict]) -> tuple[str, dict[str, list]]:
+    """A table in Markdown, and {preset: [(mean seconds, mean PSNR)]}."""
     lines = [
         "| preset | PSNR dB | SSIM | flicker, 1/255 | seconds | dense seconds |",
         "| --- | --- | --- | --- | --- | --- |",
@@ -121,8 +123,7 @@ def summary(rows: list[dict]) -> tuple[str, str]:
             f"| {mean['seconds']:.1f} | {mean['dense_seconds']:.1f} |"
         )
         points[preset] = [(mean["seconds"], mean["psnr"])]
-    plot = svg.lines(points, "seconds of the prompt", "PSNR to dense, dB", "Presets")
-    return "\n".join(lines) + "\n", plot
+    return "\n".join(lines) + "\n", points
 
 
 def main():
@@ -139,10 +140,14 @@ def main():
     rows = compare(client, graph, options.seeds, options.presets)
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "presets.json").write_text(json.dumps(rows, indent=1) + "\n")
-    table, plot = summary(rows)
+    table, points = summary(rows)
     (options.out / "presets.md").write_text(table)
-    (options.out / "presets.svg").write_text(plot)
     print(table)
+    try:
+        path = options.out / "presets.svg"
+        plots.lines(points, "seconds of the prompt", "PSNR to dense, dB", "Presets", path)
+    except ImportError:
+        print("No plot: that needs matplotlib (pip install matplotlib).")
 
 
 if __name__ == "__main__":

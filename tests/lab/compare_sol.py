@@ -12,6 +12,7 @@ import contextlib
 import importlib
 import json
 import sys
+from collections import Counter
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -19,15 +20,12 @@ ROOT = HERE.parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "tiny_model"), str(HERE)]
 
 import models  # noqa: E402
+import rivals  # noqa: E402
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 from contestants import SOL  # noqa: E402
 from generation import Subject  # noqa: E402
-from scores import means  # noqa: E402
-from selecting import select  # noqa: E402
 from sol_op import threshold_for  # noqa: E402
-from sparse import masked_attention  # noqa: E402
-from tails import Tail  # noqa: E402
 
 from tests.bench.record import facts  # noqa: E402
 
@@ -38,35 +36,30 @@ class Reached(Exception):
 
 def seen_at(subject, step: int, steps: int) -> dict:
     """{layer: (q, k, v)} of a dense generation, float32."""
-    found, now = {}, [0]
+    found, calls = {}, Counter()
 
     def look(layer, q, k, v):
-        if now[0] == step:
-            found[layer] = tuple(x.float() for x in (q, k, v))
-
-    def begin(number):
-        if number > step:
+        if calls[layer] > step:
             raise Reached
-        now[0] = number
+        if calls[layer] == step:
+            found[layer] = tuple(x.float() for x in (q, k, v))
+        calls[layer] += 1
 
-    sigmas = subject.sigmas(steps)
     with contextlib.suppress(Reached):
-        subject.euler(subject.noise() * sigmas[0], sigmas, 0, look, begin)
+        subject.sample(subject.model, steps, models.override(subject.spec, look))
     return found
 
 
 @torch.no_grad()
-def compare(q, k, v, density: float, reference) -> dict:
-    scale, length = q.shape[-1] ** -0.5, q.shape[2]
+def compare(layout, q, k, v, density: float, reference) -> dict:
+    scale = q.shape[-1] ** -0.5
     dense = F.scaled_dot_product_attention(q, k, v)
     tau, exact = threshold_for(q, k, density)
     heads = [[x[:, h : h + 1].transpose(1, 2) for x in (q, k, v)] for h in range(q.shape[1])]
     theirs = torch.cat([reference(*one, tau=tau, scale=scale) for one in heads], 2).transpose(1, 2)
-    rule = SOL.but(SOL.name, density=density)
-    text = torch.zeros(exact.shape[-1], dtype=torch.bool)
-    keep = select(rule, means(q, 64) @ means(k, 64).mT * scale, None, text, text, density)
-    out, lse = masked_attention(q, k, v, keep, 64, 64, scale)
-    ours = Tail(rule, keep, length, {}).apply(q, k, v, out, lse, scale)
+    rival = rivals.Rival(SOL.but(SOL.name, density=density), layout, 0)
+    keep = rival.choose(0, q, k)
+    ours = rivals.attention(q, k, v, keep, SOL.tail)
 
     def error(x):
         return round(float((x - dense).square().mean().sqrt() / dense.std()), 4)
@@ -83,20 +76,19 @@ def compare(q, k, v, density: float, reference) -> dict:
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--comfyui", required=True)
-    parser.add_argument("--weights", type=Path)
     parser.add_argument("--model", choices=("tiny", "wan128"), default="tiny")
     parser.add_argument("--density", type=float, default=0.2)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--step", type=int, default=5)
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
-    subject = Subject(models.MODELS[options.model], options.comfyui, options.weights, 1)
+    subject = Subject(models.MODELS[options.model], options.comfyui, 1)
     seen = seen_at(subject, options.step, options.steps)
     kitchen = importlib.import_module("comfy_kitchen.backends.eager.sol_attn")
     kitchen._MAX_SCORE_BYTES = 1 << 40
     rows = []
     for layer, qkv in sorted(seen.items()):
-        row = {"layer": layer, **compare(*qkv, options.density, kitchen.sol_attn)}
+        row = {"layer": layer, **compare(subject.layout, *qkv, options.density, kitchen.sol_attn)}
         rows.append(row)
         print(row, flush=True)
     report = {"model": options.model, "step": options.step, "steps": options.steps, "rows": rows}

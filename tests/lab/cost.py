@@ -3,14 +3,13 @@
 import json
 from pathlib import Path
 
-import sol_op
-import torch
-from rule import PAPER, Rule, first_search
+from rule import OP_SCORES, PAPER, Rule, first_search
 
 RESULTS = Path(__file__).parents[1] / "bench" / "results"
 BENCH = RESULTS / "attention_h200.json"
 TAIL_BENCH = RESULTS / "tail_h200.json"
 STEPS_BENCH = RESULTS / "hunyuan_video_steps_h200.json"
+EXTRAS = Path(__file__).parent / "results" / "h200_costs.json"
 LAYERS = 60  # of that model
 SHAPE = "hunyuan-720p-129f"
 EVERY_STEP = "pooled scores and lists"
@@ -34,10 +33,15 @@ def op_times(path: Path = BENCH) -> dict[float, float]:
 
 
 def arranged_tail_ms(block_q: int, path: Path = TAIL_BENCH) -> float:
-    """What rods and a pooled tail add to a call of the pack, mean over the measured densities."""
+    """What compact blocks and a pooled tail add to a call of the pack, mean over densities."""
     rows = json.loads(path.read_text())["rows"]
     extra = [r["whole_ms"] - r["plain_ms"] for r in rows if r["blocks"] == f"{block_q}x64"]
     return sum(extra) / len(extra)
+
+
+def recorded_extras(path: Path = EXTRAS) -> dict[str, float]:
+    """ms that means, tail, order and scoring at every step add to such a call."""
+    return json.loads(path.read_text())["extra_ms"]
 
 
 def line(points: dict[float, float]) -> tuple[float, float]:
@@ -54,19 +58,18 @@ def call_ms(rule, extras: dict[str, float]) -> float | None:
     """Time of one sparse call, None where no kernel of that kind was measured.
 
     Args:
-        extras: measured ms of what comes on top, from `measure`.
+        extras: ms of what comes on top, as `recorded_extras` gives them.
     """
-    if rule.score in sol_op.SCORES:
+    if rule.score in OP_SCORES:
         return op_times().get(rule.density)
     points = kernel_times().get(rule.block_q)
-    if points is None or rule.block_k != 64 or rule.quantised or rule.dense:
+    if points is None or rule.block_k != 64 or rule.precision not in ("auto", "bf16"):
         return None
     start, slope = line(points)
     ms = start + slope * rule.density
-    pooled = rule.tail in ("pooled", "query weighted")
-    if pooled and rule.order != "raster":
+    if rule.tail == "pooled" and rule.order != "raster":
         return ms + arranged_tail_ms(rule.block_q)
-    if pooled:
+    if rule.tail == "pooled":
         ms += extras["block means"] + extras["tail"]
     elif rule.tail != "none":
         return None
@@ -80,13 +83,13 @@ def run_seconds(rule: Rule, schedule: str, extras) -> float | None:
     Rules that choose blocks at every step need no search: a dense step takes its place.
     """
     now = call_ms(rule, extras)
-    if now is None or rule.drift or rule.carried:
+    if now is None:
         return None
     tail = rule.tail != "none" and not rule.every_step
     measured = json.loads(STEPS_BENCH.read_text())["variants"]
     seconds = measured["bf16, 128x64" + (", pooled tail" if tail else "")]["step_seconds"]
-    known = Rule("measured", block_q=128)
-    known = known.but("measured", order="rods", tail="pooled") if tail else known
+    known = Rule("measured", 0.2, block_q=128)
+    known = known.but("measured", order="position", tail="pooled") if tail else known
     moved = LAYERS * (now - call_ms(known, extras)) / 1000
     steps, first = first_search(rule, schedule)
     again = sum(first < step < steps for step in {round(share * steps) for share in rule.again})
@@ -109,60 +112,3 @@ def density_at(ms: float, rule, extras) -> float | None:
     if now is None:
         return None
     return rule.density + (ms - now) / line(kernel_times()[rule.block_q])[1]
-
-
-def _median_ms(call, repeats: int = 7) -> float:
-    call()
-    times = []
-    for _ in range(repeats):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        call()
-        end.record()
-        torch.cuda.synchronize()
-        times.append(begin.elapsed_time(end))
-    return sorted(times)[repeats // 2]
-
-
-def measure() -> dict[str, float]:
-    """What tails, orders and scoring at every step add to a call, in ms; needs a GPU.
-
-    "order" puts q, k and v into another order and the output back. "tail" is dense attention of
-    all queries over one pseudo key per block: the arithmetic that a kernel with the tail inside
-    has to do. "merge" is what plain torch takes to join two outputs.
-    """
-    from scores import means
-
-    from sparse_attn.backends.choice import choose
-    from sparse_attn.block_mask import BlockMask
-
-    H, L, D, block = 24, 119040, 128, 64
-    generator = torch.Generator("cuda").manual_seed(0)
-    q, k, v = (
-        torch.randn(1, H, L, D, device="cuda", dtype=torch.bfloat16, generator=generator)
-        for _ in range(3)
-    )
-    attend = choose(q, k, v, block, block)[0].attention
-    k_mean, v_mean = (x.unflatten(2, (-1, block)).mean(3) for x in (k, v))
-    order = torch.randperm(L, device="cuda", generator=generator)
-    # as models hand them over: a token's heads side by side
-    whole = [x.view(1, L, H * D) for x in (q, k, v, v)]
-    lse = torch.zeros(1, H, L, device="cuda")
-
-    def merge():
-        both = torch.logaddexp(lse, lse)
-        return torch.lerp(q, v, (lse - both).exp()[..., None].to(q.dtype))
-
-    def scored():
-        scores = means(q, block) @ means(k, block).mT
-        best = scores.topk(scores.shape[-1] // 5, -1).indices
-        keep = torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, best, True)
-        return BlockMask.from_dense(keep, block_q=block, block_k=block)
-
-    return {
-        "block means": _median_ms(lambda: [x.unflatten(2, (-1, block)).mean(3) for x in (k, v)]),
-        "tail": _median_ms(lambda: attend(q, k_mean, v_mean, scale=D**-0.5)),
-        "merge": _median_ms(merge),
-        "order": _median_ms(lambda: [x[:, order] for x in whole]),
-        EVERY_STEP: _median_ms(scored),
-    }

@@ -1,111 +1,89 @@
-"""Whole generations with the seeds as a batch: the dense one, and a rule's from the search on."""
+"""Whole generations with the seeds as a batch, through ComfyUI's own sampler."""
+
+from dataclasses import dataclass, field
 
 import check_model
 import models
 import procedural_video as video
+import sol_op
 import torch
-from attention import Captured, Run
+from rivals import Rival
+from rule import OP_SCORES, Rule, first_search
+
+
+@dataclass
+class Run:
+    """What a rule did in one generation.
+
+    Args:
+        video: [n, 3, F, Y, X] in [0, 1].
+        density: mean share of block pairs kept. searches: after the first, over all layers.
+        recall: by layer, at its latest search; a rival has none.
+        similar: share of heads whose blocks are of similar tokens, or None.
+    """
+
+    video: torch.Tensor
+    density: float = 1.0
+    searches: int = 0
+    recall: dict[int, float] = field(default_factory=dict)
+    similar: float | None = None
 
 
 class Subject:
     """One model with its prompts, ready to be sampled.
 
-    Scene i is generated from noise of seed i, on a CPU as ComfyUI does.
-    """
-
-    def __init__(self, spec, comfyui, folder, seeds: int):
-        self.spec = spec
-        self.layout = spec.layout
-        self.scenes = models.scenes(spec, seeds)
-        self.prompts = [video.prompt(scene) for scene in self.scenes]
-        self.model = models.load(spec, comfyui, folder)
-        self.conds = self.prepared_conds()
-        import comfy.model_management
-
-        self.device = comfy.model_management.get_torch_device()
-
-    def prepared_conds(self) -> dict:
-        """What ComfyUI's sampler hands the model next to latent and time, for all prompts."""
-        seen = {}
-
-        def wrapper(apply_model, given):
-            seen.update(given["c"])
-            return apply_model(given["input"], given["timestep"], **given["c"])
-
-        self.model.set_model_unet_function_wrapper(wrapper)
-        models.generate(self.model, self.prompts, self.spec.latent, 1, 0)
-        del self.model.model_options["model_function_wrapper"]
-        seen.pop("transformer_options")
-        return seen
-
-    def sigmas(self, steps: int):
-        import comfy.samplers
-
-        sampling = self.model.get_model_object("model_sampling")
-        return comfy.samplers.calculate_sigmas(sampling, "simple", steps).to(self.device)
-
-    def noise(self) -> torch.Tensor:
-        one = (16, *self.spec.latent)
-        noise = [torch.randn(one, generator=torch.manual_seed(i)) for i in range(len(self.scenes))]
-        return torch.stack(noise).to(self.device)
-
-    @torch.no_grad()
-    def euler(self, x, sigmas, start: int, attend, begin=None, after=None):
-        """From the latents before step `start` to the end."""
-        attention = models.override(self.spec, attend)
-        options = {"optimized_attention_override": attention}
-        for step in range(start, len(sigmas) - 1):
-            if begin is not None:
-                begin(step)
-            sigma, following = sigmas[step], sigmas[step + 1]
-            denoised = self.model.model.apply_model(
-                x, sigma.expand(len(x)), transformer_options=dict(options), **self.conds
-            )
-            x = x + (x - denoised) / sigma * (following - sigma)
-            if after is not None:
-                after(step, x)
-        return x
-
-
-class Path:
-    """The dense generation of one schedule, with what its search steps saw.
+    Scene i is generated from noise of seed i, drawn on a CPU as ComfyUI does.
 
     Args:
-        firsts: steps at which some rule searches first.
+        latent: (T, H, W) of the latents, None for the model's own.
     """
 
-    def __init__(self, subject: Subject, steps: int, firsts):
-        self.subject, self.steps = subject, steps
-        self.sigmas = subject.sigmas(steps)
-        self.captured = {first: Captured(subject.layout) for first in firsts}
-        self.after: dict[int, torch.Tensor] = {}
-        self.now = -1
-        x = subject.noise() * self.sigmas[0]
-        x = subject.euler(x, self.sigmas, 0, self._look, self._begin, self._after)
-        self.video = video.decode(x).clamp(0, 1)
+    def __init__(self, spec, comfyui, seeds: int, latent=None):
+        self.spec, self.latent = spec, latent or spec.latent
+        self.layout = spec.layout_at(self.latent)
+        self.scenes = models.scenes(spec, seeds)
+        self.prompts = [video.prompt(scene) for scene in self.scenes]
+        self.model = models.load(spec, comfyui)
 
-    def _begin(self, step):
-        self.now = step
+    def noise(self) -> torch.Tensor:
+        one = (16, *self.latent)
+        seeds = range(len(self.scenes))
+        return torch.stack([torch.randn(one, generator=torch.manual_seed(i)) for i in seeds])
 
-    def _look(self, layer, q, k, v):
-        if self.now in self.captured:
-            self.captured[self.now].keep(layer, q, k, v)
+    def sample(self, model, steps: int, attention=None) -> torch.Tensor:
+        """Videos [n, 3, F, Y, X] in [0, 1] of a ModelPatcher, seed by seed."""
+        found = check_model.generate(
+            model, self.prompts, self.latent, steps, 0, attention, self.noise()
+        )
+        return video.decode(found).clamp(0, 1)
 
-    def _after(self, step, x):
-        if step in self.captured:
-            self.after[step] = x
+    def dense(self, steps: int) -> torch.Tensor:
+        return self.sample(self.model, steps)
 
-    def run(self, rule, first: int, record=False) -> tuple[torch.Tensor, Run]:
-        """Videos [n, 3, F, Y, X] of a rule that searches first at step `first`."""
-        run = Run(rule, self.captured[first], first, self.steps, record)
-        x = self.subject.euler(
-            self.after[first], self.sigmas, first + 1, run.attend, run.begin
+    def run(self, rule: Rule, schedule: str) -> Run:
+        steps, first = first_search(rule, schedule)
+        if rule.score == "mass":
+            return self._pack(rule.config(schedule), steps)
+        if rule.score in OP_SCORES:
+            rival = sol_op.Op(rule, first)
+        else:
+            rival = Rival(rule, self.layout, first)
+        found = self.sample(self.model, steps, models.override(self.spec, rival.attend))
+        return Run(found, rival.density())
+
+    def _pack(self, config, steps: int) -> Run:
+        from sparse_attn.host.install import install
+
+        patched, handle = install(self.model, config)
+        found = self.sample(patched, steps)
+        told = handle.latest()
+        patterns = {layer: pattern for (layer, _), pattern in sorted(told.patterns.items())}
+        if len(patterns) != self.spec.layers:
+            raise RuntimeError("\n".join(["Not every layer was sparse:", *told.lines()]))
+        searches = sum(kind.value == "search" for kind in told.schedule.kinds)
+        figures = told.as_dict()
+        return Run(
+            found, figures["density"], (searches - 1) * len(patterns),
+            {layer: sum(p.recall) / len(p.recall) for layer, p in patterns.items()},
+            figures["heads_by_similarity"],
         )  # fmt: skip
-        return video.decode(x).clamp(0, 1), run
-
-
-def same_as_comfyui(subject: Subject, steps: int) -> float:
-    """Largest difference between our dense sampling and ComfyUI's, for the first seed."""
-    ours = Path(subject, steps, ()).video[:1]
-    latent = check_model.generate(subject.model, subject.prompts[:1], subject.spec.latent, steps, 0)
-    return float((ours.cpu() - video.decode(latent).clamp(0, 1)).abs().max())

@@ -8,20 +8,37 @@ from multiprocessing import get_context
 import torch
 import torch.nn.functional as F
 
-from sparse_attn.video_metrics import psnr, ssim
+from sparse_attn.video_metrics import psnr
 
 WORDS = ("shape", "direction", "speed")
 FLAT = 0.3  # feature norm of a faint edge; keeps noise in flat areas from counting as structure
 
 
-def likeness(dense: torch.Tensor, other: torch.Tensor) -> dict[str, list[float]]:
+def structural_similarity(a: torch.Tensor, b: torch.Tensor) -> float:
+    """SSIM of two frames [Y, X, channels] in [0, 1] by scikit-image, as its first paper defines it."""
+    from skimage.metrics import structural_similarity
+
+    return float(
+        structural_similarity(
+            a.cpu().double().numpy(), b.cpu().double().numpy(), data_range=1.0, channel_axis=-1,
+            gaussian_weights=True, sigma=1.5, use_sample_covariance=False,
+        )
+    )  # fmt: skip
+
+
+def likeness(
+    dense: torch.Tensor, other: torch.Tensor, ssim=structural_similarity
+) -> dict[str, list[float]]:
     """Per video of [n, 3, F, Y, X] in [0, 1]: PSNR (dB), SSIM, feature distance, flicker.
 
     Flicker is the mean difference between the two videos' changes from frame to frame, in 1/255.
+
+    Args:
+        ssim: of two frames [Y, X, channels].
     """
     error = (dense.double() - other.double()).square().mean((1, 2, 3, 4)).tolist()
     change = (dense.diff(dim=2) - other.diff(dim=2)).abs().mean((1, 2, 3, 4)) * 255
-    # frames as channels: `ssim` means over channels
+    # frames as channels: SSIM is a mean over channels
     pairs = zip(dense, other, strict=True)
     frames = [[x.flatten(0, 1).movedim(0, -1) for x in pair] for pair in pairs]
     return {

@@ -1,8 +1,9 @@
-"""The lab's models: where they lie, how their tokens are laid out, how they are sampled.
+"""The lab's models: where they lie, how their tokens are laid out, whose attention they take.
 
     spec = MODELS["joint"]
-    model = load(spec, comfyui, folder)
-    latent = generate(model, [prompt], spec.latent, steps, seed, override(spec, attend))
+    model = load(spec, comfyui)
+    attention = override(spec, attend)
+    latent = check_model.generate(model, [prompt], spec.latent, steps, seed, attention)
     frames = video.decode(latent)
 
 `attend(layer, q, k, v)` is called for every self-attention over the video, with [B, H, L, D], and
@@ -19,6 +20,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = ROOT / "tests" / "tiny_model"
+WEIGHTS = ROOT / "tests" / "lab" / "weights"
 sys.path[:0] = [str(path) for path in (ROOT, TINY) if str(path) not in sys.path]
 
 import check_model  # noqa: E402
@@ -56,6 +58,15 @@ class LabModel:
     recipe: str = ""
 
     @property
+    def path(self) -> Path:
+        """Of the weights."""
+        return (
+            TINY / "tiny_wan.safetensors"
+            if self.name == "tiny"
+            else WEIGHTS / f"{self.name}.safetensors"
+        )
+
+    @property
     def layout(self) -> TokenLayout:
         return self.layout_at(self.latent)
 
@@ -88,23 +99,10 @@ MODELS = {
 }  # fmt: skip
 
 
-def load(spec: LabModel, comfyui: str, folder: Path | None = None):
-    """The model as ComfyUI's loader gives it; `folder` holds what is not in the repository."""
+def load(spec: LabModel, comfyui: str):
+    """The model as ComfyUI's loader gives it."""
     comfy_inprocess.start(comfyui)
-    path = TINY / "tiny_wan.safetensors"
-    if spec.name != "tiny":
-        if folder is None:
-            raise FileNotFoundError(f"{spec.name} is trained, not committed; say where it lies.")
-        path = Path(folder) / f"{spec.name}.safetensors"
-    return check_model.load(path, comfyui)
-
-
-def generate(model, prompts, latent_size, steps: int, seed: int, attention=None) -> torch.Tensor:
-    """Latents [N, 16, T, H, W] from euler, simple, cfg 1; `video.decode` makes frames of them.
-
-    `attention` is an `optimized_attention_override`; a fresh `override(spec, attend)` per run.
-    """
-    return check_model.generate(model, prompts, latent_size, steps, seed, attention)
+    return check_model.load(spec.path, comfyui)
 
 
 def override(spec: LabModel, attend: Attend):

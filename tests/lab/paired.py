@@ -12,7 +12,7 @@ def load(paths) -> dict:
     """{(schedule, density, rule name): {model: row}} and everything else of the last file."""
     files = [json.loads(Path(path).read_text()) for path in paths]
     weights = {name: tag for data in files for name, tag in data.get("weights", {}).items()}
-    found, rest, dense = {}, {}, []
+    found, dense = {}, []
     for data in files:
         tags = data.get("weights", {})
         stale = {name for name, tag in weights.items() if tags.get(name) != tag}
@@ -20,9 +20,8 @@ def load(paths) -> dict:
             key = row["schedule"], row["density"], row["rule"]
             if row["model"] not in stale:
                 found.setdefault(key, {})[row["model"]] = row
-        rest = {**data, "extra_ms": data.get("extra_ms") or rest.get("extra_ms") or {}}
         dense += [row for row in data["dense"] if row["model"] not in stale]
-    return {**rest, "rows": found, "dense_rows": dense}
+    return {**files[-1], "rows": found, "dense_rows": dense}
 
 
 def mean(values) -> float:

@@ -5,8 +5,8 @@
 Rows of several files are joined: a later one takes the place of an earlier one, and what a model
 did with other weights than in the last file that names its weights does not count. Prints one table
 per schedule and density (mean over models and seeds, standard error, paired difference to the
-paper's rule), one per question (to the question's base), and writes tables.md,
-quality_density.svg, quality_time.svg and quality_eight_steps.svg.
+paper's rule), one per question (to the question's base), and writes tables.md and, where rules ran
+so, quality_density.svg, quality_time.svg and quality_eight_steps.svg.
 """
 
 import argparse
@@ -17,8 +17,8 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parents[1]), str(HERE)]
 
 import cost  # noqa: E402
-import svg  # noqa: E402
-from contestants import ABLATIONS, GROUPS, OP, SOL  # noqa: E402
+import plots  # noqa: E402
+from contestants import GROUPS, OP, QUESTIONS, SOL  # noqa: E402
 from paired import error, load, mean, paired, rule_of, values  # noqa: E402
 from rule import PAPER  # noqa: E402
 
@@ -46,11 +46,8 @@ def table(data: dict, schedule: str, density: float, against: str = PAPER.name) 
         for column, digits in (("ssim", 3), ("features", 4), ("flicker", 2), ("task", 3)):
             seen = values(rows, column, have)
             cells.append(f"{mean(seen):.{digits}f}" if seen else "")
-        ms = run = None
-        if data["extra_ms"]:
-            rule = rule_of(rows[have[0]])
-            ms = cost.call_ms(rule, data["extra_ms"])
-            run = cost.run_seconds(rule, schedule, data["extra_ms"])
+        rule, extras = rule_of(rows[have[0]]), cost.recorded_extras()
+        ms, run = cost.call_ms(rule, extras), cost.run_seconds(rule, schedule, extras)
         recall = mean([rows[m]["recall"] for m in have])
         cells[2:2] = by_model(rows, base or {}, models)
         cells += [f"{recall:.3f}" if recall == recall else "", f"{ms:.1f}" if ms else ""]
@@ -66,9 +63,9 @@ def by_model(rows: dict, base: dict, models) -> list[str]:
 
 
 def question(data: dict, schedule: str, density: float, group: str) -> str:
-    """The rules of an ablation against its first one, "" where fewer than two ran."""
+    """The rules of a question against its first one, "" where fewer than two ran."""
     rows = {n: found for (s, d, n), found in data["rows"].items() if (s, d) == (schedule, density)}
-    base, *others = (rule.name for rule in ABLATIONS[group])
+    base, *others = (rule.name for rule in QUESTIONS[group])
     others = [name for name in others if name in rows]
     if base not in rows or not others:
         return ""
@@ -90,7 +87,7 @@ def question(data: dict, schedule: str, density: float, group: str) -> str:
             cells.append(paired(rows[name], rows[base], column).text(digits))
         found = list(rows[name].values())
         searches = mean([1 + r["searches"] / (len(r["recall_by_layer"]) or 1) for r in found])
-        run = cost.run_seconds(rule_of(found[0]), schedule, data["extra_ms"])
+        run = cost.run_seconds(rule_of(found[0]), schedule, cost.recorded_extras())
         cells += [f"{searches:.1f}", f"{run:.0f}" if run else ""]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -104,7 +101,8 @@ def equal_time(data: dict, against=(PAPER.name, SOL.name, OP_NAME)) -> str:
     ]
 
     def seconds(key, rows):
-        return cost.run_seconds(rule_of(next(iter(rows.values()))), key[0], data["extra_ms"])
+        rule = rule_of(next(iter(rows.values())))
+        return cost.run_seconds(rule, key[0], cost.recorded_extras())
 
     every = {key: (seconds(key, rows), rows) for key, rows in sorted(data["rows"].items())}
     for (schedule, density, name), (price, rows) in every.items():
@@ -144,7 +142,7 @@ def tasks(data: dict) -> str:
 
 
 def layers(data: dict, schedule: str = "20", density: float = 0.2) -> str:
-    """Share of the attention that the first mask holds, layer by layer."""
+    """Share of the attention that the latest mask holds at its search, layer by layer."""
     lines = []
     for rule in GROUPS["decide"]:
         rows = data["rows"].get((schedule, density, rule.name), {})
@@ -154,25 +152,6 @@ def layers(data: dict, schedule: str = "20", density: float = 0.2) -> str:
     count = max((line.count("|") - 3 for line in lines), default=0)
     head = f"| rule | model | {' | '.join(map(str, range(count)))} |"
     return "\n".join([head, "| --- | --- |" + " --- |" * count, *lines]) if lines else ""
-
-
-def recalls(data: dict) -> str:
-    """Share of the attention that the mask holds, step by step, mean over the layers."""
-    rows = [
-        (name, model, {int(step): mean(x) for step, x in row["recall_by_step_and_layer"].items()})
-        for (_, _, name), found in sorted(data["rows"].items())
-        for model, row in found.items()
-        if "recall_by_step_and_layer" in row
-    ]
-    steps = sorted({step for *_, held in rows for step in held})
-    lines = [
-        "| rule | model | " + " | ".join(map(str, steps)) + " |",
-        "| --- | --- |" + " --- |" * len(steps),
-    ]
-    for name, model, held in rows:
-        cells = [f"{held[step]:.3f}" if step in held else "" for step in steps]
-        lines.append(f"| {name} | {model} | {' | '.join(cells)} |")
-    return "\n".join(lines) if rows else ""
 
 
 def curves(data: dict, schedule: str, x_of) -> dict[str, list]:
@@ -196,11 +175,9 @@ def eight_steps(data: dict) -> dict[str, list]:
         for (s, density, name), rows in sorted(data["rows"].items()):
             if s == schedule and name in names:
                 rule = rule_of(next(iter(rows.values())))
-                label = name.removeprefix("queries half, ").split(":")[0]
-                if schedule != "8" and not label.startswith("searches"):
-                    label += ", search in step 0"
+                label = name if schedule == "8" else f"{name}, from step 0"
                 label += "" if density == 0.2 else f", density {density:g}"
-                seconds = cost.run_seconds(rule, schedule, data["extra_ms"])
+                seconds = cost.run_seconds(rule, schedule, cost.recorded_extras())
                 found[label] = [(seconds, mean(values(rows, "psnr", rows)))]
     return found
 
@@ -216,18 +193,15 @@ def main():
     for schedule, density in sorted({(s, d) for s, d, _ in data["rows"] if d < 1}):
         parts.append(f"## Steps {schedule}, density {density:g}\n")
         parts.append(table(data, schedule, density) + "\n")
-    for group in ABLATIONS:
+    for group in QUESTIONS:
         for schedule, density in sorted({(s, d) for s, d, _ in data["rows"] if d < 1}):
             if found := question(data, schedule, density, group):
                 title = f"{group.capitalize()}: steps {schedule}, density {density:g}"
                 parts.append(f"## {title}\n\n{found}\n")
-    if data["extra_ms"]:
-        parts.append("## Equal time of a run\n\n" + equal_time(data) + "\n")
+    parts.append("## Equal time of a run\n\n" + equal_time(data) + "\n")
     parts.append("## The task read back (dense in brackets)\n\n" + tasks(data) + "\n")
     if held := layers(data):
         parts.append("## Recall by layer at the search: steps 20, density 0.2\n\n" + held + "\n")
-    if held := recalls(data):
-        parts.append("## Recall by step, of the masks as they age\n\n" + held + "\n")
     text = "\n".join(parts)
     (options.out / "tables.md").write_text(text)
     print(text)
@@ -235,17 +209,15 @@ def main():
     for name, label, x_of in (
         ("quality_density", "density", lambda row: row["density"]),
         ("quality_time", "ms of a sparse call, 24 heads x 119,040 tokens, H200",
-         lambda row: cost.call_ms(rule_of(row), data["extra_ms"]) if data["extra_ms"] else None),
+         lambda row: cost.call_ms(rule_of(row), cost.recorded_extras())),
     ):  # fmt: skip
-        lines = curves(data, schedules[0], x_of)
-        if lines:
-            plot = svg.lines(lines, label, "PSNR to dense, dB", f"{schedules[0]} steps")
-            (options.out / f"{name}.svg").write_text(plot)
-    points = eight_steps(data) if data["extra_ms"] else {}
-    if points:
+        if lines := curves(data, schedules[0], x_of):
+            path = options.out / f"{name}.svg"
+            plots.lines(lines, label, "PSNR to dense, dB", f"{schedules[0]} steps", path)
+    if points := eight_steps(data):
         label = "seconds of 8 steps of HunyuanVideo, 720p, H200, composed of measured steps"
-        plot = svg.lines(points, label, "PSNR to dense, dB", "8 steps")
-        (options.out / "quality_eight_steps.svg").write_text(plot)
+        path = options.out / "quality_eight_steps.svg"
+        plots.lines(points, label, "PSNR to dense, dB", "8 steps", path)
 
 
 if __name__ == "__main__":

@@ -1,65 +1,75 @@
 """One way to run the sparse steps of a generation, as a frozen value."""
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, fields, replace
+
+from sparse_attn.config import BLOCK_SIZES, PRESETS, AdaSpaConfig
+
+# Sol-Attn as comfy-kitchen runs it
+OP_SCORES = ("sol op", "sol op top-k")
 
 
 @dataclass(frozen=True)
 class Rule:
-    """What a contestant does.
+    """What a contestant does: settings of the pack, or a rival's way to choose blocks.
 
     Args:
-        score: what blocks are ranked by: "mass", "deficit" or "block tail" of `scores.analyse`, or
-            "pooled" and "threshold" (mean query times mean key, anew at every step; "threshold"
-            keeps what stands out by a number of standard deviations), "random", "radial",
-            "spatial or temporal", or Sol-Attn's own: `sol_op.SCORES`.
-        order: see `orders.order_of`, or an order per head, one of `clusters.NAMES`.
-        choose: in every head the order or rods, whichever leaves less of the score.
+        density: share of block pairs that a sparse step keeps; None leaves it to the job.
+        score: "mass" is the pack; else what a rival ranks blocks by, one of `rivals.SCORES`, or
+            Sol-Attn's own op, one of `OP_SCORES`.
+        order: what makes a block: "raster" (the model's order), "position" or "similarity".
         block_q, block_k: tokens per block.
-        tail: "none", or what stands for the blocks that are left out; see `tails.py`.
-        budget: "top-k" (the same count in every row), "mass" (in every row the shortest prefix
-            that reaches a share of the score), "global" (the best blocks of the whole layer, and
-            in every row at least a quarter of the even share). All three keep equally many blocks.
-        head_adaptive: the paper's shift of budget between heads; with "mass" the rows of a head
-            share what it has.
-        again: shares of the schedule at which the mask is searched again.
-        drift: search a layer again once its pooled keys moved by this share; 0 never.
-        lse: where a later search takes its softmax denominators from: "exact", "cached" at the
-            first search, "sparse" (of the sparse pass before, less the log of the recall).
-        grades: relative densities over equal parts of the sparse steps; their mean is the rule's.
-        layers: factors of the density over the layers, mean 1; empty for none.
-        quantised: "" or "int8" (q and k in INT8, v in FP8, both only rounded).
-        carried: take the mask that another prompt and seed found.
-        dense: attention stays dense throughout (to test `quantised` alone).
+        tail: what stands for the blocks that are left out: "none" or "pooled". The pack has an
+            order with a tail and none without.
+        head_adaptive, precision, search_gap: as in `AdaSpaConfig`.
+        again: shares of the schedule at which the pack searches again.
         warmup: share of the steps before the first search, None for the schedule's own.
     """
 
     name: str
-    density: float = 0.2
+    density: float | None = None
     score: str = "mass"
     order: str = "raster"
-    choose: bool = False
     block_q: int = 64
     block_k: int = 64
     tail: str = "none"
-    budget: str = "top-k"
     head_adaptive: bool = False
+    precision: str = "auto"
     again: tuple[float, ...] = ()
-    drift: float = 0.0
-    lse: str = "exact"
-    grades: tuple[float, ...] = (1.0,)
-    layers: tuple[float, ...] = ()
-    quantised: str = ""
-    carried: bool = False
-    dense: bool = False
     warmup: float | None = None
-    notes: str = field(default="", compare=False)
+    search_gap: int = 0
 
     def but(self, name: str, **changes) -> "Rule":
         return replace(self, name=name, **changes)
 
     @property
     def every_step(self) -> bool:
-        return self.score in ("pooled", "threshold", "sol op", "sol op top-k")
+        return self.score in ("pooled", "threshold", *OP_SCORES)
+
+    def settings(self) -> dict:
+        """What differs from a rule without settings, but for name and density."""
+        found = vars(self)
+        return {
+            field.name: found[field.name]
+            for field in fields(self)
+            if field.name not in ("name", "density") and found[field.name] != field.default
+        }
+
+    def config(self, schedule: str) -> AdaSpaConfig:
+        """The pack's settings; sequences of any length are sparse.
+
+        Raises:
+            ValueError: the pack has no such blocks, or searches again before its first search.
+        """
+        sizes = {blocks: name for name, blocks in BLOCK_SIZES.items()}
+        if (self.block_q, self.block_k) not in sizes:
+            raise ValueError(f"The pack has no blocks of {self.block_q}x{self.block_k}.")
+        steps, first = first_search(self, schedule)
+        return AdaSpaConfig(
+            sparsity=1 - self.density, block_size=sizes[self.block_q, self.block_k],
+            warmup=first / steps, search_points=self.again, search_gap=self.search_gap,
+            head_adaptive=self.head_adaptive, tail=self.tail, precision=self.precision,
+            token_order="position" if self.order == "raster" else self.order, min_tokens=0,
+        )  # fmt: skip
 
 
 # steps, and the step of the first search
@@ -70,6 +80,17 @@ def first_search(rule: Rule, schedule: str) -> tuple[int, int]:
     """Steps of the schedule, and the one of the rule's first search."""
     steps, first = SCHEDULES[schedule]
     return steps, first if rule.warmup is None else round(rule.warmup * steps)
+
+
+def of_preset(name: str) -> Rule:
+    """A preset as its user gets it, at its own density and warm-up."""
+    preset = PRESETS[name]
+    return Rule(
+        name, preset.density, order=preset.token_order if preset.pooled else "raster",
+        block_q=preset.block_q, block_k=preset.block_k, tail=preset.tail,
+        head_adaptive=preset.head_adaptive, precision=preset.precision,
+        again=preset.search_points, warmup=preset.warmup, search_gap=preset.search_gap,
+    )  # fmt: skip
 
 
 PAPER = Rule("paper: raster, head-adaptive, two searches", head_adaptive=True, again=(0.6,))

@@ -2,9 +2,8 @@
 
 import torch
 import torch.nn.functional as F
-from scores import means
+from rivals import means
 
-SCORES = ("sol op", "sol op top-k")
 HEAD_DIM = 128
 
 
@@ -22,6 +21,26 @@ def threshold_for(q, k, density: float):
         few = ((stands_out > tau) | near).float().mean() < density
         low, high = (low, tau) if few else (tau, high)
     return tau, (stands_out > tau) | near
+
+
+class Op:
+    """`attend` by the op in one generation, dense up to step `first`; as `rivals.Rival`."""
+
+    def __init__(self, rule, first: int):
+        self.rule, self.first = rule, first
+        self.steps: dict[int, int] = {}
+        self.densities: list[torch.Tensor] = []
+
+    def density(self) -> float:
+        return float(torch.stack(self.densities).mean()) if self.densities else 1.0
+
+    def attend(self, layer: int, q, k, v):
+        self.steps[layer] = self.steps.get(layer, -1) + 1
+        if self.steps[layer] <= self.first:
+            return None
+        out, share = attend(self.rule, q, k, v)
+        self.densities.append(share)
+        return out
 
 
 def attend(rule, q, k, v):

@@ -1,4 +1,4 @@
-"""The lab's arithmetic at sizes a CPU does at once: `tests/lab`."""
+"""The lab's rules at sizes a CPU does at once, the pack's through its own installation."""
 
 import sys
 from argparse import Namespace
@@ -11,306 +11,240 @@ import torch.nn.functional as F
 TESTS = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(TESTS / "lab"), str(TESTS / "tiny_model")]
 
-import attention  # noqa: E402
-import clusters  # noqa: E402
+import check_model  # noqa: E402
+import compare_sol  # noqa: E402
 import contestants  # noqa: E402
-import orders  # noqa: E402
-import scores  # noqa: E402
+import generation  # noqa: E402
+import models  # noqa: E402
+import rivals  # noqa: E402
 import sol_op  # noqa: E402
-import sparse  # noqa: E402
 import train  # noqa: E402
 import train_models  # noqa: E402
-from rule import PAPER, Rule, first_search  # noqa: E402
-from selecting import select  # noqa: E402
+from rule import SCHEDULES, Rule, of_preset  # noqa: E402
 
+from sparse_attn.config import PRESETS  # noqa: E402
 from sparse_attn.token_layout import TokenLayout  # noqa: E402
 
-LAYOUT = TokenLayout(before=9, frames=4, height=6, width=11)
-SMALL = {"block_q": 16, "block_k": 16}
+LAYOUT = TokenLayout(before=9, frames=8, height=9, width=11)
+
+
+def all_rules():
+    return list({rule: None for group in contestants.GROUPS.values() for rule in group})
 
 
 @pytest.fixture
 def qkv():
-    """Queries and keys that prefer some blocks: [2, 3, 273, 16]."""
+    """Queries and keys that prefer some blocks: [2, 3, 801, 16]."""
     drift = torch.randn(2, 3, LAYOUT.tokens, 16).cumsum(2) * 0.15
     return tuple(drift + torch.randn(2, 3, LAYOUT.tokens, 16) for _ in range(3))
 
 
-def captured(qkv):
-    found = attention.Captured(LAYOUT)
-    found.keep(0, *qkv)
-    return found
-
-
-def run(rule, qkv):
-    one = attention.Run(rule, captured(qkv), first=0, steps=10)
-    one.begin(1)
-    return one.attend(0, *qkv), one
-
-
-def all_rules():
-    rules = {rule: None for group in contestants.GROUPS.values() for rule in group}
-    return [rule for rule in rules if not rule.dense and rule.score not in sol_op.SCORES]
-
-
-@pytest.mark.parametrize("order", ["raster", "rods", "hilbert", "cubes 4x4x4", *clusters.NAMES])
-@pytest.mark.parametrize("tail", ["none", "pooled", "frozen"])
-def test_everything_kept_is_dense_attention(qkv, order, tail):
-    rule = Rule("all", density=1.0, order=order, tail=tail, **SMALL)
-    out, one = run(rule, qkv)
-    torch.testing.assert_close(out, F.scaled_dot_product_attention(*qkv), atol=2e-5, rtol=1e-4)
-    assert one.density() == 1.0
+@pytest.mark.parametrize("tail", ["none", "pooled"])
+def test_everything_kept_is_dense_attention(qkv, tail, monkeypatch):
+    keep = torch.ones(2, 3, 13, 13, dtype=torch.bool)
+    dense = F.scaled_dot_product_attention(*qkv)
+    torch.testing.assert_close(rivals.attention(*qkv, keep, tail), dense, atol=2e-5, rtol=1e-4)
+    monkeypatch.setattr(rivals, "CHUNK_BYTES", 1)
+    torch.testing.assert_close(rivals.attention(*qkv, keep, tail), dense, atol=2e-5, rtol=1e-4)
 
 
 def test_tail_joins_the_softmax_as_one_pseudo_key_per_block(qkv):
     q, k, v = qkv
-    out, one = run(Rule("tail", density=0.3, tail="pooled", **SMALL), qkv)
-    keep = one.sparse[0].keep
-    assert 0.2 < keep.float().mean() < 0.5
-    tokens = keep.repeat_interleave(16, 2).repeat_interleave(16, 3)
+    keep = torch.rand(2, 3, 13, 13) < 0.4
+    keep[..., 0] = True
+    tokens = keep.repeat_interleave(64, 2).repeat_interleave(64, 3)
     tokens = tokens[:, :, : LAYOUT.tokens, : LAYOUT.tokens]
-    blocks = [x.split(16, dim=2) for x in (k, v)]
+    blocks = [x.split(64, dim=2) for x in (k, v)]
     k_mean, v_mean = (torch.stack([b.mean(2) for b in x], 2) for x in blocks)
     size = torch.tensor([b.shape[2] for b in blocks[0]]).float().log()
-    rows = (~keep).repeat_interleave(16, 2)[:, :, : LAYOUT.tokens]
+    rows = (~keep).repeat_interleave(64, 2)[:, :, : LAYOUT.tokens]
     logits = torch.cat([
         (q @ k.mT / 4).masked_fill(~tokens, float("-inf")),
         (q @ k_mean.mT / 4 + size).masked_fill(~rows, float("-inf")),
     ], -1)  # fmt: skip
-    torch.testing.assert_close(out, logits.softmax(-1) @ torch.cat([v, v_mean], 2))
+    expected = logits.softmax(-1) @ torch.cat([v, v_mean], 2)
+    out = rivals.attention(q, k, v, keep, "pooled")
+    torch.testing.assert_close(out, expected, atol=2e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["rods", "hilbert", "cubes 4x4x4", "cubes 8x4x2"])
-def test_orders_hold_every_token_once_and_text_last(name):
-    order = orders.order_of(name, LAYOUT)
-    assert sorted(order.tolist()) == list(range(LAYOUT.tokens))
-    assert order[-LAYOUT.before :].tolist() == list(range(LAYOUT.before))
+@pytest.mark.parametrize("score", rivals.SCORES)
+def test_rivals_keep_equally_many_blocks_and_all_text(qkv, score):
+    rival = rivals.Rival(Rule("r", density=0.4, score=score), LAYOUT, 0)
+    keep, text = rival.choose(0, *qkv[:2]), rivals.text_blocks(LAYOUT)
+    assert text.nonzero().flatten().tolist() == [0]
+    assert keep[:, :, ~text].sum((1, 2, 3)).tolist() == [3 * 12 * 5] * 2
+    assert keep[:, :, text].all() and keep[..., text].all()
 
 
-@pytest.mark.parametrize("name", clusters.NAMES)
-def test_cluster_orders_hold_every_token_once_and_text_last(qkv, name):
-    order = clusters.cluster_order(name, *qkv[:2], LAYOUT)
-    assert order.shape == (2, 3, LAYOUT.tokens)
-    assert (order.sort(-1).values == torch.arange(LAYOUT.tokens)).all()
-    assert (order[..., -LAYOUT.before :] == torch.arange(LAYOUT.before)).all()
+def test_a_threshold_gives_rows_that_stand_out_more(qkv):
+    q, k, _ = (x.clone() for x in qkv)
+    q[:, :, 256:320] = 0  # a row of blocks without a preference
+    rival = rivals.Rival(Rule("r", density=0.4, score="threshold"), LAYOUT, 0)
+    rows = rival.choose(0, q, k).sum(-1)
+    assert (rows[:, :, 4] == 2).all() and rows[:, :, 1:].unique().numel() > 2
 
 
-def test_clusters_gather_what_is_alike():
-    kinds = torch.arange(512)[torch.randperm(512)] % 8
-    x = 5 * torch.randn(1, 2, 8, 16)[:, :, kinds] + 0.1 * torch.randn(1, 2, 512, 16)
-    order = clusters.halved(x)
-    assert (order.sort(-1).values == torch.arange(512)).all()
-    blocks = kinds[order].unflatten(-1, (8, 64))
-    assert (blocks == blocks[..., :1]).float().mean() > 0.9
+def test_radial_reaches_less_far_the_further_in_time():
+    layout = TokenLayout(0, 8, 8, 8)  # a block is a frame
+    rival = rivals.Rival(Rule("r", density=0.4, score="radial"), layout, 0)
+    q = torch.zeros(1, 1, layout.tokens, 4)
+    scores = rival.static(0, q, q, 3)[0, 0]
+    assert (scores[0].diff() < 0).all(), "frames at the same place: the nearer the better"
+    wide = TokenLayout(0, 8, 16, 8)  # half a frame
+    rival = rivals.Rival(Rule("r", density=0.4, score="radial"), wide, 0)
+    q = torch.zeros(1, 1, wide.tokens, 4)
+    scores = rival.static(0, q, q, 3)[0, 0]
+    other_half = scores[0, 1::2]
+    assert other_half[0] > other_half[2] > other_half[4]
+    assert scores[0, 14] > other_half[0], "the same place at any time before another place"
 
 
-def spread_within_blocks(x, order, video: int) -> float:
-    """Share of the variance of the video's tokens that is left inside blocks of 64."""
-    x = x.gather(2, order.long()[..., None].expand_as(x))[:, :, : video // 64 * 64]
-    inside = x.unflatten(2, (-1, 64)).var(3, unbiased=False).mean()
-    return float(inside / x.var(2, unbiased=False).mean())
+def test_every_head_is_spatial_or_temporal_by_what_it_looks_at():
+    layout = TokenLayout(0, 8, 16, 8)
+    place = torch.arange(layout.tokens) // 64
+    kinds = torch.stack([place // 2, place % 2])  # frames, halves
+    q = 20.0 * F.one_hot(kinds, 8).float()[None]
+    rival = rivals.Rival(Rule("r", density=0.5, score="spatial or temporal"), layout, 0)
+    keep = rival.choose(0, q, q)[0]
+    same = [(kind[::64, None] == kind[None, ::64]) for kind in kinds]
+    assert keep[0][same[0]].all() and keep[1][same[1]].all()
+    assert not keep[0][same[1]].all()
 
 
-def test_the_pack_orders_as_the_lab_does_and_better_than_rods():
-    layout = TokenLayout(9, 8, 16, 22)
-    generator = torch.Generator().manual_seed(0)
-    kind = torch.randint(16, (2, 2, layout.tokens, 1), generator=generator).expand(-1, -1, -1, 32)
-    q, k = (
-        torch.randn(2, 2, 16, 32, generator=generator).gather(2, kind)
-        + 0.05 * torch.randn(2, 2, layout.tokens, 32, generator=generator)
-        for _ in range(2)
-    )
-    labs, packs = (clusters.cluster_order(name, q, k, layout) for name in clusters.NAMES)
-    rods = orders.order_of("rods", layout).expand(2, 2, -1)
-    for x in (q, k):
-        lab, pack, rod = (spread_within_blocks(x, o, layout.video) for o in (labs, packs, rods))
-        assert rod > 0.9
-        assert lab < 0.2 * rod
-        assert 0.8 * lab < pack < 1.2 * lab
-
-
-def test_scores_of_the_other_side_tell_which_keys_are_alike():
-    q, k = torch.randn(1, 1, 300, 8), torch.randn(1, 1, 300, 8)
-    q[..., 4:] = 0  # no query asks for the second half
-    features = clusters.leading(k, q)
-    apart = torch.cdist(features, features)
-    scores_apart = torch.cdist(k @ q.mT, k @ q.mT) / 300**0.5
-    torch.testing.assert_close(apart, scores_apart, atol=0.1, rtol=0.05)
-
-
-def test_every_head_takes_the_order_that_leaves_less(qkv):
-    rule = Rule("c", score="block tail", tail="pooled", order="clusters", density=0.2)
-    left = {}
-    for name, one in (("rods", rule.but("r", order="rods")), ("clusters", rule)):
-        keep, found = (kept := run(one, qkv)[1]).sparse[0].keep, kept.founds[0]
-        left[name] = (found["block tail"] * ~keep).sum((-1, -2))
-    chosen = run(rule.but("b", choose=True), qkv)[1]
-    rods, similar = (chosen.captured.order(0, name) for name in ("rods", rule.order))
-    for b, h in ((b, h) for b in range(2) for h in range(3)):
-        better = similar[b, h] if left["clusters"][b, h] < left["rods"][b, h] else rods
-        assert (chosen.orders[0][b, h] == better).all()
-
-
-def test_a_search_right_after_the_first_one_looks_at_its_own_step(qkv):
-    rule = Rule("c", score="block tail", tail="pooled", order="clusters", density=0.2)
-    now = tuple(x.flip(2) for x in qkv)
-    orders_found = {}
-    for again in ((), (0.1,)):
-        one = attention.Run(rule.but("c", again=again), captured(qkv), first=0, steps=10)
-        one.begin(1)
-        one.attend(0, *now)
-        assert one.searches == len(again)
-        orders_found[again] = one.orders[0]
-    then, fresh = (clusters.cluster_order("clusters", *x[:2], LAYOUT) for x in (qkv, now))
-    assert torch.equal(orders_found[()], then) and torch.equal(orders_found[0.1,], fresh)
-
-
-def test_a_carried_pattern_is_the_other_seeds_order_and_mask(qkv):
-    rule = Rule("c", score="block tail", tail="pooled", order="clusters", density=0.2)
-    own, carried = run(rule, qkv)[1], run(rule.but("d", carried=True), qkv)[1]
-    assert torch.equal(carried.orders[0], own.orders[0].flip(0))
-    assert torch.equal(carried.sparse[0].keep, own.sparse[0].keep.flip(0))
-
-
-def test_a_drift_gate_searches_where_keys_moved(qkv):
-    rule = Rule("c", score="block tail", tail="pooled", order="rods", density=0.2, drift=0.5)
-    for moved, searches in ((0.01, 0), (5.0, 1)):
-        one = attention.Run(rule, captured(qkv), first=0, steps=10)
-        for step, share in ((1, 0.0), (2, moved)):
-            one.begin(step)
-            one.attend(0, qkv[0], qkv[1] + share * torch.randn_like(qkv[1]).cumsum(2), qkv[2])
-        assert one.searches == searches
-
-
-def test_blocks_of_rods_are_compact_where_nothing_divides():
-    grid = (8, 12, 22)
-    order = orders.rods(grid)
-    t, h, w = order // (12 * 22), order // 22 % 12, order % 22
-    for block in range(len(order) // 64):
-        one = slice(64 * block, 64 * block + 64)
-        spans = sorted(int(x[one].max() - x[one].min()) + 1 for x in (t, h, w))
-        assert spans in ([4, 4, 4], [2, 4, 8])
-
-
-@pytest.mark.parametrize("sides", [(4, 4, 4), (8, 4, 2)])
-def test_cubes_that_divide_the_grid_are_blocks(sides):
-    grid = (8, 12, 16)
-    order = orders.cubes(grid, sides).unflatten(0, (-1, 64))
-    for x, side in zip((order // 192, order // 16 % 12, order % 16), sides, strict=True):
-        assert (x.amax(1) - x.amin(1) == side - 1).all() and (x.amin(1) % side == 0).all()
-
-
-def test_hilbert_curve_moves_one_step_at_a_time():
-    order = orders.hilbert((8, 8, 8))
-    places = torch.stack([order // 64, order // 8 % 8, order % 8], -1)
-    assert (places.diff(dim=0).abs().sum(-1) == 1).all()
-
-
-@pytest.mark.parametrize("rule", all_rules(), ids=lambda rule: rule.name)
-def test_contestants_keep_equally_many_blocks_and_all_text(qkv, rule):
-    if rule.layers or len(rule.grades) > 1:
-        return check_mean(rule)
-    small = rule.but(rule.name, density=0.25, block_q=rule.block_q // 4, block_k=rule.block_k // 4)
-    _, one = run(small, qkv)
-    keep, (sink_q, sink_k) = one.sparse[0].keep, one.sinks
-    video_rows = keep[:, :, ~sink_q]
-    per_row = max(round(0.25 * keep.shape[-1]), int(sink_k.sum()) + 1)
-    assert video_rows.sum((1, 2, 3)).tolist() == [3 * int((~sink_q).sum()) * per_row] * 2
-    assert keep[:, :, sink_q].all()
-    assert keep[..., sink_k].all()
-
-
-def check_mean(rule):
-    steps, first = first_search(rule, "20")
-    one = attention.Run(rule, attention.Captured(LAYOUT), first, steps)
-    wanted = []
-    for step in range(first + 1, steps):
-        one.begin(step)
-        wanted += [one.wanted(layer) for layer in range(6)]
-    assert len(set(wanted)) > 1 and sum(wanted) / len(wanted) == pytest.approx(rule.density)
-
-
-def test_a_name_means_one_rule_and_ablations_begin_with_their_base():
-    named = {rule.name: rule for group in contestants.GROUPS.values() for rule in group}
-    for name, group in contestants.GROUPS.items():
-        assert all(named[rule.name] == rule for rule in group), name
-    for group in contestants.ABLATIONS.values():
-        base, *others = group
-        assert base in (PAPER, contestants.ONE, contestants.TWO) and others
-
-
-def test_a_head_adaptive_target_moves_blocks_between_heads_and_rows(qkv):
-    rule = Rule("m", score="mass", budget="mass", head_adaptive=True, **SMALL)
-    masses = scores.analyse(*qkv, block_q=16, block_k=16)["mass"]
-    masses[:, 0, :, 3:] *= 1e-3  # a recall above 0.8: this head gives
-    no_text = torch.zeros(18, dtype=torch.bool)
-    kept = select(rule, masses, masses, no_text, no_text, 0.3).sum(-1)
-    assert sorted(kept[0].sum(-1).tolist()) == [18 * 3, 18 * 5, 18 * 7]
-    assert kept[0, 0].sum() == 18 * 3 and kept[0, 1].unique().numel() > 1
-
-
-def test_scores_agree_with_float64(qkv):
-    q, k, _ = (x[:1, :1].double() for x in qkv)
-    found = scores.analyse(*qkv, block_q=16, block_k=16)
-    L, N = LAYOUT.tokens, -(-LAYOUT.tokens // 16)
-    logits = q @ k.mT / 4
-    w, lse = logits.softmax(-1), logits.logsumexp(-1)
-    j = 5
-    keys = slice(16 * j, 16 * j + 16)
-    m = w[..., keys].sum(-1, keepdim=True)
-    p = 16 * ((q @ k[..., keys, :].mean(2, keepdim=True).mT / 4) - lse[..., None]).exp()
-    for name, value in {"mass": m, "deficit": m - p}.items():
-        expected = F.pad(value[0, 0, :, 0], (0, N * 16 - L)).view(N, 16).sum(1)
-        assert found[name].shape == (2, 3, N, N)
-        torch.testing.assert_close(found[name][0, 0, :, j].double(), expected, atol=1e-4, rtol=1e-3)
-    torch.testing.assert_close(found["lse"][0, 0].double(), lse[0, 0], atol=1e-4, rtol=1e-4)
-
-
-def test_block_tail_is_what_its_formula_says(qkv):
-    found = scores.analyse(*qkv, block_q=16, block_k=16)
-    v = qkv[2][1, 2].double()
-    mass, deficit = found["mass"][1, 2].double(), found["deficit"][1, 2].double()
-    blocks = v.split(16)
-    centre = torch.stack([b.mean(0) for b in blocks])
-    spread = torch.stack([(b - b.mean(0)).square().mean(0).sum().sqrt() for b in blocks])
-    out = mass @ centre / mass.sum(-1, keepdim=True)
-    apart = (centre[None] - out[:, None]).norm(dim=-1)
-    expected = (mass * deficit).sqrt() * spread + deficit * apart
-    torch.testing.assert_close(found["block tail"][1, 2].double(), expected, atol=1e-3, rtol=2e-3)
-
-
-def test_chunks_do_not_change_scores(qkv, monkeypatch):
-    whole = scores.analyse(*qkv, block_q=16, block_k=16)
-    monkeypatch.setattr(scores, "CHUNK_BYTES", 1 << 16)
-    monkeypatch.setattr(sparse, "CHUNK_BYTES", 1 << 16)
-    parts = scores.analyse(*qkv, block_q=16, block_k=16)
-    for name, value in whole.items():
-        torch.testing.assert_close(parts[name], value, atol=1e-3, rtol=1e-3)
-    dense = F.scaled_dot_product_attention(*qkv)
-    out, _ = run(Rule("all", density=1.0, **SMALL), qkv)
-    torch.testing.assert_close(out, dense, atol=2e-5, rtol=1e-4)
-
-
-def test_cached_lse_finds_the_masses_of_unchanged_queries(qkv):
-    found = scores.analyse(*qkv, block_q=64, block_k=64, tails=False)
-    assert "deficit" not in found
-    masses = sparse.masses_with(*qkv[:2], found["lse"], 64, 64, 0.25)
-    torch.testing.assert_close(masses, found["mass"], atol=1e-3, rtol=1e-3)
-
-
-def test_mean_queries_estimate_the_mass_that_keys_receive(qkv):
-    received = (qkv[0] @ qkv[1].mT / 4).softmax(-1).sum(2)
-    fine = scores.analyse(*qkv, block_q=1, block_k=64)["query mass"]
-    torch.testing.assert_close(fine, received, atol=1e-4, rtol=1e-4)
-    coarse = scores.analyse(*qkv, block_q=16, block_k=64)["query mass"]
-    assert torch.corrcoef(torch.stack([coarse, received]).flatten(1))[0, 1] > 0.9
+def test_a_rival_is_dense_up_to_the_step_of_the_first_search(qkv):
+    for score, chosen in (("pooled", [2, 3]), ("random", [1])):
+        rival = rivals.Rival(Rule("r", density=0.4, score=score), LAYOUT, 1)
+        seen = []
+        rival.choose = lambda *a, r=rival, s=seen: (
+            s.append(r.steps[0]) or torch.ones(2, 3, 13, 13, dtype=torch.bool)
+        )
+        outs = [rival.attend(0, *qkv) for _ in range(4)]
+        assert [out is None for out in outs] == [True, True, False, False]
+        assert seen == chosen and rival.density() == 1.0
 
 
 def test_sol_ops_threshold_takes_the_share_of_blocks_that_was_asked_for(qkv):
-    q, k, _ = (x.repeat(1, 1, 4, 1) for x in qkv)
+    q, k, _ = (x.repeat(1, 1, 2, 1) for x in qkv)
     for density in (0.25, 0.5):
         tau, exact = sol_op.threshold_for(q, k, density)
         assert -9 < tau < 9 and abs(float(exact.float().mean()) - density) < 0.02
+
+
+def test_a_name_means_one_rule_and_questions_begin_with_their_base():
+    named = {rule.name: rule for rule in all_rules()}
+    assert len(named) == len(all_rules())
+    for group in contestants.QUESTIONS.values():
+        assert len(group) > 1 and group[0] in (
+            contestants.PAPER, contestants.PLAIN, contestants.TWO
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_every_rule_of_the_pack_has_a_configuration(schedule):
+    for rule in all_rules():
+        if rule.score == "mass" and (rule.warmup is not None or schedule != "50"):
+            config = rule.but(rule.name, density=rule.density or 0.2).config(schedule)
+            assert config.blocks == {"block_q": rule.block_q, "block_k": rule.block_k}
+            assert config.pooled == (rule.order != "raster")
+    with pytest.raises(ValueError, match="no blocks of 64x32"):
+        Rule("fine", 0.2, block_k=32).config("20")
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_is_what_its_user_gets(name):
+    found, expected = of_preset(name).config("50"), PRESETS[name]
+    for field in (
+        "search_points",
+        "head_adaptive",
+        "tail",
+        "search_gap",
+        "block_size",
+        "precision",
+    ):
+        assert getattr(found, field) == getattr(expected, field)
+    assert found.warmup == pytest.approx(expected.warmup)
+    assert found.sparsity == pytest.approx(expected.sparsity)
+    assert found.by_similarity == expected.by_similarity and found.min_tokens == 0
+
+
+LATENT = (4, 16, 20)
+
+
+@pytest.fixture(scope="module")
+def subject(comfyui):
+    """Two seeds of the tiny model at 320 tokens."""
+    return generation.Subject(models.MODELS["tiny"], str(comfyui), 2, LATENT)
+
+
+@pytest.fixture(scope="module")
+def dense(subject):
+    return subject.dense(8)
+
+
+def test_scenes_and_noise_are_sampled_seed_by_seed(subject, dense):
+    noise = torch.randn(16, *LATENT, generator=torch.manual_seed(1))[None]
+    alone = check_model.generate(subject.model, subject.prompts[1:], LATENT, 8, 0, None, noise)
+    alone = generation.video.decode(alone).clamp(0, 1)
+    assert float((alone - dense[1:]).abs().max()) < 1e-3
+    assert float((dense[0] - dense[1]).abs().mean()) > 0.05
+
+
+@pytest.mark.parametrize("rule", [contestants.TWO, contestants.PAPER], ids=lambda rule: rule.name)
+def test_the_packs_rules_run_through_its_installation(subject, dense, rule):
+    run = subject.run(rule.but(rule.name, density=0.45), "8")
+    assert sorted(run.recall) == list(range(6)) and all(0.3 < x <= 1 for x in run.recall.values())
+    assert run.searches == 6 and 0.3 < run.density < 0.6
+    assert (run.similar is None) == (rule.tail == "none")
+    assert 0.001 < float((run.video - dense).abs().mean()) < 0.2
+    everything = subject.run(rule.but("all", density=1.0, head_adaptive=False), "8")
+    assert float((everything.video - dense).abs().max()) < 2e-3
+
+
+def test_a_rivals_rule_runs_through_the_same_override(subject, dense):
+    run = subject.run(contestants.SOL.but("sol", density=0.45), "8")
+    assert run.density == pytest.approx(0.4, abs=0.01) and not run.recall
+    assert 0.001 < float((run.video - dense).abs().mean()) < 0.2
+    everything = subject.run(contestants.SLA.but("all", density=1.0), "8")
+    assert float((everything.video - dense).abs().max()) < 2e-3
+
+
+def test_the_emulation_is_compared_on_what_a_dense_step_saw(subject):
+    seen = compare_sol.seen_at(subject, 5, 8)
+    assert sorted(seen) == list(range(6)) and seen[0][0].shape == (2, 4, 320, 64)
+    assert not torch.equal(seen[0][0], compare_sol.seen_at(subject, 4, 8)[0][0])
+
+    def dense(q, k, v, tau, scale):
+        heads = (x.transpose(1, 2) for x in (q, k, v))
+        return F.scaled_dot_product_attention(*heads).transpose(1, 2)
+
+    found = compare_sol.compare(subject.layout, *seen[3], 0.5, dense)
+    assert found["error_theirs"] < 1e-3 < found["error_ours"] < 1
+    assert found["density_ours"] == pytest.approx(0.4)  # two of five blocks
+
+
+def test_a_model_that_stays_dense_is_no_result(comfyui):
+    image = generation.Subject(models.MODELS["tiny"], str(comfyui), 1, (1, 16, 20))
+    with pytest.raises(RuntimeError, match=r"Not every layer was sparse:\n(.|\n)*one frame"):
+        image.run(contestants.ONE.but("image", density=0.4), "8")
+
+
+@pytest.mark.parametrize("name", models.MODELS)
+def test_weights_are_committed_and_of_the_model(name, comfyui):
+    spec = models.MODELS[name]
+    assert spec.path.stat().st_size <= 16e6
+    model = models.load(spec, str(comfyui)).model.diffusion_model
+    assert type(model).__name__ == {"wan": "WanModel", "hunyuan": "HunyuanVideo"}[spec.family]
+    assert model.num_heads == spec.heads
+    if spec.family == "hunyuan":
+        assert model.hidden_size == spec.heads * spec.head_dim
+        assert len(model.double_blocks) == spec.double
+        assert len(model.double_blocks) + len(model.single_blocks) == spec.layers
+    else:
+        assert (model.dim, len(model.blocks)) == (spec.heads * spec.head_dim, spec.layers)
+
+
+def test_all_weights_leave_room_for_a_further_model():
+    assert sum(spec.path.stat().st_size for spec in models.MODELS.values()) <= 30e6
 
 
 @pytest.mark.parametrize("name", train_models.TRAINED)

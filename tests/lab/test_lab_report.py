@@ -15,9 +15,9 @@ import compare_presets  # noqa: E402
 import contestants  # noqa: E402
 import cost  # noqa: E402
 import metrics  # noqa: E402
+import plots  # noqa: E402
 import procedural_video as video  # noqa: E402
 import report  # noqa: E402
-import svg  # noqa: E402
 from rule import PAPER  # noqa: E402
 
 
@@ -29,6 +29,7 @@ def test_likeness_of_equal_and_of_different_videos():
     assert same["flicker"] == [0.0] * 2 and same["ssim"] == pytest.approx([1.0] * 2)
     assert all(15 < x < 25 for x in other["psnr"])
     assert all(x > 0.001 for x in other["features"]) and all(x > 5 for x in other["flicker"])
+    assert metrics.likeness(dense, dense, ssim=lambda a, b: 0.5)["ssim"] == [0.5] * 2
 
 
 def test_reading_back_tells_right_from_wrong():
@@ -42,35 +43,35 @@ def test_reading_back_tells_right_from_wrong():
 
 def test_equal_time_takes_a_lower_density_for_a_tail():
     extras = {"block means": 1.0, "tail": 5.0, "order": 2.0, cost.EVERY_STEP: 20.0}
-    paper = cost.call_ms(PAPER, extras)
-    tail = PAPER.but("tail", tail="pooled")
+    even = PAPER.but("paper", density=0.2)
+    paper = cost.call_ms(even, extras)
+    tail = even.but("tail", tail="pooled")
     assert 60 < paper < 75
     assert cost.call_ms(tail, extras) == pytest.approx(paper + 6.0)
     density = cost.density_at(paper, tail, extras)
     assert 0.15 < density < 0.2
     assert cost.call_ms(tail.but("less", density=density), extras) == pytest.approx(paper)
-    assert cost.call_ms(PAPER.but("fine", block_k=32), extras) is None
+    assert cost.call_ms(even.but("fine", block_k=32), extras) is None
 
 
-def results(path, gains):
+def results(path, gains, schedule="20"):
     """Two models and two seeds; `gains` in dB over the paper's rule at density 0.2."""
     other = {"ssim": [0.9] * 2, "features": [0.1] * 2, "flicker": [1.0] * 2, "recall": 0.8,
              "searches": 0, "recall_by_layer": {"0": 0.8}}  # fmt: skip
     rows = [
-        {"model": model, "schedule": "20", "rule": name, "density": density, "settings": settings,
+        {"model": model, "schedule": schedule, "rule": name, "density": density, "settings": settings,
          "psnr": [20.0 + gain, 22.0 + gain], "task": [1.0, 0.5], **other}
         for name, density, settings, gain in gains
         for model in ("a", "b")
     ]  # fmt: skip
-    dense = [{"model": model, "schedule": "20", "task": [1.0, 1.0]} for model in ("a", "b")]
-    extras = {"block means": 0.5, "tail": 5.0, "order": 2.0, cost.EVERY_STEP: 9.0}
-    path.write_text(json.dumps({"rows": rows, "dense": dense, "extra_ms": extras}))
+    dense = [{"model": model, "schedule": schedule, "task": [1.0, 1.0]} for model in ("a", "b")]
+    path.write_text(json.dumps({"rows": rows, "dense": dense}))
     return report.load([path])
 
 
 def test_report_pairs_seeds_and_finds_equal_time(tmp_path):
     paper = {"head_adaptive": True, "again": [0.6]}
-    rods = {"order": "rods", "tail": "pooled"}
+    rods = {"order": "position", "tail": "pooled"}
     gains = [
         (PAPER.name, 0.2, paper, 0.0),
         ("better", 0.2, rods, 1.5),
@@ -137,50 +138,47 @@ def test_a_question_is_answered_against_its_base(tmp_path):
     assert report.question(data, "20", 0.2, "blocks") == "", "only the base"
 
 
-def test_recall_by_step_is_a_mean_over_the_layers(tmp_path):
-    data = results(tmp_path / "lab.json", [(PAPER.name, 0.2, {}, 0.0), ("other", 0.2, {}, 1.0)])
-    assert report.recalls(data) == ""
-    row = data["rows"]["20", 0.2, PAPER.name]["a"]
-    row["recall_by_step_and_layer"] = {"3": [0.5, 0.7], "11": [0.25, 0.5]}
-    head, _, *lines = report.recalls(data).splitlines()
-    assert head == "| rule | model | 3 | 11 |"
-    assert lines == [f"| {PAPER.name} | a | 0.600 | 0.375 |"]
+def test_plot_is_well_formed_and_shows_every_point(tmp_path):
+    curves = {"a & b": [(0.1, 20.0), (0.2, 25.0)], "c": [(0.2, 22.0), (0.1, 19.0)]}
+    for name in ("one", "two"):
+        plots.lines(curves, "density", "PSNR", "title", tmp_path / name)
+    text = (tmp_path / "one").read_text()
+    assert text == (tmp_path / "two").read_text(), "another file from the same figures"
+    root = ElementTree.fromstring(text)
+    words = [element.text for element in root.iter() if element.tag.endswith("text")]
+    assert {"a & b", "c", "density", "PSNR", "title"} <= set(words)
+    assert words.index("a & b") < words.index("c"), "the best first"
 
 
-def test_plot_is_well_formed_and_shows_every_point():
-    curves = {"a & b": [(0.1, 20.0), (0.2, 25.0)], "c": [(0.1, 19.0), (0.2, 22.0)]}
-    root = ElementTree.fromstring(svg.lines(curves, "density", "PSNR", "title"))
-    tags = [element.tag.split("}")[1] for element in root.iter()]
-    assert tags.count("circle") == 4 and tags.count("polyline") == 2
-    assert "a & b" in [element.text for element in root.iter()]
-    assert svg.ticks(0.0, 1.0) == [0.0, 0.2, 0.4, 0.6, 0.8, 1.0]
-
-
-@pytest.mark.parametrize("folder, least", [(".", 20), ("first_weights", 30)])
-def test_recorded_results_still_make_their_tables(folder, least):
-    files = sorted((TESTS / "lab" / "results" / folder).glob("h200_*.json"))
-    data = report.load(files)
-    text = report.table(data, "20", 0.2)
-    assert data["extra_ms"] and text.count("\n") > least
-    assert PAPER.name in text
-
-
-def test_eight_steps_have_a_time_and_a_quality_each():
-    files = sorted((TESTS / "lab" / "results").glob("h200_*.json"))
-    found = report.eight_steps(report.load(files))
-    assert len(found) >= 10
-    for [(seconds, quality)] in found.values():
-        assert 60 < seconds < cost.dense_seconds("8") and 20 < quality < 45
+def test_a_report_makes_tables_and_plots_of_every_kind(tmp_path, monkeypatch, capsys):
+    two, one = contestants.TWO, contestants.ONE
+    rules = [(rule, density) for density in (0.1, 0.2) for rule in (PAPER, two, one)]
+    gains = [(r.name, d, r.settings(), 10 * d + len(r.again)) for r, d in rules]
+    paths = []
+    for schedule in ("20", "8"):
+        path = tmp_path / f"{schedule}.json"
+        results(path, gains, schedule)
+        paths.append(str(path))
+    monkeypatch.setattr(sys, "argv", ["report.py", *paths, "--out", str(tmp_path / "out")])
+    report.main()
+    text = (tmp_path / "out" / "tables.md").read_text()
+    assert text in capsys.readouterr().out
+    for title in ("Steps 20, density 0.1", "Steps 8, density 0.2",
+                  "Searches: steps 20, density 0.2", "Equal time of a run"):  # fmt: skip
+        assert f"## {title}\n" in text
+    made = {path.name for path in (tmp_path / "out").iterdir()}
+    plotted = {f"quality_{name}.svg" for name in ("density", "time", "eight_steps")}
+    assert made == {"tables.md"} | plotted
 
 
 def test_a_run_costs_its_dense_steps_searches_and_sparse_steps():
     extras = {"block means": 1.0, "tail": 5.0, "order": 2.0, cost.EVERY_STEP: 20.0}
-    one = contestants.ONE
+    one = contestants.ONE.but("one", density=0.2)
     seconds = {
         name: cost.run_seconds(rule, "8", extras)
         for name, rule in {
             "one": one,
-            "two": contestants.TWO,
+            "two": one.but("two", again=(0.6,)),
             "denser": one.but("denser", density=0.35),
             "later": one.but("later", warmup=0.25),
         }.items()
@@ -193,7 +191,7 @@ def test_a_run_costs_its_dense_steps_searches_and_sparse_steps():
     calls = [cost.call_ms(one.but("x", density=d), extras) for d in (0.2, 0.35)]
     more = 6 * cost.LAYERS * (calls[1] - calls[0]) / 1000
     assert seconds["denser"] - seconds["one"] == pytest.approx(more)
-    assert cost.run_seconds(one.but("gate", drift=0.5), "8", extras) is None
+    assert cost.run_seconds(one.but("int8", precision="int8"), "8", extras) is None
 
 
 def users_graph():
@@ -238,6 +236,6 @@ def test_presets_are_summed_up_over_seeds():
         for seed in (1, 2)
     ]
     rows[1]["psnr"] = 22.0
-    table, plot = compare_presets.summary(rows)
+    table, points = compare_presets.summary(rows)
     assert "| Fast | 21.00 | 0.900 | 1.00 | 10.0 | 20.0 |" in table
-    assert plot.startswith("<svg") and "Quality" in plot
+    assert points == {"Fast": [(10.0, 21.0)], "Quality": [(10.0, 30.0)]}

@@ -40,6 +40,18 @@ def test_ssim_is_the_papers_formula():
     assert ssim(a, b) == pytest.approx(expected, abs=2e-5)
 
 
+@pytest.mark.parametrize("shape", [(24, 31, 3), (11, 40, 1)])
+def test_ssim_is_scikit_images(shape):
+    structural_similarity = pytest.importorskip("skimage.metrics").structural_similarity
+    a = noise(*shape)
+    for b in (0.7 * a + 0.3 * noise(*shape, seed=1), noise(*shape, seed=2), a**2):
+        expected = structural_similarity(
+            a.double().numpy(), b.double().numpy(), data_range=1.0, channel_axis=-1,
+            gaussian_weights=True, sigma=1.5, use_sample_covariance=False,
+        )  # fmt: skip
+        assert ssim(a, b) == pytest.approx(expected, abs=1e-5)
+
+
 def test_ssim_of_plain_greys_is_the_brightness_term():
     a, b = torch.full((20, 20, 3), 0.3), torch.full((20, 20, 3), 0.6)
     # the ratio of the structure term is 1 where neither varies

@@ -48,15 +48,22 @@ def load(path: Path, comfyui: str):
     return comfy.sd.load_diffusion_model_state_dict(state, metadata=metadata)
 
 
-def generate(model, prompts, size, steps: int, seed: int, override=None) -> torch.Tensor:
-    """Model-space latents [N, 16, T, H, W] from euler, simple, cfg 1."""
+def generate(
+    model, prompts, size, steps: int, seed: int, override=None, noise=None
+) -> torch.Tensor:
+    """Model-space latents [N, 16, T, H, W] from euler, simple, cfg 1.
+
+    Args:
+        override: an `optimized_attention_override`, or None.
+        noise: [N, 16, T, H, W], None for what ComfyUI draws from the seed.
+    """
     import comfy.sample
 
     clone = model.clone()
     if override is not None:
         clone.model_options["transformer_options"]["optimized_attention_override"] = override
     latent = torch.zeros(len(prompts), 16, *size)
-    noise = comfy.sample.prepare_noise(latent, seed)
+    noise = comfy.sample.prepare_noise(latent, seed) if noise is None else noise
     text = torch.stack([video.embed_prompt(p) for p in prompts])
     empty = torch.stack([video.embed_prompt("")] * len(prompts))
     positive, negative = ([[x, {"pooled_output": networks.pooled(x)}]] for x in (text, empty))
