@@ -103,6 +103,7 @@ def test_keeping_every_block_equals_dense(patcher, case, monkeypatch):
     assert kept_dense(handle) == per_run(case.declined)
 
 
+@pytest.mark.any_comfyui
 @pytest.mark.parametrize("tail", ["pooled", "none"])
 def test_extra_tokens_stay_exact_at_high_sparsity(patcher, case, tail, monkeypatch):
     attend = RunState.attend

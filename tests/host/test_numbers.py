@@ -11,6 +11,8 @@ from sparse_attn.orders.position import is_shared
 from sparse_attn.run.state import RunState
 from tests.host.host_fixtures import VIDEO_15, assert_same_video, calls, sample, sparse
 
+pytestmark = pytest.mark.any_comfyui
+
 
 def tensors_of(run):
     """Every tensor a run remembers between calls."""

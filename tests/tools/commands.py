@@ -158,7 +158,9 @@ def test(options, extra: list[str]) -> int:
         oldest = environment.with_comfyui(env, pins.OLDEST_COMFYUI)
         part(
             f"ComfyUI {pins.OLDEST_COMFYUI}",
-            lambda: _pytest(oldest, [*side_by_side(env), "-p", "no:cacheprovider", *host_tests()]),
+            lambda: _pytest(
+                oldest, [*side_by_side(env), "-p", "no:cacheprovider", *ONCE, *host_tests()]
+            ),
         )
     part("web tests", lambda: run_in(env, [*node, "web"]))
     say("\n== summary")
@@ -208,6 +210,7 @@ def runs_oldest(options, extra: list[str]) -> bool:
 
 # what depends on the version of ComfyUI
 HOST_TESTS = ("host", "nodes", "web")
+ONCE = ("-m", "not any_comfyui")
 
 
 def host_tests() -> list[str]:
