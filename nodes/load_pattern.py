@@ -27,7 +27,7 @@ class AdaSpaLoadPattern(io.ComfyNode):
         )
 
     @classmethod
-    def fingerprint_inputs(cls, file=None, **inputs):
+    def fingerprint_inputs(cls, file="", **inputs):
         try:
             stat = listed()[file].stat()
         except (KeyError, OSError):

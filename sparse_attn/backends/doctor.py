@@ -1,6 +1,7 @@
 """Checks this machine: who would serve a call and why, whether the results are right, how fast."""
 
 import time
+from collections.abc import Callable
 
 import torch
 
@@ -47,22 +48,23 @@ def _inputs(device, dtype, heads, tokens, head_dim):
 
 def _check(backend, q, k, v):
     """Yield (name, passed, detail) for every part of the method, against float64."""
-    blocks = {"block_q": 64, "block_k": 64}
     scale = q.shape[-1] ** -0.5
-    exact_inputs = [x.double().cpu() for x in (q, k, v)]
+    exact_q, exact_k, exact_v = exact_inputs = [x.double().cpu() for x in (q, k, v)]
     out, lse = backend.attention(q, k, v, scale=scale)
-    exact, exact_lse = reference.attention(*exact_inputs, scale=scale)
+    exact, exact_lse = reference.attention(exact_q, exact_k, exact_v, scale=scale)
     torch_out, _ = reference.attention(q, k, v, scale=scale)
     yield _compare("dense attention", out, exact, torch_out)
 
-    masses = backend.block_masses(q, k, lse, scale=scale, **blocks)
-    exact_masses = reference.block_masses(*exact_inputs[:2], exact_lse, scale=scale, **blocks)
+    masses = backend.block_masses(q, k, lse, scale=scale, block_q=64, block_k=64)
+    exact_masses = reference.block_masses(
+        exact_q, exact_k, exact_lse, scale=scale, block_q=64, block_k=64
+    )
     error = (masses.double().cpu() - exact_masses).abs().max().item() / 64
     yield "block masses", error < 1e-2, f"largest error {error:.1e} of a row"
 
     keep = torch.rand(masses.shape, generator=torch.Generator().manual_seed(1)) < 0.4
     keep[..., 0] = True
-    mask = BlockMask.from_dense(keep, **blocks)
+    mask = BlockMask.from_dense(keep, block_q=64, block_k=64)
     on_device = mask.with_bits(mask.bits.to(q.device))
     # heads in different orders, as `similarity` finds them
     orders = torch.rand(q.shape[:3], generator=torch.Generator().manual_seed(2)).argsort(-1).int()
@@ -103,7 +105,9 @@ def _speed(device):
     order = torch.rand(keep.shape, device=device).argsort(-1)
     keep.scatter_(-1, order[..., : round(0.2 * blocks)], True)
     mask = BlockMask.from_dense(keep, block_q=64, block_k=64)
-    dense = {"torch": lambda: torch.nn.functional.scaled_dot_product_attention(q, k, v)}
+    dense: dict[str, Callable] = {
+        "torch": lambda: torch.nn.functional.scaled_dot_product_attention(q, k, v)
+    }
     if cudnn_serves(q):
         dense["torch's cuDNN"] = lambda: torch_cudnn(q, k, v, scale)
     sparse = _time(device, lambda: backend.attention(q, k, v, scale=scale, mask=mask))

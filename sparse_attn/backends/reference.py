@@ -122,7 +122,8 @@ def permute(q, k, v, order, key_bias=None) -> Permuted:
     if key_bias is not None:
         # the heads have one order where there is a bias
         key_bias = key_bias.gather(1, order[:, 0].long())
-    q, k, v = (None if x is None else in_order(x, order) for x in (q, k, v))
+    q = None if q is None else in_order(q, order)
+    k, v = in_order(k, order), in_order(v, order)
     sizes = [part.shape[-1] for part in order.split(BLOCK, -1)]
     dtype = torch.promote_types(k.dtype, torch.float32)
     log_sizes = torch.tensor(sizes, dtype=dtype, device=k.device).log().repeat(len(k), 1)

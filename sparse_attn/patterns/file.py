@@ -54,10 +54,9 @@ def save(pattern: CarriedPattern, folder: Path, name: str) -> Path:
         mode = part.stat().st_mode
         save_file(tensors, part, metadata=metadata)
         part.chmod(mode)
-        for number in count():
-            path = folder / f"{name}{f'_{number:05}_' if number else ''}{SUFFIX}"
-            if _publish(part, path):
-                return path
+        endings = (f"_{number:05}_" if number else "" for number in count())
+        paths = (folder / f"{name}{ending}{SUFFIX}" for ending in endings)
+        return next(path for path in paths if _publish(part, path))
     finally:
         part.unlink(missing_ok=True)
 
@@ -157,7 +156,7 @@ def checksum(metadata: dict[str, str], tensors: dict[str, torch.Tensor]) -> str:
 
 def _checksum(x: torch.Tensor, before: int) -> int:
     # views need no copy of what may be hundreds of megabytes
-    return zlib.crc32(x.contiguous().flatten().view(torch.uint8).numpy(), before)
+    return zlib.crc32(x.contiguous().flatten().view(torch.uint8).numpy().data, before)
 
 
 # ---- reading
@@ -227,7 +226,8 @@ def _layout(metadata) -> TokenLayout:
             raise ValueError(f"{_shown(number)} tokens beside the video")
     if not all(sizes):
         raise ValueError("its grid is not positive")
-    return TokenLayout(int(before), *sizes, int(after))
+    frames, height, width = sizes
+    return TokenLayout(int(before), frames, height, width, int(after))
 
 
 def _entry(entry) -> tuple[LayerName, tuple[float, ...], tuple[float, ...]]:
