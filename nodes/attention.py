@@ -1,9 +1,9 @@
 """AdaSpa Attention: MODEL in, a MODEL that samples long videos sooner out."""
 
-from comfy_api.latest import io, ui
+from comfy_api.latest import io
 
 from ..sparse_attn.host.install import install, why_not
-from .settings import config_of, setting_inputs, status_of
+from .settings import answer, check, config_of, setting_inputs
 from .sockets import AdaSpaRun
 
 
@@ -40,8 +40,11 @@ class AdaSpaAttention(io.ComfyNode):
         )
 
     @classmethod
+    def validate_inputs(cls, model=None, **settings) -> bool:
+        return check(settings)
+
+    @classmethod
     def execute(cls, model, **settings) -> io.NodeOutput:
         config = config_of(**settings)
         patched, handle = install(model, config, cls.hidden.unique_id)
-        text = status_of(config, settings["preset"], why_not(model))
-        return io.NodeOutput(patched, handle, ui=ui.PreviewText(text))
+        return io.NodeOutput(patched, handle, ui=answer(config, settings, why_not(model)))

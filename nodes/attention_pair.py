@@ -1,9 +1,9 @@
 """AdaSpa Attention (two experts): both models of a pair, one set of settings, one report."""
 
-from comfy_api.latest import io, ui
+from comfy_api.latest import io
 
 from ..sparse_attn.host.install import install, why_not
-from .settings import config_of, setting_inputs, status_of
+from .settings import answer, check, config_of, setting_inputs
 from .sockets import AdaSpaRun
 
 
@@ -40,11 +40,14 @@ class AdaSpaAttentionPair(io.ComfyNode):
         )
 
     @classmethod
+    def validate_inputs(cls, model_high=None, model_low=None, **settings) -> bool:
+        return check(settings)
+
+    @classmethod
     def execute(cls, model_high, model_low, **settings) -> io.NodeOutput:
         config = config_of(**settings)
         node_id = cls.hidden.unique_id
         high, handle = install(model_high, config, node_id, part="high noise")
         low, _ = install(model_low, config, node_id, first=handle, part="low noise")
         reason = why_not(model_high) or why_not(model_low)
-        text = status_of(config, settings["preset"], reason)
-        return io.NodeOutput(high, low, handle, ui=ui.PreviewText(text))
+        return io.NodeOutput(high, low, handle, ui=answer(config, settings, reason))

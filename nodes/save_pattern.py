@@ -34,6 +34,11 @@ class AdaSpaSavePattern(io.ComfyNode):
         )
 
     @classmethod
+    def validate_inputs(cls, name=None):
+        # raises; what another node supplies is known only later
+        return name is None or bool(checked_name(name))
+
+    @classmethod
     def execute(cls, model, adaspa, name="pattern", every_sampler=False) -> io.NodeOutput:
         name = checked_name(name)
 

@@ -28,8 +28,13 @@ def shown(config: AdaSpaConfig) -> dict:
 
 def shown_presets() -> dict[str, dict]:
     """What each preset puts into the widgets that it decides."""
-    every = {name: shown(config) for name, config in PRESETS.items()}
-    return {name: {key: values[key] for key in PRESET_FIELDS} for name, values in every.items()}
+
+    def decided(config):
+        # it shares the blocks out between the heads itself
+        fields = (*PRESET_FIELDS, "recall") if config.head_adaptive else PRESET_FIELDS
+        return {name: value for name, value in shown(config).items() if name in fields}
+
+    return {name: decided(config) for name, config in PRESETS.items()}
 
 
 def setting_inputs() -> list[io.Input]:
@@ -39,6 +44,8 @@ def setting_inputs() -> list[io.Input]:
     skipped = {name: f"{config.sparsity:.0%}" for name, config in PRESETS.items()}
 
     def setting(kind, name, tooltip, **more):
+        # the interface folds all but these
+        more["advanced"] = name not in ("preset", "enabled")
         if name in CHOICES:
             more["options"] = list(CHOICES[name])
         return kind.Input(name, default=defaults[name], tooltip=tooltip, **more)
@@ -94,14 +101,13 @@ def setting_inputs() -> list[io.Input]:
             io.Boolean,
             "head_adaptive",
             "Heads that concentrate keep fewer blocks and heads that do not keep "
-            "more, at the same total (preset Custom).",
-            advanced=True,
+            "more, at the same total (preset Custom). Not with recall.",
+            extra_dict={"replaces": ["recall"]},
         ),
         setting(
             io.String,
             "dense_layers",
             "Layers that always run dense, such as 0, 1, -1. Each costs its share of the speed.",
-            advanced=True,
         ),
         setting(
             io.Float,
@@ -110,7 +116,6 @@ def setting_inputs() -> list[io.Input]:
             min=0.0,
             max=1.0,
             step=0.01,
-            advanced=True,
         ),
         setting(
             io.Float,
@@ -120,7 +125,6 @@ def setting_inputs() -> list[io.Input]:
             min=0.0,
             max=1.0,
             step=0.01,
-            advanced=True,
         ),
         setting(
             io.Int,
@@ -128,27 +132,23 @@ def setting_inputs() -> list[io.Input]:
             "Shorter videos run dense: below this there is little to gain.",
             min=0,
             max=1 << 24,
-            advanced=True,
         ),
         setting(
             io.Combo,
             "cache",
             "Where the pattern lives between steps. CPU frees GPU memory and "
             "copies it back ahead of time; auto moves it when memory is short.",
-            advanced=True,
         ),
         setting(
             io.Combo,
             "dense_attention",
             "Who runs the dense steps. Auto measures the exact ones on the first "
             "step and takes the fastest; host leaves them to ComfyUI's own setting.",
-            advanced=True,
         ),
         setting(
             io.Boolean,
             "enabled",
             "Off leaves the model as it is, for a comparison at the same seed.",
-            advanced=True,
         ),
         # the inputs from here on are younger than prompts that people saved: those lack them
         setting(
@@ -159,7 +159,6 @@ def setting_inputs() -> list[io.Input]:
             "first never does. fp8, of older graphs, runs as int8. bf16, and auto for now, compute "
             "as the model does.",
             optional=True,
-            advanced=True,
         ),
         setting(
             io.Float,
@@ -171,6 +170,7 @@ def setting_inputs() -> list[io.Input]:
             min=0.0,
             max=MAX_RECALL,
             step=0.005,
+            extra_dict={"replaces": ["sparsity", "head_adaptive"]},
         ),
         setting(
             io.Combo,
@@ -188,7 +188,6 @@ def setting_inputs() -> list[io.Input]:
             "part of the model for which that works better: closer to the dense video, slower "
             "searches, more memory. Position takes compact pieces of the video.",
             optional=True,
-            advanced=True,
         ),
     ]
 
@@ -204,8 +203,32 @@ def config_of(preset: str, **settings) -> AdaSpaConfig:
     return from_preset(preset, **settings)
 
 
-def status_of(config: AdaSpaConfig, preset: str, reason: str) -> str:
-    """What the node says before the run; `reason` is why the model would run dense."""
+def check(settings: dict) -> bool:
+    """Refuse before the queue what would fail when the node executes; True if all is well.
+
+    It raises, for ComfyUI would repeat a returned sentence for each of the settings.
+
+    Args:
+        settings: None where another node supplies a value, which is known only then.
+
+    Raises:
+        ValueError: one sentence on the value that is wrong.
+    """
+    if None not in settings.values():
+        config_of(**settings)
+    return True
+
+
+def answer(config: AdaSpaConfig, settings: dict, reason: str) -> dict:
+    """What the interface gets before the run: a line, and the settings that it speaks of.
+
+    Args:
+        reason: why the model would run dense, or an empty string.
+    """
+    return {"text": [_line(config, settings["preset"], reason)], "settings": [settings]}
+
+
+def _line(config: AdaSpaConfig, preset: str, reason: str) -> str:
     if not config.enabled:
         return "AdaSpa is off"
     if reason:

@@ -1,9 +1,12 @@
 """What the user asked for: one frozen, validated value that travels whole."""
 
+import re
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
 MAX_SPARSITY = 0.98
+# shares written with a decimal comma
+COMMA_SHARES = re.compile(r"\s*[01],\d+([;,]?\s+[01],\d+)*\s*")
 LEAST_RECALL, MAX_RECALL = 0.1, 0.999
 # queries and keys per block, by what the node calls it
 BLOCK_SIZES = {"64": (64, 64), "128": (128, 128), "128x64": (128, 64)}
@@ -208,9 +211,16 @@ def parse_numbers(text: str, kind: type, name: str) -> tuple:
     """Read a comma separated list such as "0.3, 0.6" or "0, 1, -1".
 
     Raises:
-        ValueError: an entry is not a number of that kind.
+        ValueError: an entry is not a number of that kind, or commas stand where points should.
     """
     entries = [entry.strip() for entry in text.split(",") if entry.strip()]
+    # "0,45" would be the numbers 0 and 45
+    if kind is float and COMMA_SHARES.fullmatch(text):
+        meant = [share.replace(",", ".") for share in re.findall(r"[01],\d+", text)]
+        raise ValueError(
+            f"`{name}` must have points in its numbers, not commas, got {text!r}. "
+            f"Write {', '.join(meant)}."
+        )
     try:
         return tuple(kind(entry) for entry in entries)
     except ValueError:

@@ -181,3 +181,20 @@ def test_what_is_no_number_is_refused_by_name():
         parse_numbers("half", float, "search_points")
     with pytest.raises(ValueError, match=r"`dense_layers` .* got '1.5'. Example: 0, 1, -1"):
         parse_numbers("1.5", int, "dense_layers")
+
+
+@pytest.mark.parametrize(
+    "text, write",
+    [
+        ("0,45", "0.45"),
+        (" 0,4, 0,7 ", "0.4, 0.7"),
+        ("0,4; 0,7", "0.4, 0.7"),
+        ("0,4 0,7", "0.4, 0.7"),
+    ],
+)
+def test_a_decimal_comma_is_told_as_such(text, write):
+    with pytest.raises(ValueError, match="must have points in its numbers, not commas") as error:
+        parse_numbers(text, float, "search_points")
+    assert str(error.value).endswith(f"Write {write}.")
+    # numbers of layers have no fraction
+    assert parse_numbers("0,45", int, "dense_layers") == (0, 45)

@@ -160,7 +160,7 @@ def test_hunyuan_runs_on_the_server(comfy_server):
     [
         ({"search_points": "0.6, 0.3"}, "`search_points` must ascend"),
         ({"sparsity": 0.2, "head_adaptive": True}, "Raise the sparsity"),
-        ({"sparsity": 0.99}, "bigger than max"),
+        ({"sparsity": 0.99}, "`sparsity` must be from 0 to 0.98"),
     ],
 )
 def test_bad_widget_is_refused_with_its_sentence(comfy_server, widgets, words):

@@ -39,12 +39,13 @@ OPTIONS = {
     "tail": ["pooled", "none"],
     "token_order": ["similarity", "position"],
 }
-ADVANCED = [
-    "head_adaptive", "dense_layers", "start_percent", "end_percent", "min_tokens", "cache",
-    "dense_attention", "enabled", "precision", "token_order",
-]  # fmt: skip
+# what the interface shows without unfolding
+FACE = ["preset", "enabled"]
 # those that workflows of the first version lack
-LATER = [*ADVANCED, "recall", "tail"]
+LATER = [
+    "head_adaptive", "dense_layers", "start_percent", "end_percent", "min_tokens", "cache",
+    "dense_attention", "enabled", "precision", "token_order", "recall", "tail",
+]  # fmt: skip
 
 
 @pytest.fixture
@@ -99,7 +100,8 @@ def test_inputs_keep_their_order_and_defaults(nodes, name):
         if put.id in OPTIONS:
             assert put.options == OPTIONS[put.id]
         if put.id in WIDGETS[name]:
-            assert bool(put.advanced) == (put.id in ADVANCED), put.id
+            folded = name == "AdaSpaAttention" and put.id not in FACE
+            assert bool(put.advanced) == folded, put.id
             # a prompt saved before a widget came lacks it; an optional one in front of a required
             # one would move saved values
             assert bool(put.optional) == (put.id in YOUNGEST), put.id
@@ -130,7 +132,13 @@ def test_workflows_of_the_first_version_lack_younger_widgets(load, nodes):
 
 
 def shown_text(output):
-    return output.ui.as_dict()["text"][0] if hasattr(output.ui, "as_dict") else output.ui["text"][0]
+    return output.ui["text"][0]
+
+
+def test_attention_node_tells_the_interface_which_settings_its_line_is_of(load, attention):
+    output = attention(load("wan_h64"), preset="Fast", sparsity=0.3)
+    (settings,) = output.ui["settings"]
+    assert settings == {**WIDGETS["AdaSpaAttention"], "preset": "Fast", "sparsity": 0.3}
 
 
 def test_attention_node_says_that_it_is_ready(load, attention):

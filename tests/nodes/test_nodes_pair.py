@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.host.host_fixtures import calls, conditioning, sample
-from tests.nodes.test_nodes import ADVANCED, WIDGETS
+from tests.nodes.test_nodes import LATER, WIDGETS
 from tests.tools import comfy_inprocess
 
 SETTINGS = {
@@ -57,18 +57,18 @@ def test_settings_are_those_of_the_single_node(nodes):
 
 def test_a_workflow_of_an_earlier_version_may_lack_later_widgets(nodes, load):
     node = nodes["AdaSpaAttentionPair"].PREPARE_CLASS_CLONE({"hidden_inputs": {}})
-    early = {name: value for name, value in SETTINGS.items() if name not in ADVANCED}
+    early = {name: value for name, value in SETTINGS.items() if name not in LATER}
     handle = node.execute(load("wan_h64"), load("wan_h64"), **early).args[2]
     assert handle.config.min_tokens == 8192
     assert "settings" in inspect.signature(node.execute).parameters
 
 
 def test_the_node_names_the_settings_and_the_model_that_will_run_dense(pair, load):
-    ready = pair(load("wan_h64"), load("wan_h64"), preset="Fast").ui.as_dict()["text"][0]
+    ready = pair(load("wan_h64"), load("wan_h64"), preset="Fast").ui["text"][0]
     assert ready == "AdaSpa is ready: Fast, sparsity 0.90"
     low = load("wan_h64")
     low.add_object_patch("diffusion_model", torch.nn.Linear(2, 2))
-    text = pair(load("wan_h64"), low).ui.as_dict()["text"][0]
+    text = pair(load("wan_h64"), low).ui["text"][0]
     assert text == "AdaSpa will run dense: Linear is not a video model that AdaSpa knows"
     with pytest.raises(ValueError, match="`search_points` must ascend"):
         pair(load("wan_h64"), load("wan_h64"), search_points="0.6, 0.3")

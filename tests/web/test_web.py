@@ -52,11 +52,24 @@ def test_interface_gets_the_presets_from_the_server(settings):
     presets = settings["preset"]["presets"]
     assert settings["preset"]["options"] == [*presets, "Custom"] == [*PRESETS, "Custom"]
     for name, values in presets.items():
-        assert tuple(values) == PRESET_FIELDS and values.keys() < settings.keys()
+        # a head-adaptive preset leaves no room for a recall
+        fields = {*PRESET_FIELDS} | ({"recall"} if values["head_adaptive"] else set())
+        assert values.keys() == fields <= settings.keys()
         numbers = {"search_points": parse_numbers(values["search_points"], float, "")}
         assert from_preset("Custom", **{**values, **numbers}) == replace(
             PRESETS[name], search_gap=SEARCH_GAP
         )
+
+
+def test_interface_knows_which_settings_exclude_each_other(settings):
+    """What greys out is what the check refuses, or has no say."""
+    on = {"recall": 0.9, "head_adaptive": True}
+    assert {name for name, options in settings.items() if "replaces" in options} == set(on)
+    for name, others in ((name, settings[name]["replaces"]) for name in on):
+        for other in set(others) - {"sparsity"}:
+            with pytest.raises(ValueError, match="`recall` gives every head"):
+                from_preset("Custom", **{name: on[name], other: on[other]})
+    assert "sparsity" in settings["recall"]["replaces"]
 
 
 def test_help_explains_every_setting(settings):
