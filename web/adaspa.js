@@ -1,89 +1,189 @@
 import { api } from "../../scripts/api.js";
 import { app } from "../../scripts/app.js";
-import { findNode } from "./find_node.js";
+import { downstream, everyNode, findNode } from "./find_node.js";
+import { fold, watchFolding } from "./folding.js";
 import { Latest } from "./latest.js";
-import { applyPreset, watchPreset } from "./preset_widgets.js";
+import { chain, watch } from "./listen.js";
+import { applyPreset, beginPreset, isWired } from "./preset_widgets.js";
+import { RunLog, WORDS, haveChanged } from "./run_log.js";
 import { readStatus } from "./status.js";
-import { statusView } from "./status_view.js";
+import { addStyles, statusView } from "./status_view.js";
 
-const ATTENTION = "AdaSpaAttention";
-const PAIR = "AdaSpaAttentionPair";
 const REPORT = "AdaSpaReport";
+// nodes that patch a model, and all of ours with what they say before the first run
+const PATCHES = new Set(["AdaSpaAttention", "AdaSpaAttentionPair"]);
 const HINTS = {
-  [ATTENTION]: "Run the workflow: the steps and what they saved appear here.",
-  [PAIR]: "Run the workflow: the steps of both experts and what they saved appear here.",
+  AdaSpaAttention: "Run the workflow: the steps and what they saved appear here.",
+  AdaSpaAttentionPair: "Run the workflow: the steps of both experts and what they saved appear here.",
   [REPORT]: "Run the workflow: what was kept appears here.",
+  AdaSpaCompare: "Run the workflow: how alike the two videos are appears here.",
+  AdaSpaSavePattern: "Run the workflow: where the pattern is written appears here.",
+  AdaSpaLoadPattern: "Run the workflow: what the pattern holds appears here.",
 };
 // under this name the interface looks for a node's progress text; owning it shows one line, not two
 const STATUS_WIDGET = "$$node-text-preview";
+const SHOW_ALL = "Comfy.Node.AlwaysShowAdvancedWidgets";
 
 const graph = () => app.rootGraph ?? app.graph;
 const workflowId = () => graph()?.id ?? null;
 
 const views = new WeakMap();
-const latest = new Latest();
+const latest = new Latest(window.sessionStorage);
+const log = new RunLog();
+// the workflow that executes, and the settings with which its nodes of ours do
+let running = null;
+const used = new Map();
 
 function addView(node) {
-  const view = statusView(HINTS[node.comfyClass]);
+  const folds = PATCHES.has(node.comfyClass) && {
+    label: () => (node.showAdvanced ? "Hide settings" : "Show settings"),
+    press: () => node.toggleAdvanced(),
+  };
+  const view = statusView(HINTS[node.comfyClass], folds || null);
   const widget = node.addDOMWidget(STATUS_WIDGET, "adaspa_status", view.element, {
     serialize: false,
     hideOnZoom: false,
+    hideInPanel: true,
     getValue: view.text,
-    setValue: (text) => view.setText(String(text ?? "")),
-    getMinHeight: () => 84,
+    setValue: (text) => write(node, view, String(text ?? "")),
+    getMinHeight: () => (folds ? 140 : 84),
     // the report's picture gets the rest of the node
     getMaxHeight: node.comfyClass === REPORT ? () => 110 : undefined,
   });
   widget.serialize = false;
-  const needed = node.computeSize();
-  node.setSize([Math.max(node.size[0], needed[0]), Math.max(node.size[1], needed[1])]);
   views.set(node, view);
 }
 
+/** Show the interface's own progress text, which reaches nodes outside of a sampler's run, too. */
+function write(node, view, text) {
+  view.setText(text);
+  const id = idOf(node);
+  const known = latest.get(workflowId(), id) ?? (running && id && readStatus({ node: id }));
+  if (known) latest.set(workflowId(), id, { ...known, text });
+}
+
 function show(node, status) {
-  views.get(node)?.show(status);
-  node?.setDirtyCanvas?.(true, true);
+  const view = views.get(node);
+  if (!view) return;
+  view.show(status);
+  noteChanges(node, status);
+  node.setDirtyCanvas?.(true, true);
+}
+
+function noteChanges(node, status) {
+  const changed = haveChanged(status?.settings, node.widgets, (name) => isWired(node, name));
+  views.get(node)?.setNote(changed ? WORDS.changed : status?.note ?? "");
+}
+
+/** The id of a node of the canvas, as a prompt names it. */
+const idOf = (node) => everyNode(graph()).find((entry) => entry.node === node)?.id;
+
+function keep(workflow, id, status) {
+  latest.set(workflow, id, status);
+  if (workflow === workflowId()) show(findNode(graph(), id), status);
 }
 
 function receive(status) {
-  const here = workflowId();
-  const workflow = status.workflow ?? here;
-  latest.set(workflow, status.node, status);
-  if (workflow === here) show(findNode(graph(), status.node), status);
+  if (status.settings) used.set(status.node, status.settings);
+  keep(status.workflow ?? running ?? workflowId(), status.node, { ...status, settings: used.get(status.node) ?? null });
+}
+
+function ourNodes() {
+  return everyNode(graph()).filter(({ node }) => node.comfyClass in HINTS);
+}
+
+function end(how, detail) {
+  const workflow = running ?? workflowId();
+  running = null;
+  // the nodes of another tab's workflow are not at hand
+  if (workflow !== workflowId()) return;
+  const outcome = { how, node: String(detail?.node_id ?? ""), message: detail?.exception_message };
+  for (const { id, node } of ourNodes()) {
+    const known = latest.get(workflow, id);
+    const patches = PATCHES.has(node.comfyClass);
+    const users = downstream(id, node, "MODEL");
+    const said = log.verdict(id, { mode: node.mode, known: known !== null, patches, users }, outcome);
+    const settings = used.get(id) ?? settingsOf(node);
+    if (said?.text) keep(workflow, id, readStatus({ node: id, text: said.text, settings }));
+    else if (said?.note) keep(workflow, id, { ...known, note: said.note });
+  }
+}
+
+// a node that ComfyUI's cache answers for does not say what it was asked for
+function settingsOf(node) {
+  const widgets = (node.widgets ?? []).filter(({ name }) => name !== STATUS_WIDGET);
+  return Object.fromEntries(widgets.map(({ name, value }) => [name, value]));
+}
+
+function foldSettings(node) {
+  fold(node);
+  views.get(node)?.label();
 }
 
 app.registerExtension({
   name: "AdaSpa.Node",
 
   setup() {
+    addStyles();
     api.addEventListener("adaspa.status", ({ detail }) => {
       const status = readStatus(detail);
-      if (status) receive(status);
+      if (!status) return;
+      log.tell(status.node, "ran");
+      receive(status);
     });
     // what a node says when it has executed: "ready" or why not, and the report
     api.addEventListener("executed", ({ detail }) => {
-      const id = detail?.display_node ?? detail?.node;
-      const text = detail?.output?.text;
-      if (text == null || !(findNode(graph(), id)?.comfyClass in HINTS)) return;
-      receive(readStatus({ node: id, text: [text].flat().join("\n") }));
+      const node = String(detail?.display_node ?? detail?.node);
+      const { text, settings } = detail?.output ?? {};
+      if (text == null || !(findNode(graph(), node)?.comfyClass in HINTS)) return;
+      log.tell(node, "ready");
+      receive(readStatus({ node, text: [text].flat().join("\n"), settings: settings?.[0] }));
     });
+    api.addEventListener("execution_start", () => {
+      running = workflowId();
+      log.begin();
+      used.clear();
+      for (const { id, node } of ourNodes()) used.set(id, settingsOf(node));
+    });
+    api.addEventListener("execution_cached", ({ detail }) => log.cache(detail?.nodes ?? []));
+    api.addEventListener("executing", ({ detail }) => log.execute(detail?.node ?? detail));
+    api.addEventListener("execution_success", () => end("success"));
+    api.addEventListener("execution_interrupted", ({ detail }) => end("stopped", detail));
+    api.addEventListener("execution_error", ({ detail }) => end("failed", detail));
   },
 
   nodeCreated(node) {
     if (!(node.comfyClass in HINTS)) return;
-    if (node.comfyClass === ATTENTION || node.comfyClass === PAIR) {
-      watchPreset(node, () => {
+    if (PATCHES.has(node.comfyClass)) {
+      const changed = () => {
         applyPreset(node);
+        noteChanges(node, latest.get(workflowId(), idOf(node)));
         node.setDirtyCanvas?.(true, true);
+      };
+      watch(node, {
+        changed,
+        loaded: () => {
+          beginPreset(node);
+          foldSettings(node);
+        },
+        wired: () => {
+          foldSettings(node);
+          changed();
+        },
       });
-      applyPreset(node);
+      beginPreset(node);
+      fold(node);
+      watchFolding(node);
+      if (app.extensionManager?.setting?.get(SHOW_ALL)) node.showAdvanced = true;
+      chain(node, "toggleAdvanced", () => views.get(node)?.label());
     }
     addView(node);
+    // a new node's height still counts what has been folded
+    const [width, height] = node.computeSize();
+    node.setSize([Math.max(node.size[0], width), height]);
   },
 
   afterConfigureGraph() {
-    for (const { node, message } of latest.of(workflowId())) {
-      show(findNode(graph(), node), message);
-    }
+    for (const { node, message } of latest.of(workflowId())) show(findNode(graph(), node), message);
   },
 });

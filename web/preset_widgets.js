@@ -1,32 +1,89 @@
-// Greys out the widgets that the chosen preset decides, and shows the preset's values in them.
+// Greys out the widgets that something else decides, and shows what holds in them: the chosen preset's
+// values, or that a recall takes the place of the sparsity. What the user had set comes back.
+
+// in the node's properties, which are saved with a graph
+const OWN = "adaspa_own_values";
+
+const decidedBefore = new WeakMap();
+
+const widgetOf = (node, name) => node.widgets?.find((widget) => widget.name === name);
 
 /** What each preset puts into which widgets, as the server declares it beside the preset's options. */
 export function presetsOf(node) {
-  return node.constructor?.nodeData?.input?.required?.preset?.[1]?.presets ?? {};
+  return declared(node, "preset")?.presets ?? {};
+}
+
+/** The names of the widgets that a widget takes the place of while it is on. */
+function replacedBy(node, name) {
+  return declared(node, name)?.replaces ?? [];
+}
+
+function declared(node, name) {
+  const { required, optional } = node.constructor?.nodeData?.input ?? {};
+  return (required?.[name] ?? optional?.[name])?.[1];
 }
 
 /** The name of the preset in force, or null when another node supplies it. */
 export function chosenPreset(node) {
-  const linked = node.inputs?.some((input) => input.widget?.name === "preset" && input.link != null);
-  return linked ? null : node.widgets?.find((widget) => widget.name === "preset")?.value ?? null;
+  return isWired(node, "preset") ? null : widgetOf(node, "preset")?.value ?? null;
+}
+
+export function isWired(node, name) {
+  return node.inputs?.some((input) => input.widget?.name === name && input.link != null) ?? false;
+}
+
+/** Call it when a node was made or loaded: what its preset decides is then none of the user's values. */
+export function beginPreset(node) {
+  decidedBefore.set(node, new Set(Object.keys(decidedBy(node))));
+  applyPreset(node);
 }
 
 export function applyPreset(node) {
-  const presets = presetsOf(node);
-  const chosen = chosenPreset(node);
-  // Custom, and a name from elsewhere, leave the values to the user
-  const values = Object.hasOwn(presets, chosen) ? presets[chosen] : null;
-  for (const name of new Set(Object.values(presets).flatMap(Object.keys))) {
-    const widget = node.widgets?.find((candidate) => candidate.name === name);
+  const decided = decidedBy(node);
+  const before = decidedBefore.get(node) ?? new Set();
+  const own = { ...node.properties?.[OWN] };
+  for (const name of new Set(Object.values(presetsOf(node)).flatMap(Object.keys))) {
+    const widget = widgetOf(node, name);
     if (!widget) continue;
-    if (values && widget.value !== values[name]) widget.value = values[name];
-    widget.disabled = Boolean(values);
-    showWhileDisabled(widget, Boolean(values));
+    if (name in decided) {
+      if (!before.has(name)) own[name] = widget.value;
+      set(widget, decided[name]);
+    } else if (before.has(name) && name in own) {
+      set(widget, own[name]);
+      delete own[name];
+    }
+  }
+  decidedBefore.set(node, new Set(Object.keys(decided)));
+  remember(node, own);
+  const replaced = new Set((node.widgets ?? []).filter(isOn).flatMap(({ name }) => replacedBy(node, name)));
+  for (const widget of node.widgets ?? []) {
+    // two that exclude each other stay free, so that one can be switched off
+    const free = replacedBy(node, widget.name).length && isOn(widget);
+    disable(widget, widget.name in decided || (replaced.has(widget.name) && !free));
   }
 }
 
+// Custom, and a name from elsewhere, leave the values to the user
+function decidedBy(node) {
+  const presets = presetsOf(node);
+  const chosen = chosenPreset(node);
+  return Object.hasOwn(presets, chosen) ? presets[chosen] : {};
+}
+
+const isOn = (widget) => widget.value === true || (typeof widget.value === "number" && widget.value !== 0);
+
+function set(widget, value) {
+  if (widget.value !== value) widget.value = value;
+}
+
+function remember(node, own) {
+  if (!Object.keys(own).length) delete node.properties?.[OWN];
+  else if (node.properties) node.properties[OWN] = own;
+}
+
 // the canvas renderer blanks the value of a disabled widget; here it is what the user must see
-function showWhileDisabled(widget, disabled) {
+function disable(widget, disabled) {
+  if (Boolean(widget.disabled) !== disabled) widget.disabled = disabled;
   if (!disabled) {
     delete widget._displayValue;
     return;
@@ -39,21 +96,4 @@ function showWhileDisabled(widget, disabled) {
 
 export function displayText(value, precision) {
   return typeof value === "number" && precision != null ? value.toFixed(precision) : String(value);
-}
-
-/** Calls `changed` whenever a user picks another preset, a graph is loaded or a wire moves. */
-export function watchPreset(node, changed) {
-  const preset = node.widgets?.find((widget) => widget.name === "preset");
-  if (preset) chain(preset, "callback", changed);
-  chain(node, "onConfigure", changed);
-  chain(node, "onConnectionsChange", changed);
-}
-
-function chain(target, name, after) {
-  const before = target[name];
-  target[name] = function (...args) {
-    const result = before?.apply(this, args);
-    after();
-    return result;
-  };
 }

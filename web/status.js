@@ -16,6 +16,7 @@ export function readStatus(detail) {
     first: Number.isInteger(detail.first) ? detail.first : 0,
     step: Math.max(-1, Math.min(step, steps.length - 1)),
     done,
+    settings: detail.settings && typeof detail.settings === "object" ? detail.settings : null,
   };
 }
 

@@ -1,5 +1,8 @@
 // The line and the step strip on the node. Text only ever enters through textContent.
 
+/** On every status box; the nodes that hold one are ours. */
+const CLASS = "adaspa-status";
+
 import { countKinds, stepStrip } from "./status.js";
 
 const COLORS = { dense: "#8b93a1", search: "#e8a33d", sparse: "#35b597" };
@@ -7,7 +10,9 @@ const STYLE = {
   box: "display:flex; flex-direction:column; gap:6px; box-sizing:border-box; width:100%; height:100%; overflow:hidden; padding:4px 2px;",
   strip: "display:flex; gap:1px; height:10px; flex:none; border-radius:3px; overflow:hidden;",
   legend: "display:flex; flex-wrap:wrap; gap:2px 10px; flex:none; font-size:10px; opacity:0.8;",
-  text: "flex:1 1 auto; min-height:0; overflow-y:auto; white-space:pre-line; overflow-wrap:anywhere; font-size:11px; line-height:1.35;",
+  note: "flex:none; font-size:11px; line-height:1.35; opacity:0.7; font-style:italic;",
+  more: "flex:none; align-self:flex-start; padding:1px 6px; font-size:11px; color:inherit; background:transparent; border:1px solid currentColor; border-radius:4px; opacity:0.7; cursor:pointer;",
+  text: "flex:1 1 0; height:0; min-height:44px; overflow-y:auto; white-space:pre-line; overflow-wrap:anywhere; font-size:11px; line-height:1.35;",
 };
 const OPACITY = { past: 0.75, now: 1, ahead: 0.28 };
 
@@ -18,28 +23,70 @@ function part(tag, style, parent) {
   return element;
 }
 
-export function statusView(hint) {
+// Nodes 2.0 brings a "Show advanced inputs" of its own, and dims the value of a disabled choice twice
+const RULES = [
+  `.lg-node .${CLASS} .adaspa-more { display: none; }`,
+  `.lg-node:has(.${CLASS}) button[role="combobox"]:disabled { color: inherit; }`,
+].join("\n");
+
+export function addStyles() {
+  part("style", "", document.head).textContent = RULES;
+}
+
+/**
+ * @param {string} hint - shown as long as there is nothing else to say
+ * @param {null | { label: () => string, press: () => void }} more - a button that folds settings
+ */
+export function statusView(hint, more = null) {
   const element = part("div", `${STYLE.box} color:var(--input-text, #ddd);`);
+  element.className = CLASS;
+  const button = more && part("button", STYLE.more, element);
   const strip = part("div", STYLE.strip, element);
   const legend = part("div", STYLE.legend, element);
+  const remark = part("div", STYLE.note, element);
   const line = part("div", STYLE.text, element);
+  let said = "";
+
+  function label() {
+    if (button) button.textContent = more.label();
+  }
 
   function setText(text) {
+    said = text;
     line.textContent = text || hint;
-    line.style.opacity = text ? "1" : "0.6";
+    fade();
+  }
+
+  function setNote(note) {
+    remark.textContent = note;
+    remark.style.display = note ? "" : "none";
+    fade();
+  }
+
+  // what is not of the settings and the run at hand steps back
+  function fade() {
+    line.style.opacity = said && !remark.textContent ? "1" : "0.6";
   }
 
   function show(status) {
     const steps = stepStrip(status);
-    strip.hidden = legend.hidden = steps.length === 0;
     strip.style.display = legend.style.display = steps.length ? "flex" : "none";
     strip.replaceChildren(...steps.map(segment));
     legend.replaceChildren(...countKinds(status.steps).map(legendEntry));
+    setNote(status.note ?? "");
     setText(status.text);
   }
 
+  if (button) {
+    button.className = "adaspa-more";
+    button.addEventListener("click", () => {
+      more.press();
+      label();
+    });
+  }
+  label();
   show({ steps: [], step: -1, done: false, text: "" });
-  return { element, show, setText, text: () => (line.style.opacity === "1" ? line.textContent : "") };
+  return { element, show, setText, setNote, label, text: () => said };
 }
 
 function segment({ kind, state, label }) {

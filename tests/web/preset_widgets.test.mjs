@@ -1,16 +1,28 @@
 import assert from "node:assert/strict";
 import test from "node:test";
 
-import { applyPreset, chosenPreset, displayText, watchPreset } from "../../web/preset_widgets.js";
+import { applyPreset, beginPreset, chosenPreset, displayText } from "../../web/preset_widgets.js";
 
 const DECIDED = {
   sparsity: 0.8, block_size: "64", warmup: 0.2, search_points: "0.6", head_adaptive: false, tail: "pooled",
   token_order: "similarity",
 };
-const PRESETS = { Fast: { ...DECIDED, sparsity: 0.9 }, Paper: { ...DECIDED, head_adaptive: true, tail: "none" } };
+const PRESETS = {
+  Fast: { ...DECIDED, sparsity: 0.9 },
+  Paper: { ...DECIDED, head_adaptive: true, tail: "none", recall: 0 },
+};
 
 class Declared {
-  static nodeData = { input: { required: { preset: ["COMBO", { presets: PRESETS }] } } };
+  static nodeData = {
+    input: {
+      required: {
+        preset: ["COMBO", { presets: PRESETS }],
+        sparsity: ["FLOAT", {}],
+        head_adaptive: ["BOOLEAN", { replaces: ["recall"] }],
+      },
+      optional: { recall: ["FLOAT", { replaces: ["sparsity", "head_adaptive"] }] },
+    },
+  };
 }
 
 const OWN = {
@@ -18,9 +30,10 @@ const OWN = {
   token_order: "position",
 };
 
-function node(preset, values = OWN) {
-  const named = { preset, ...values, dense_layers: "0", enabled: true };
+function node(preset, values = {}) {
+  const named = { preset, ...OWN, recall: 0, dense_layers: "0", enabled: true, ...values };
   return Object.assign(new Declared(), {
+    properties: {},
     inputs: [{ name: "model", link: 3 }, { name: "preset", widget: { name: "preset" }, link: null }],
     widgets: Object.entries(named).map(([name, value]) => ({ name, value, options: {} })),
   });
@@ -32,8 +45,9 @@ const read = (owner) => Object.fromEntries(Object.keys(OWN).map((name) => [name,
 for (const preset of Object.keys(PRESETS)) {
   test(`${preset} shows its values and locks them`, () => {
     const owner = node(preset);
-    applyPreset(owner);
-    assert.deepEqual(read(owner), PRESETS[preset]);
+    beginPreset(owner);
+    const { recall, ...decided } = PRESETS[preset];
+    assert.deepEqual(read(owner), decided);
     for (const name of Object.keys(OWN)) assert.equal(widget(owner, name).disabled, true);
   });
 }
@@ -48,9 +62,9 @@ test("other widgets are left alone", () => {
 test("Custom and unknown presets keep the user's values and free them", () => {
   for (const preset of ["Custom", "toString", "From a later version"]) {
     const owner = node(preset);
-    applyPreset(owner);
+    beginPreset(owner);
     assert.deepEqual(read(owner), OWN);
-    for (const name of Object.keys(OWN)) assert.equal(widget(owner, name).disabled, false);
+    for (const name of Object.keys(OWN)) assert.ok(!widget(owner, name).disabled);
   }
 });
 
@@ -86,14 +100,57 @@ test("a node with none of the widgets is no trouble", () => {
   applyPreset({ widgets: [] });
 });
 
-test("changes are noticed, and what listened before still runs", () => {
+const pick = (owner, preset) => {
+  widget(owner, "preset").value = preset;
+  applyPreset(owner);
+};
+
+test("Custom begins with the preset's values, and later gets the user's back", () => {
   const owner = node("Fast");
-  const seen = [];
-  owner.onConfigure = (data) => seen.push(`configured ${data}`);
-  widget(owner, "preset").callback = (value) => seen.push(`picked ${value}`);
-  watchPreset(owner, () => seen.push("changed"));
-  widget(owner, "preset").callback("Paper");
-  owner.onConfigure("graph");
-  owner.onConnectionsChange();
-  assert.deepEqual(seen, ["picked Paper", "changed", "configured graph", "changed", "changed"]);
+  beginPreset(owner);
+  pick(owner, "Custom");
+  assert.equal(widget(owner, "sparsity").value, 0.9);
+  widget(owner, "sparsity").value = 0.85;
+  for (const preset of ["Paper", "Fast", "Custom"]) pick(owner, preset);
+  assert.equal(widget(owner, "sparsity").value, 0.85);
+  assert.equal(widget(owner, "head_adaptive").value, false);
+  assert.deepEqual(owner.properties, {});
+});
+
+test("what the user had set is saved with the graph and outlives a load", () => {
+  const owner = node("Custom");
+  beginPreset(owner);
+  pick(owner, "Fast");
+  const loaded = node("Fast", PRESETS.Fast);
+  loaded.properties = structuredClone(owner.properties);
+  beginPreset(loaded);
+  pick(loaded, "Custom");
+  assert.deepEqual(read(loaded), OWN);
+});
+
+test("a preset that decides the recall gives it back", () => {
+  const owner = node("Fast", { recall: 0.95 });
+  beginPreset(owner);
+  pick(owner, "Paper");
+  assert.deepEqual([widget(owner, "recall").value, widget(owner, "recall").disabled], [0, true]);
+  pick(owner, "Fast");
+  assert.deepEqual([widget(owner, "recall").value, widget(owner, "recall").disabled], [0.95, false]);
+});
+
+test("a recall greys what it replaces, and the other way round", () => {
+  const owner = node("Custom", { head_adaptive: false });
+  const disabled = () => ["sparsity", "head_adaptive", "recall"].filter((name) => widget(owner, name).disabled);
+  beginPreset(owner);
+  assert.deepEqual(disabled(), []);
+  widget(owner, "recall").value = 0.9;
+  applyPreset(owner);
+  assert.deepEqual(disabled(), ["sparsity", "head_adaptive"]);
+  Object.assign(widget(owner, "recall"), { value: 0 });
+  Object.assign(widget(owner, "head_adaptive"), { value: true });
+  applyPreset(owner);
+  assert.deepEqual(disabled(), ["recall"]);
+  // an older graph may hold both; either can be switched off
+  widget(owner, "recall").value = 0.9;
+  applyPreset(owner);
+  assert.deepEqual(disabled(), ["sparsity"]);
 });

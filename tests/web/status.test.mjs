@@ -14,7 +14,10 @@ test("a message is read with its node as text", () => {
     first: 0,
     step: 2,
     done: false,
+    settings: null,
   });
+  assert.deepEqual(readStatus({ ...MESSAGE, settings: { preset: "Fast" } }).settings, { preset: "Fast" });
+  assert.equal(readStatus({ ...MESSAGE, settings: "Fast" }).settings, null);
 });
 
 test("a message without a node is ignored", () => {
