@@ -49,7 +49,8 @@ class AdaSpaConfig:
         token_order: what makes a block, with a tail: "similarity" (tokens that are alike, in every
             head for which that errs less than a compact piece of the video) or "position".
         search_gap: steps that lie at least between two searches; a search point that falls nearer
-            to the search before it is left out, and, unless this is 0, one in a run's last step.
+            to the search before it is left out. In a run's last step one takes place only where
+            the pattern is kept for another run and this is 0.
         enabled: False leaves the model as it is.
 
     Raises:

@@ -1,7 +1,12 @@
+import math
+import random
+import re
+from itertools import pairwise
+
 import pytest
 
 from sparse_attn.config import PRESETS, AdaSpaConfig, from_preset
-from sparse_attn.schedule import Schedule, StepKind, plan
+from sparse_attn.schedule import Schedule, StepCounter, StepKind, plan
 
 LETTERS = {"D": StepKind.DENSE, "S": StepKind.SEARCH, "s": StepKind.SPARSE}
 
@@ -24,8 +29,8 @@ def letters(schedule):
     return "".join({kind: letter for letter, kind in LETTERS.items()}[k] for k in schedule.kinds)
 
 
-def planned(sigmas, config, progress_of=lambda sigma: 1 - sigma):
-    return plan(sigmas, progress_of, config)
+def planned(sigmas, config, progress_of=lambda sigma: 1 - sigma, **pattern):
+    return plan(sigmas, progress_of, config, **pattern)
 
 
 PLANS = [
@@ -72,7 +77,10 @@ CONFIGS = [
     ({"warmup": 0.2, "search_points": (0.4, 0.7), "search_gap": 3}, 10, "DDSssssSss"),
     ({"warmup": 0.2, "search_points": (0.4, 0.7)}, 10, "DDSsSssSss"),
     ({"warmup": 0.99}, 10, 10 * "D"),  # rounds to all steps
-    ({"warmup": 0.0}, 1, "S"),
+    ({"warmup": 0.0}, 1, "D"),  # nothing follows that could use a search
+    ({"warmup": 0.7}, 10, 7 * "D" + "Sss"),
+    ({"warmup": 0.9}, 10, 10 * "D"),
+    ({"warmup": 0.2, "search_points": (0.9,)}, 10, "DDSsssssss"),
 ]
 
 
@@ -98,7 +106,7 @@ def test_two_halves_make_the_whole():
 @pytest.mark.parametrize("preset", ["Quality", "Balanced", "Fast"])
 def test_a_second_search_is_some_steps_away_and_more_than_the_last(preset):
     searched = set()
-    for steps in range(1, 60):
+    for steps in range(2, 60):
         kinds = letters(planned(linear(steps), PRESETS[preset]))
         first, *again = (i for i, kind in enumerate(kinds) if kind == "S")
         searched.add(len(again))
@@ -125,8 +133,10 @@ def test_a_second_sampler_does_not_search_twice_in_a_row():
 def test_a_first_sampler_does_not_search_in_its_last_step():
     first = planned(linear(20)[:11], PRESETS["Balanced"])
     assert letters(first) == "DDS" + 7 * "s"
-    asked = {"warmup": 0.1, "search_points": (0.45,)}
-    assert letters(planned(linear(20)[:11], AdaSpaConfig(**asked))) == "DDS" + 6 * "s" + "S"
+    asked = AdaSpaConfig(warmup=0.1, search_points=(0.45,))
+    assert letters(planned(linear(20)[:11], asked)) == "DDS" + 7 * "s"
+    kept = planned(linear(20)[:11], asked, keeps_pattern=True)
+    assert letters(kept) == "DDS" + 6 * "s" + "S"
 
 
 def test_a_slice_inside_the_warm_up_is_dense():
@@ -158,45 +168,234 @@ def test_zero_steps_plan_nothing(sigmas):
     assert schedule.kinds == () and schedule.describe() == "no steps"
 
 
-@pytest.mark.parametrize("space", [linear, shifted])
-@pytest.mark.parametrize("steps", [1, 4, 20, 50, 200])
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("pattern", ["keeps_pattern", "begins_with_pattern", None])
+def test_a_search_in_the_last_step_needs_someone_to_use_it(preset, pattern):
+    """Slices of one step and more, such as samplers that run step by step."""
+    for steps in (1, 2, 5, 20):
+        for first in range(steps):
+            for last in range(first + 1, steps + 1):
+                more = {pattern: True} if pattern else {}
+                made = planned(linear(steps)[first : last + 1], PRESETS[preset], **more)
+                kinds = letters(made)
+                alone = set(kinds[:-1]) <= {"D"}
+                if pattern is None or not alone:
+                    assert kinds[-1] != "S" or pattern == "keeps_pattern", (steps, first, last)
+                if pattern and alone:
+                    # what another run has found is taken in its place
+                    warm = PRESETS[preset].warmup * steps > last - 0.5 or (steps > 4 and last == 1)
+                    assert kinds[-1] == ("D" if warm else "S"), (steps, first, last)
+                assert made.may_search(last - first - 1) == (pattern == "keeps_pattern")
+                assert all(made.may_search(step) for step in range(last - first - 1))
+
+
+# ---- lists of any kind
+
+
+def rising(steps):
+    """As FlipSigmas makes them for a run that adds noise; the node lifts the first from 0."""
+    return [1e-4, *linear(steps)[::-1][1:]]
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("steps", [1, 2, 4, 8, 20, 50])
+def test_rising_sigmas_are_planned_from_their_beginning(preset, steps):
+    config = PRESETS[preset]
+    upward = planned(rising(steps), config)
+    assert letters(upward) == letters(planned(linear(steps), config))
+    assert (upward.first_step, upward.total_steps) == (0, steps)
+    # its second half goes on where the first stopped
+    half = planned(rising(steps)[steps // 2 :], config)
+    assert (half.first_step, half.total_steps) == (steps // 2, steps)
+
+
+RESTART = [1.0, 0.8, 0.6, 0.3, 0.8, 0.5, 0.2, 0.0]
+LISTS = {
+    "restart": RESTART,
+    "two phases": rising(10) + linear(10)[1:],
+    "restart of a slice": [0.5, 0.2, 0.5, 0.2, 0.0],
+    "equal": [0.7] * 9,
+    "repeated": [1.0, 0.8, 0.8, 0.8, 0.5, 0.5, 0.0],
+    "repeated at the ends": [1.0, 1.0, 0.5, 0.0, 0.0],
+    "many": linear(3000),
+    "many rising": rising(1500),
+    "many of a slice": linear(4000)[1000:3200],
+    "many, close": [1 - i * 1e-7 for i in range(5000)],
+    "not finite": [math.inf, 1.0, math.nan, 0.0],
+    "below zero": [1.0, 0.0, -1.0],
+}
+
+
+@pytest.mark.parametrize("name", LISTS)
+@pytest.mark.parametrize("preset", PRESETS)
+def test_any_list_is_planned_step_by_step(name, preset):
+    sigmas = LISTS[name]
+    made = planned(sigmas, PRESETS[preset], lambda sigma: min(max(1 - sigma, 0.0), 1.0))
+    steps = len(sigmas) - 1
+    assert len(made.kinds) == steps <= made.total_steps <= max(steps, 1000)
+    assert 0 <= made.first_step <= made.total_steps - steps
+    assert not re.search(r"-\d+-|s -", made.describe())
+    kinds = letters(made)
+    assert kinds.lstrip("D")[:1] in ("S", "") and "D" not in kinds.lstrip("D")
+
+
+def test_a_list_that_turns_counts_its_own_steps():
+    for name in ("restart", "two phases", "restart of a slice"):
+        sigmas = LISTS[name]
+        made = planned(sigmas, PRESETS["Balanced"])
+        assert (made.first_step, made.total_steps) == (0, len(sigmas) - 1)
+        assert letters(made) == letters(planned(linear(len(sigmas) - 1), PRESETS["Balanced"]))
+
+
+def test_more_than_a_thousand_steps_keep_their_numbers():
+    made = planned(linear(1620), PRESETS["Balanced"])
+    assert (
+        made.describe()
+        == "steps 0-193 dense, 194 search, 195-728 sparse, 729 search, 730-1619 sparse"
+    )
+
+
+# ---- which step an evaluation belongs to
+
+
+def evaluate(sigmas, calls):
+    """Steps of a sampler's evaluations; None among them is where it calls back."""
+    counter, found = StepCounter(sigmas), []
+    for sigma in calls:
+        found += [counter.spoken()] if sigma is None else [counter.of(sigma)]
+    return [step for step in found if step is not None]
+
+
+def euler(sigmas, speaks=True):
+    return [x for sigma in sigmas[:-1] for x in ((sigma, None) if speaks else (sigma,))]
+
+
+@pytest.mark.parametrize("space", [linear, shifted, rising])
+@pytest.mark.parametrize("steps", [1, 4, 20, 50, 200, 3000])
 def test_a_sigma_finds_its_step(space, steps):
     sigmas = space(steps)
-    schedule = planned(sigmas, PRESETS["Balanced"])
-    for step, sigma in enumerate(sigmas[:-1]):
-        assert schedule.step_of(sigma) == step
+    for shift in (0, 6e-8, -6e-8):
         # a sigma that went through float32, either way
-        assert schedule.step_of(sigma * (1 + 6e-8)) == step
-        assert schedule.step_of(sigma * (1 - 6e-8)) == step
+        calls = [sigma and sigma * (1 + shift) for sigma in euler(sigmas)]
+        assert evaluate(sigmas, calls) == list(range(steps))
+
+
+@pytest.mark.parametrize("name", [n for n in LISTS if n not in ("not finite", "equal")])
+@pytest.mark.parametrize("speaks", [True, False], ids=["calls back", "silent"])
+def test_every_step_of_any_list_is_found(name, speaks):
+    sigmas = LISTS[name]
+    found = evaluate(sigmas, euler(sigmas, speaks))
+    expected = list(range(len(sigmas) - 1))
+    if not speaks:
+        # of steps of no length only the first is seen
+        expected = [sigmas.index(sigma) if "repeated" in name else i
+                    for i, sigma in enumerate(sigmas[:-1])]  # fmt: skip
+    assert found == expected
+
+
+def test_steps_at_one_sigma_are_told_apart_where_the_sampler_calls_back():
+    assert evaluate([0.7] * 9, euler([0.7] * 9)) == list(range(8))
+    assert evaluate([0.7] * 9, euler([0.7] * 9, speaks=False)) == 8 * [0]
+
+
+def test_two_conditionings_at_one_sigma_are_one_step():
+    sigmas = linear(3)
+    calls = [x for sigma in sigmas[:-1] for x in (sigma, sigma, None)]
+    assert evaluate(sigmas, calls) == [0, 0, 1, 1, 2, 2]
+
+
+def heun(sigmas):
+    """Each step evaluates at its own sigma and at the next; the last one only at its own."""
+    calls = []
+    for sigma, following in pairwise(sigmas):
+        calls += [sigma, None, *([following] if following else [])]
+    return calls
 
 
 def test_heun_counts_by_sigma_not_by_calls():
     sigmas = linear(4)
-    schedule = planned(sigmas, PRESETS["Balanced"])
-    # each step evaluates at its own sigma and at the next; the last one only at its own
-    calls = [s for i in range(4) for s in sigmas[i : i + 2] if s > 0]
-    assert [schedule.step_of(s) for s in calls] == [0, 1, 1, 2, 2, 3, 3]
+    assert evaluate(sigmas, heun(sigmas)) == [0, 1, 1, 2, 2, 3, 3]
+    silent = [sigma for sigma in heun(sigmas) if sigma is not None]
+    assert evaluate(sigmas, silent) == [0, 1, 1, 2, 2, 3, 3]
+
+
+def test_heun_follows_a_restart():
+    assert evaluate(RESTART, heun(RESTART)) == [0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6]
+
+
+def heunpp2(sigmas):
+    """Each step but the last two looks two sigmas ahead."""
+    calls, steps = [], len(sigmas) - 1
+    for step in range(steps):
+        ahead = sigmas[step + 1 : step + 3 if step < steps - 2 else step + 2]
+        calls += [sigmas[step], None, *(sigma for sigma in ahead if sigma)]
+    return calls
+
+
+@pytest.mark.parametrize("sigmas", [linear(5), shifted(5), RESTART], ids=["falls", "", "restart"])
+def test_a_look_two_sigmas_ahead_belongs_to_the_next_step(sigmas):
+    found, present = evaluate(sigmas, heunpp2(sigmas)), []
+    # step 0: at 0, 1 and 2; step 1: at 1, 2 and 3
+    assert found[:6] == [0, 1, 1, 1, 2, 2]
+    assert found == sorted(found) and set(found) == set(range(len(sigmas) - 1))
+    for call in heunpp2(sigmas):
+        if call is not None:
+            present.append(found[len(present)])
+    assert len(present) == len(found)
+
+
+def test_a_sampler_that_calls_back_only_once_goes_on():
+    sigmas = linear(6)
+    calls = [sigmas[0], None, *sigmas[1:-1]]
+    assert evaluate(sigmas, calls)[-3:] == [3, 4, 5]
 
 
 def test_dpm_2_midpoints_belong_to_the_step_they_are_in():
-    sigmas = shifted(8)
-    schedule = planned(sigmas, PRESETS["Balanced"])
-    for step in range(7):
-        middle = (sigmas[step] * sigmas[step + 1]) ** 0.5
-        assert schedule.step_of(middle) == step
-    assert schedule.step_of(sigmas[7] / 100) == 7
+    for sigmas in (shifted(8), RESTART, rising(8)):
+        calls, expected = [], []
+        for step, (begin, end) in enumerate(pairwise(sigmas)):
+            calls += [begin, None, (begin * max(end, begin / 100)) ** 0.5]
+            expected += [step, step]
+        assert evaluate(sigmas, calls) == expected
+
+
+def test_a_sampler_that_goes_back_is_followed_there():
+    sigmas = linear(5)
+    back = [sigmas[0], sigmas[1], sigmas[2], sigmas[1], sigmas[2], sigmas[3], sigmas[4]]
+    assert evaluate(sigmas, back) == [0, 1, 2, 1, 2, 3, 4]
 
 
 def test_sigmas_outside_the_run_go_to_its_ends():
-    schedule = planned(linear(8)[2:6], PRESETS["Balanced"])
-    assert schedule.step_of(1.0) == 0 and schedule.step_of(0.0) == 2
+    sigmas = linear(8)[2:6]
+    assert evaluate(sigmas, [1.0, 0.0]) == [0, 2]
+    assert evaluate(sigmas[::-1], [0.0, 1.0]) == [0, 2]
+    assert evaluate(sigmas, [sigmas[1], math.nan, sigmas[2]]) == [1, 1, 2]
 
 
 def test_ancestral_sigmas_of_an_epsilon_model_find_their_steps():
     # 14.6 to 0.03 in equal ratios, as Karras-like schedules are
     sigmas = [14.6 * (0.03 / 14.6) ** (i / 19) for i in range(20)] + [0.0]
-    schedule = planned(sigmas, PRESETS["Balanced"], lambda sigma: 1 - sigma / 14.6)
-    assert [schedule.step_of(s) for s in sigmas[:-1]] == list(range(20))
+    assert evaluate(sigmas, sigmas[:-1]) == list(range(20))
+
+
+@pytest.mark.parametrize("seed", range(50))
+def test_whatever_the_list_and_the_sampler_a_step_is_found(seed):
+    """Random lists and evaluations: always a step of the run, and the one whose interval holds it."""
+    draw = random.Random(seed)
+    sigmas = [draw.choice([draw.random(), 0.5, 0.0]) for _ in range(draw.randint(2, 12))]
+    counter = StepCounter(sigmas)
+    for _ in range(100):
+        if draw.random() < 0.3:
+            counter.spoken()
+        sigma = draw.choice([draw.uniform(-0.2, 1.2), draw.choice(sigmas)])
+        step = counter.of(sigma)
+        assert 0 <= step < len(sigmas) - 1
+        # a look ahead belongs to the step before it
+        near, within = (
+            [min(a, b) - more <= sigma <= max(a, b) + more for a, b in pairwise(sigmas)]
+            for more in (1e-3, 0)
+        )
+        assert any(near[step : step + 2]) or not any(within)
 
 
 def made(kinds, first=0):

@@ -64,12 +64,22 @@ def latent_sum(latent) -> float | None:
 def _outer_sample(handle: RunHandle, node_id):
     """One sampler run: its state is born here and freed here, also on error or interrupt."""
 
-    def wrapper(executor, noise, latent_image, sampler, sigmas, *args, **kwargs):
+    def wrapper(
+        executor, noise, latent_image, sampler, sigmas, denoise_mask=None, callback=None, *args, **kwargs
+    ):  # fmt: skip
         patcher = executor.class_obj.model_patcher
         run = handle.current = _begin(handle, patcher, sigmas)
         handle.runs.append(run.statistics)
+
+        def spoken(*said, **more):
+            run.steps.spoken()
+            if callback is not None:
+                callback(*said, **more)
+
         try:
-            out = executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
+            out = executor(
+                noise, latent_image, sampler, sigmas, denoise_mask, spoken, *args, **kwargs
+            )
         except BaseException:
             run.stop()
             line = run.statistics.summary()
@@ -91,7 +101,14 @@ def _outer_sample(handle: RunHandle, node_id):
 
 def _begin(handle: RunHandle, patcher, sigmas) -> RunState:
     sampling = patcher.get_model_object("model_sampling")
-    schedule = plan(sigmas.tolist(), lambda sigma: progress_of(sampling, sigma), handle.config)
+    carried = pattern_requests.pattern_to_begin(patcher, handle)
+    schedule = plan(
+        sigmas.tolist(),
+        lambda sigma: progress_of(sampling, sigma),
+        handle.config,
+        keeps_pattern=pattern_requests.is_kept(patcher, handle),
+        begins_with_pattern=carried is not None,
+    )
     device = patcher.load_device
     on_gpu = device.type == "cuda"
     run = RunState(
@@ -101,7 +118,7 @@ def _begin(handle: RunHandle, patcher, sigmas) -> RunState:
         # ComfyUI 0.35 and later record allocations per block; ours outlive it
         getattr(comfy.model_prefetch, "pause_malloc_graph", None) or RunState.NO_CONTEXT,
         comfy.model_management.get_free_memory(device) if on_gpu else None,
-        pattern_requests.pattern_to_begin(patcher, handle),
+        carried,
     )
     run.statistics.part = handle.part
     # the new run's takes its place
@@ -126,7 +143,7 @@ def _apply_model(handle: RunHandle, node_id):
             # which step it is lies on the device, and to read it would break the capture
             options[CONTEXT] = Declined(run, max(run.step, 0), previous, CAPTURED)
             return executor(x, t, c_concat, c_crossattn, control, options, **inputs)
-        step = run.schedule.step_of(float(t.flatten()[0]))
+        step = run.steps.of(float(t.flatten()[0]))
         first = run.step < 0
         line = status.progress_line(run.statistics, step) if run.enter_step(step) else ""
         model = executor.class_obj.diffusion_model

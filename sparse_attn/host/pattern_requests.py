@@ -80,6 +80,11 @@ def pattern_to_begin(patcher, handle: RunHandle) -> CarriedPattern | None:
     return patcher.get_attachment(BEGIN) or handle.carried()
 
 
+def is_kept(patcher, handle: RunHandle) -> bool:
+    """Whether the pattern of a run that begins may outlive it."""
+    return handle.keeps_pattern or patcher.get_attachment(SAVE) is not None
+
+
 def end(run, patcher, handle: RunHandle) -> None:
     """End a run, and keep and save its pattern where that was asked for. Raises nothing."""
     request = patcher.get_attachment(SAVE)

@@ -19,7 +19,7 @@ from ..method.sparse_step import sparse_step
 from ..orders.position import rods
 from ..patterns.pattern import CarriedPattern
 from ..patterns.reuse import SAMPLED_ROWS, fitting_mask
-from ..schedule import Schedule, StepKind
+from ..schedule import Schedule, StepCounter, StepKind
 from .cache import Cache
 from .dense import Dense, DenseChoice
 from .estimate import Estimate, Workload, estimate
@@ -34,6 +34,7 @@ NOT_A_NUMBER = "NaN or infinity in q, k or v"
 OUT_OF_MEMORY = "out of memory while searching"
 SPARSE_OUT_OF_MEMORY = "out of memory in a sparse step"
 REUSE_OUT_OF_MEMORY = "out of memory while measuring the recall"
+LAST_STEP = "the run's last step, after which no pattern is of use"
 
 
 class RunState:
@@ -84,6 +85,7 @@ class RunState:
         self.estimates: dict[int, Estimate] = {}
         self._reserved: set[int] = set()
         self._orders: dict[tuple, torch.Tensor] = {}
+        self.steps = StepCounter(schedule.sigmas)
         self.step = -1
         self._step_began = 0.0
         self._lock = threading.Lock()
@@ -129,10 +131,13 @@ class RunState:
             return out
         if layer.pattern is None and self.carried is not None:
             self._reuse_pattern(call, layer, self.carried)
-        pattern = layer.pattern
+        pattern, may_search = layer.pattern, self.schedule.may_search(call.step)
         if pattern is None:
+            if not may_search:
+                self.statistics.kept_dense[LAST_STEP] += 1
+                return self.dense.by_host(call)
             return self._search(call, layer)
-        if pattern.searched_at < self.schedule.search_due(call.step):
+        if may_search and pattern.searched_at < self.schedule.search_due(call.step):
             if layer.lse is not None:
                 self._search_again(call, layer)
             elif pattern.carried or self.config.recall:
