@@ -60,12 +60,13 @@ def test_heads_may_share_an_order(permute, device):
         assert torch.equal(permute(q, k, v, whole).k, reference.in_order(k, whole))
 
 
+@pytest.mark.parametrize("value", [-2.0, 1.5])
 @PERMUTE
-def test_a_block_with_a_biased_key_has_no_mean(permute, device):
+def test_a_block_with_a_biased_key_has_no_mean(permute, value, device):
     q, k, v, order = made(CASES[1], device)
     order = order[:, :1].expand_as(order)
     key_bias = torch.zeros(2, 300, device=device)
-    key_bias[1, 21] = -2.0
+    key_bias[1, 21] = value
     found = permute(q, k, v, order, key_bias)
     assert torch.equal(found.key_bias, reference.permute(q, k, v, order, key_bias).key_bias)
     block = int((order[1, 0] == 21).nonzero()) // 64

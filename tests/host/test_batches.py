@@ -146,6 +146,33 @@ def test_extra_pass_at_the_same_sigma_is_not_a_new_step(load):
     assert calls(handle) == {"dense": 6, "search": 4, "sparse": 14}
 
 
+@pytest.mark.parametrize(
+    "videos, frames", [(1, 3), (2, 2)], ids=["one video of two", "two frames of three"]
+)
+def test_calls_for_a_part_have_masks_of_their_own(load, videos, frames):
+    """As nodes make that call the model once more, with fewer videos or a piece of them."""
+
+    def also_a_part(apply, args):
+        x, sigma, inputs = args["input"], args["timestep"], args["c"]
+        part = {**inputs, "c_crossattn": inputs["c_crossattn"][:videos]}
+        apply(x[:videos, :, :frames], sigma[:videos], **part)
+        return apply(x, sigma, **inputs)
+
+    def run(wrapped):
+        model, handle = sparse(load("wan_h64"))
+        if wrapped:
+            model = model.clone()
+            model.set_model_unet_function_wrapper(also_a_part)
+        return sample(model, (2, *VIDEO[1:]), cfg=1.0), handle
+
+    expected, _ = run(False)
+    out, handle = run(True)
+    assert_same_video(out, expected)
+    # two layers of two videos, and once more for the part
+    searches = 2 * (2 + videos)
+    assert calls(handle) == {"search": searches, "sparse": 3 * searches}
+
+
 # ---- context windows
 
 LONG = (1, 16, 9, 16, 24)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from sparse_attn.host.model_call import HostCall
 from sparse_attn.host.override import attention_override
 from tests.host.host_fixtures import assert_same_video, calls, kept_dense, sample, sparse
 
@@ -207,3 +208,19 @@ def test_compiled_model_gives_the_same_video_and_step_kinds(load, order):
     assert calls(handle) == calls(plain_handle) == {"dense": 2, "search": 2, "sparse": 4}
     assert_same_video(out, expected)
     assert set(handle.latest().patterns) == {(0, "positive"), (1, "positive")}
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 8), (2, 1, 8), (1, 2, 8, 8), (2, 2, 8, 8), (8, 8)])
+def test_the_host_serves_rows_with_the_mask_of_those_rows(shape):
+    """A mask of one row is for all of them."""
+    seen = []
+
+    def attention(q, k, v, heads, *, mask, **options):
+        seen.append(mask)
+        return q
+
+    q, mask = torch.randn(2, 8, 16), torch.randn(shape)
+    host = HostCall(attention, q, q, q, 2, mask, False, False, {})
+    assert torch.equal(host.dense(rows=slice(1, 2)), host.in_heads()[0][1:])
+    own = mask[1:] if len(shape) > 2 and shape[0] == 2 else mask
+    assert seen[0].shape == own.shape and torch.equal(seen[0], own)

@@ -37,6 +37,44 @@ def search(config, call, backend=TORCH):
     return found, seen
 
 
+def test_one_pass_takes_the_earlier_lse_in_the_order_of_its_rows():
+    """As the kernels search, which know an earlier LSE in the order of the tokens."""
+
+    def attention_with_masses(q, k, v, *, previous_lse, scale, key_bias, **blocks):
+        masses = TORCH.block_masses(q, k, previous_lse, scale=scale, key_bias=key_bias, **blocks)
+        return *TORCH.attention(q, k, v, scale=scale, key_bias=key_bias), masses
+
+    backend = replace(TORCH, one_pass_search=True, attention_with_masses=attention_with_masses)
+    call = a_call()
+    # rows whose LSE differ; else masses would hardly tell whose they got
+    call = replace(call, q=call.q * torch.linspace(0, 4, LAYOUT.tokens)[:, None])
+    qkv = [x.double() for x in (call.q, call.k, call.v)]
+    _, lse = reference.attention(*qkv, scale=SCALE)
+    with measured(fused_online_search) as seen:
+        found = fused_online_search.fused_online_search(
+            backend, call, AdaSpaConfig(token_order="position"), lse.float(), dense
+        )
+    order = found.order.long()
+    q, k, _ = (in_order(x, order) for x in qkv)
+    exact = reference.block_masses(
+        q, k, lse.gather(-1, order), block_q=64, block_k=64, scale=SCALE
+    )  # fmt: skip
+    assert_within("masses", seen.masses, exact, 1e-3)
+    assert not found.exact
+
+
+def test_rows_whose_kept_lse_leaves_them_no_mass_stay_finite():
+    call, config = a_call(), AdaSpaConfig(token_order="position")
+    found, _ = search(config, call)
+    stale = found.lse.clone()
+    # the first block of rows: exp(score - 500) is 0 in float32
+    stale[..., found.order[0, 0, :64].long()] = 500.0
+    later, seen = search_again(config, call, stale)
+    assert not seen.masses[:, :, 0].any() and seen.masses[:, :, 1:].all()
+    assert seen.masses.isfinite().all() and seen.scores.isfinite().all()
+    assert later.recall.isfinite().all()
+
+
 def search_again(config, call, lse, backend=TORCH):
     """The same of a search with a kept LSE."""
     with measured(lse_cached_search) as seen:

@@ -7,6 +7,8 @@ from sparse_attn.run.readback import Readback
 from sparse_attn.run.state import NOT_A_NUMBER
 from tests.run.fakes import Run, call_of, tensors
 
+NAN = float("nan")
+
 
 @pytest.fixture
 def read_later(monkeypatch):
@@ -19,12 +21,14 @@ def read_later(monkeypatch):
     monkeypatch.setattr("sparse_attn.run.state.RunState._checked", checked)
 
 
-@pytest.mark.parametrize("place", range(3), ids="qkv")
+@pytest.mark.parametrize(
+    "place, bad", [(0, NAN), (1, NAN), (2, NAN), (2, float("inf"))], ids=["q", "k", "v", "v inf"]
+)
 def test_a_layer_that_met_nan_runs_dense_after_the_step_and_its_mask_does_not_count(
-    read_later, place
+    read_later, place, bad
 ):
     run, broken = Run("Sss", first=7), tensors()
-    broken[place][0, 1, 100, 3] = float("nan")
+    broken[place][0, 1, 100, 3] = bad
     run.attend(0, broken)
     run.attend(0, key="other", layer=1)
     run.state.end_step()

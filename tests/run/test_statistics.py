@@ -39,6 +39,24 @@ def test_density_and_recall_are_means_over_layers_and_heads():
     assert empty.density() is None and empty.recall() is None
 
 
+@pytest.mark.parametrize(
+    "exact, carried, label",
+    [
+        ((True, True), (False, False), ""),
+        ((False, True), (False, False), "estimated"),
+        ((False, False), (True, True), "sampled"),
+        # the mean is over both
+        ((False, False), (True, False), "estimated"),
+    ],
+)
+def test_the_recall_shown_is_as_sure_as_its_least_sure_layer(exact, carried, label):
+    statistics = a_run()
+    for layer in (0, 1):
+        found = statistics.patterns[layer, "positive"]
+        found.exact, found.carried = exact[layer], carried[layer]
+    assert statistics.patterns.recall_label() == label
+
+
 def test_saved_is_measured_against_the_runs_own_dense_calls():
     timing = a_run().timing
     assert timing.spent() == pytest.approx(20 + 11 + 51)

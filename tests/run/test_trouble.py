@@ -12,19 +12,24 @@ from sparse_attn.run import state as run_state
 from sparse_attn.run.state import NOT_A_NUMBER, OUT_OF_MEMORY
 from tests.run.fakes import Backend, Run, call_of, dense, host_attention, no_memory, tensors
 
+NAN = float("nan")
 
-@pytest.mark.parametrize("place", range(3), ids="qkv")
+
+@pytest.mark.parametrize(
+    "place, bad", [(0, NAN), (1, NAN), (2, NAN), (2, float("inf"))], ids=["q", "k", "v", "v inf"]
+)
 @pytest.mark.parametrize("step", [0, 1], ids=["search", "sparse"])
-def test_nan_gives_the_dense_result_and_is_reported(step, place):
+def test_nan_gives_the_dense_result_and_is_reported(step, place, bad):
     run = Run("Sss", first=7)
     if step:
         run.attend(0)
     broken = tensors()
-    broken[place][0, 1, 100, 3] = float("nan")
+    broken[place][0, 1, 100, 3] = bad
     out, did = run.attend(step, broken)
     assert did[-1] == "host"
     expected = host_attention(*broken)
     assert torch.equal(out.isnan(), expected.isnan())
+    assert torch.equal(out.isinf(), expected.isinf())
     # the layer stays dense, another one does not
     assert run.attend(2)[1] == ["host"]
     assert run.attend(2, key="other")[1] == ["dense", "masses"]
