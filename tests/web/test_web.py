@@ -13,9 +13,11 @@ WEB = Path(__file__).resolve().parents[2] / "web"
 NODES = ("AdaSpaAttention", "AdaSpaReport")
 
 
-def rows(path, name):
-    """Rows of a table of presets in a page."""
-    return re.findall(rf"^\| \**{name}\** \|(.*)$", path.read_text(encoding="utf-8"), re.M)
+def about(page, name):
+    """What a page says of a preset: a row of the README's table, or an entry of the help's list."""
+    text = (WEB.parent / page).read_text(encoding="utf-8")
+    (found,) = re.findall(rf"^(?:\| {name} \||- \*\*{name}\*\* )(.*)$", text, re.M)
+    return found
 
 
 def test_one_file_registers_and_the_others_only_export():
@@ -86,7 +88,7 @@ def test_help_explains_every_setting(settings):
 @pytest.mark.parametrize("page", ["web/docs/AdaSpaAttention.md", "README.md"])
 @pytest.mark.parametrize("name", PRESETS)
 def test_pages_give_the_numbers_of_the_presets(page, name):
-    config, (row,) = PRESETS[name], rows(WEB.parent / page, name)
+    config, row = PRESETS[name], about(page, name)
     for share in (config.sparsity, config.warmup):
         assert f"{share:.0%}".replace("%", " %") in row
 
@@ -100,19 +102,32 @@ def test_pages_give_the_search_points_of_the_presets():
     assert points["Balanced"] == points["Fast"] == (float(found[1]),)
     assert points["Quality"] == (float(found[2]),)
     for name, (point,) in points.items():
-        assert f"{point:.0%}".replace("%", " %") in rows(WEB.parent / "README.md", name)[0]
+        assert f"{point:.0%}".replace("%", " %") in about("README.md", name)
+
+
+def test_help_begins_with_what_to_do():
+    text = (WEB / "docs" / "AdaSpaAttention.md").read_text(encoding="utf-8")
+    assert re.findall("^## (.*)$", text, re.M)[0] == "Start here"
+
+
+def test_help_has_no_tables():
+    """The side panel is narrow and cuts their last columns off."""
+    for path in sorted((WEB / "docs").rglob("*.md")):
+        assert not re.search(r"^\|", path.read_text(encoding="utf-8"), re.M), path.name
 
 
 def test_help_counts_tokens_as_its_formulas_do():
     text = (WEB / "docs" / "AdaSpaAttention.md").read_text(encoding="utf-8")
-    rows = re.findall(r"^\| (.*) \| width / (\d+) × height / (\d+) \| (.*) \| (.*) \|$", text, re.M)
+    entry = re.compile(
+        r"^- \*\*(.*)\*\*: width / (\d+) × height / (\d+) × (half of )?\((.*)\)\. (.*)\.$", re.M
+    )
+    rows = entry.findall(text)
     assert len(rows) == 8
-    for name, across, down, frames, examples in rows:
+    for name, across, down, half, frames, examples in rows:
         width, height, length = map(int, re.findall(r"(\d+) × (\d+), (\d+) frames", examples)[0])
         tokens = width // int(across) * (height // int(down))
-        half = frames.startswith("half of ")
-        formula = frames.removeprefix("half of ").replace("/", "//").replace("−", "-")
-        latents = eval(formula.replace("×", "*"), {"frames": length})
+        formula = frames.replace("/", "//").replace("−", "-").replace("×", "*")
+        latents = eval(formula, {"frames": length})
         tokens *= -(-latents // 2) if half else latents
         assert f"frames: {tokens:,}" in examples, name
     names = " ".join(row[0] for row in rows)
