@@ -41,9 +41,9 @@ def test_tokens_in_their_order_and_the_means_of_their_blocks(permute, case, devi
         assert_within("means", means, truth, truth.abs().max().item() * 2**-7)
     assert_within("sizes", found.pooled.log_sizes, exact.log_sizes, 1e-6)
     assert found.pooled.log_sizes.dtype == torch.float32
-    assert torch.equal(
-        block_sizes(case[2]).log().double(), found.pooled.log_sizes[0].cpu().double()
-    )
+    # a float32 logarithm of at most 64 is off by a unit of its last place, 2^-21, whoever takes it
+    sizes = block_sizes(case[2]).double().log()
+    assert_within("sizes", found.pooled.log_sizes[0].cpu(), sizes, 2**-21)
 
 
 @PERMUTE
