@@ -33,7 +33,7 @@ class Call:
         low_precision: whether the host lets this call run in low precision.
         layer: number of the layer, from 0.
         role: which conditioning, for people: "positive" or "negative".
-        key: names the layer within the run: device, conditioning, context window, block.
+        key: names the layer within the run: device, conditioning, part of the video, block.
         name: names the layer in every run; None where its mask means nothing to another run.
         by_position: [L] int32, the order of the tokens by their place in the video, as
             `orders.position` has it; None where nothing stands for skipped blocks.

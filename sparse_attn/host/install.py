@@ -16,6 +16,7 @@ from . import pattern_requests, status
 from .families import family_of
 from .model_call import CAPTURED, CONTEXT, Declined, ModelCall, captured
 from .override import attention_override
+from .sampling import SAMPLING, WRAPPED, Sampling
 from .sigmas import progress_of
 
 KEY = "adaspa"
@@ -39,7 +40,7 @@ def install(
     wrappers = comfy.patcher_extension.WrappersMP
     for kind, wrapper in (
         (wrappers.OUTER_SAMPLE, _outer_sample(handle, node_id)),
-        (wrappers.APPLY_MODEL, _apply_model(handle, node_id)),
+        (wrappers.APPLY_MODEL, _apply_model(node_id)),
     ):
         patched.remove_wrappers_with_key(kind, KEY)
         if config.enabled:
@@ -68,8 +69,9 @@ def _outer_sample(handle: RunHandle, node_id):
         executor, noise, latent_image, sampler, sigmas, denoise_mask=None, callback=None, *args, **kwargs
     ):  # fmt: skip
         patcher = executor.class_obj.model_patcher
-        run = handle.current = _begin(handle, patcher, sigmas)
+        run = _begin(handle, patcher, sigmas)
         handle.runs.append(run.statistics)
+        sampling = Sampling(run, tuple(noise.shape), executor.class_obj)
 
         def spoken(*said, **more):
             run.steps.spoken()
@@ -77,6 +79,7 @@ def _outer_sample(handle: RunHandle, node_id):
                 callback(*said, **more)
 
         try:
+            sampling.enter()
             out = executor(
                 noise, latent_image, sampler, sigmas, denoise_mask, spoken, *args, **kwargs
             )
@@ -94,7 +97,7 @@ def _outer_sample(handle: RunHandle, node_id):
             status.send(node_id, run.statistics, "\n".join(run.statistics.lines()), last, True)
             return out
         finally:
-            handle.current = None
+            sampling.leave()
 
     return wrapper
 
@@ -126,16 +129,17 @@ def _begin(handle: RunHandle, patcher, sigmas) -> RunState:
     return run
 
 
-def _apply_model(handle: RunHandle, node_id):
+def _apply_model(node_id):
     """One call of the diffusion model: put our override on top and give it its context."""
 
     def wrapper(executor, x, t, c_concat=None, c_crossattn=None, control=None,
                 transformer_options=None, **inputs):  # fmt: skip
-        run = handle.current
-        if run is None or not run.schedule.kinds:
-            return executor(x, t, c_concat, c_crossattn, control, transformer_options, **inputs)
         # the run's dictionary is shared by its steps; ours lives for this call
         options = dict(transformer_options or {})
+        sampling = options.get(SAMPLING)
+        if sampling is None or not sampling.run.schedule.kinds:
+            return executor(x, t, c_concat, c_crossattn, control, transformer_options, **inputs)
+        run = sampling.run
         previous = options.get(OVERRIDE)
         previous = None if previous is attention_override else previous
         options[OVERRIDE] = attention_override
@@ -155,11 +159,16 @@ def _apply_model(handle: RunHandle, node_id):
         if family is not None:
             run.statistics.model = family.name
             layout, reason = _layout(family, model, x, known)
+        place, unplaced = sampling.place_of(x, options)
+        options.pop(WRAPPED, None)
         if family is None or layout is None:
             call = Declined(run, step, previous, reason)
         else:
             announce = _announcer(run, layout, node_id) if first else None
-            call = ModelCall(run, step, previous, model, family, layout, announce)
+            call = ModelCall(
+                run, step, previous, model, family, layout, sampling.callers(family, model),
+                place, unplaced, announce,
+            )  # fmt: skip
         if line and announce is None:
             status.send(node_id, run.statistics, line, step, False)
         options[CONTEXT] = call

@@ -4,7 +4,8 @@ from functools import partial
 
 import torch
 
-from .model_call import CONTEXT, HostCall
+from .host_call import HostCall
+from .model_call import CONTEXT
 
 
 @torch.compiler.disable

@@ -24,6 +24,8 @@ CHECKED_WHOLE = 3
 # what stands for skipped blocks -> the order of the video's tokens: (t, h, w), as every model of
 # today has them, that of `orders.position.rods`, or one for each head, which the file holds
 ORDERS = {"none": ("raster",), "pooled": ("rods", "similarity")}
+# earlier files call the blocks of models that publish no number so, in running order
+COUNTED = "counted"
 NO_PATTERN = "is not an AdaSpa pattern file; choose one that AdaSpa Save Pattern wrote."
 LONGEST_WORD = 100
 
@@ -200,6 +202,8 @@ def _build(metadata, tensors) -> CarriedPattern:
     layers, found = {}, 0
     for number, entry in enumerate(listed):
         name, density, recall = _entry(entry)
+        if name.block_type == COUNTED and not whole:
+            name = name._replace(block_type="double")
         if name in layers:
             raise ValueError(f"two masks of one layer, {' '.join(map(str, name))}")
         bits, order = tensors[_mask_name(number)], tensors.get(_order_name(number))

@@ -5,7 +5,6 @@ from collections import deque
 from ..config import AdaSpaConfig
 from ..patterns.pattern import CarriedPattern
 from .dense import DenseChoice
-from .state import RunState
 from .statistics import RunStatistics
 
 RUNS_KEPT = 4
@@ -28,7 +27,6 @@ class RunHandle:
         self.part = part
         self.first = first
         self.dense_choice = first.dense_choice if first else DenseChoice(config.dense_attention)
-        self.current: RunState | None = None
         self.runs: deque[RunStatistics] = first.runs if first else deque(maxlen=RUNS_KEPT)
         # the pattern of the latest run, kept only while `keeps_pattern`
         self.keeps_pattern = False

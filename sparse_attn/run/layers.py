@@ -50,7 +50,9 @@ class LayerPattern:
 class Layer:
     """One layer of one conditioning. It has no pattern yet, or one, or runs dense for a reason.
 
-    `lse`, [B, H, L] float32 in q's order, is kept while a later search needs it.
+    Args:
+        lse: [B, H, L] float32 in q's order, kept while a later search needs it.
+        served: whether a sparse step has used its pattern. unused: steps in a row without a call.
     """
 
     backend: Backend | None
@@ -59,6 +61,8 @@ class Layer:
     dense_reason: str = ""
     pattern: LayerPattern | None = None
     lse: torch.Tensor | None = None
+    served: bool = False
+    unused: int = 0
 
     def disable(self, reason: str) -> None:
         """Run dense from now on."""
@@ -88,6 +92,9 @@ class Layers(dict[Hashable, Layer]):
         # key -> key of the layer that is called next
         self.following: dict[Hashable, Hashable] = {}
         self._last_key = None
+        # those that the present step has called, and those that it has met first
+        self._called: set[Hashable] = set()
+        self._new: set[Hashable] = set()
         self._lock = threading.Lock()
 
     def of(self, call: Call) -> Layer:
@@ -102,6 +109,36 @@ class Layers(dict[Hashable, Layer]):
                 self.statistics.backend = why
                 layer = Layer(backend, call.name, call.layout, "" if backend else why)
                 self[call.key] = layer
+                self._new.add(call.key)
+            self._called.add(call.key)
+        return layer
+
+    def leave_step(self) -> tuple[list[Layer], bool]:
+        """Let go of the layers that a step did not call, unless it called none, as under a cache.
+
+        Where the step has met others in their place they go at once, else after a second such step:
+        guidance may leave a prompt out of every other step.
+
+        Returns:
+            Those that went, and whether the step called only layers that it met first.
+        """
+        with self._lock:
+            called, new = self._called, self._new
+            self._called, self._new = set(), set()
+            if not called:
+                return [], False
+            gone = []
+            for key, layer in self.items():
+                layer.unused = 0 if key in called else layer.unused + 1
+                if layer.unused > (0 if new else 1):
+                    gone.append(key)
+            return [self._drop(key) for key in gone], called == new
+
+    def _drop(self, key: Hashable) -> Layer:
+        layer = self.pop(key)
+        self.following.pop(key, None)
+        if layer.pattern is not None:
+            self.cache.forget(layer.pattern.mask.bits, layer.pattern.order)
         return layer
 
     def prefetch_next(self, key: Hashable, device: torch.device) -> None:
@@ -165,4 +202,6 @@ class Layers(dict[Hashable, Layer]):
     def clear(self) -> None:
         super().clear()
         self.following.clear()
+        self._called.clear()
+        self._new.clear()
         self._last_key = None

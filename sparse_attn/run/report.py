@@ -64,10 +64,12 @@ def lines(run) -> list[str]:
         text.append(f"One step of the whole model: {steps}")
     memory = run.memory
     if memory.predicted_bytes or memory.held_bytes:
-        windows = f" in {len(memory.windows)} context windows" if memory.windows else ""
+        kinds = {part[0] for part in memory.parts}
+        parts = "context windows" if kinds == {"window"} else "parts of the video"
+        parts = f" in {len(memory.parts)} {parts}" if memory.parts else ""
         text.append(
             f"Memory held: {gib(memory.held_bytes)} on the {memory.place.upper()} for "
-            f"{len(memory.conditionings)} conditioning(s){windows}, predicted "
+            f"{len(memory.conditionings)} conditioning(s){parts}, predicted "
             f"{gib(memory.predicted_bytes)} each"
         )
     if skipped := run.skipped():

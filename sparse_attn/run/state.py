@@ -34,6 +34,12 @@ NOT_A_NUMBER = "NaN or infinity in q, k or v"
 OUT_OF_MEMORY = "out of memory while searching"
 SPARSE_OUT_OF_MEMORY = "out of memory in a sparse step"
 REUSE_OUT_OF_MEMORY = "out of memory while measuring the recall"
+LET_GO = "patterns of prompts or parts of the video that a step did not use were let go"
+IN_VAIN = "prompts or parts of the video are new at every step, so no pattern is used again"
+# steps in a row whose searches served no other step, before no more are made
+MOST_IN_VAIN = 2
+# of a list that the user has written, in a warning
+MOST_SHOWN = 8
 LAST_STEP = "the run's last step, after which no pattern is of use"
 
 
@@ -86,6 +92,8 @@ class RunState:
         self._reserved: set[int] = set()
         self._orders: dict[tuple, torch.Tensor] = {}
         self.steps = StepCounter(schedule.sigmas)
+        self._dense_layers: dict[int, frozenset[int]] = {}
+        self._in_vain = 0
         self.step = -1
         self._step_began = 0.0
         self._lock = threading.Lock()
@@ -133,10 +141,10 @@ class RunState:
             self._reuse_pattern(call, layer, self.carried)
         pattern, may_search = layer.pattern, self.schedule.may_search(call.step)
         if pattern is None:
-            if not may_search:
-                self.statistics.kept_dense[LAST_STEP] += 1
-                return self.dense.by_host(call)
-            return self._search(call, layer)
+            if may_search and self._in_vain < MOST_IN_VAIN:
+                return self._search(call, layer)
+            self.statistics.kept_dense[IN_VAIN if may_search else LAST_STEP] += 1
+            return self.dense.by_host(call)
         if may_search and pattern.searched_at < self.schedule.search_due(call.step):
             if layer.lse is not None:
                 self._search_again(call, layer)
@@ -201,6 +209,7 @@ class RunState:
             return self._disable(call, layer, SPARSE_OUT_OF_MEMORY)
         if self.config.recall and self.schedule.is_last_sparse(call.step):
             self._sample(call, layer)
+        layer.served = True
         out, lse = found
         return self._checked(call, layer, out, out if lse is None else lse)
 
@@ -336,6 +345,20 @@ class RunState:
         self.cache.make_room(2 * estimate.held_bytes)
         memory.place = self.cache.shown_place()
 
+    def dense_layers(self, total: int) -> frozenset[int]:
+        """Numbers of the layers that the user wants dense, of a model of `total`."""
+        if total not in self._dense_layers:
+            listed = set(self.config.dense_layers)
+            missing = {n for n in listed if not -total <= n < total}
+            if missing:
+                some = sorted(missing)[:MOST_SHOWN]
+                more = f" and {len(missing) - len(some):,} more" if len(missing) > len(some) else ""
+                self.statistics.warn(
+                    f"`dense_layers` lists {some}{more}, and this model has layers 0 to {total - 1}"
+                )
+            self._dense_layers[total] = frozenset(n % total for n in listed - missing)
+        return self._dense_layers[total]
+
     def enter_step(self, step: int) -> bool:
         """Note that a model call of `step` begins; True when the step is a new one."""
         with self._lock:
@@ -346,10 +369,21 @@ class RunState:
 
     def _leave_step(self, step: int) -> None:
         self.end_step()
+        self._let_go()
         now = time.perf_counter()
         if step >= 0 and not self.statistics.was_skipped(step):
             self.statistics.steps.append((self.schedule.kind(step), now - self._step_began))
         self._step_began = now
+
+    def _let_go(self) -> None:
+        """Drop what the step did not use, and stop searching where nothing is used twice."""
+        gone, all_new = self.layers.leave_step()
+        if any(layer.pattern is not None or layer.lse is not None for layer in gone):
+            self.statistics.warn(LET_GO)
+        if not all_new:
+            self._in_vain = 0
+        elif any(layer.pattern is not None and not layer.served for layer in gone):
+            self._in_vain += 1
 
     def end_step(self) -> None:
         """Read what the step left on the device: with a carried mask, all that waits for the GPU."""

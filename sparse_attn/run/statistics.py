@@ -89,14 +89,15 @@ class Memory:
         predicted_bytes: of one conditioning, said before the run.
         held_bytes: the most ever held.
         place: "gpu" or "cpu".
-        conditionings, windows: prompts, and parts of a long video; each pair has masks of its own.
+        conditionings, parts: prompts, and parts of the video (context windows, tiles, areas), where
+            it is not sampled whole; each pair has masks of its own.
     """
 
     predicted_bytes: int = 0
     held_bytes: int = 0
     place: str = "gpu"
     conditionings: set[Hashable] = field(default_factory=set)
-    windows: set[Hashable] = field(default_factory=set)
+    parts: set[tuple] = field(default_factory=set)
 
 
 @dataclass
@@ -224,7 +225,7 @@ class RunStatistics:
             "step_seconds": self.step_seconds(),
             "held_bytes": self.memory.held_bytes,
             "predicted_bytes": self.memory.predicted_bytes,
-            "context_windows": len(self.memory.windows),
+            "parts": len(self.memory.parts),
             "backend": self.backend,
             "dense_choice": self.dense_choice,
             "stopped_at": self.stopped_at,

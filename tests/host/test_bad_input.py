@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sparse_attn.config import AdaSpaConfig, from_preset, parse_numbers
-from sparse_attn.host.model_call import LOWEST_BIAS, key_bias_of
+from sparse_attn.host.host_call import LOWEST_BIAS, key_bias_of
 from tests.host.host_fixtures import VIDEO, assert_same_video, calls, kept_dense, sample, sparse
 
 
@@ -140,7 +140,7 @@ def test_video_model_of_another_kind_runs_dense_and_says_so(load, monkeypatch):
     assert_dense(model, handle, expected, reason)
 
 
-@pytest.mark.parametrize("part", ["layout", "layers"])
+@pytest.mark.parametrize("part", ["layout", "blocks"])
 def test_changed_model_runs_dense_and_says_so(load, monkeypatch, part):
     # a newer ComfyUI may rename what a rule reads
     from sparse_attn.host import families, install
@@ -161,7 +161,7 @@ def test_tokens_nobody_foresaw_run_dense_and_say_so(load, monkeypatch):
     from sparse_attn.token_layout import TokenLayout
 
     family = families.Family(
-        "Wan", lambda *args: TokenLayout(0, 3, 8, 13), lambda model: {"double": 2}
+        "Wan", lambda *args: TokenLayout(0, 3, 8, 13), lambda model: {"double": model.blocks}
     )
     expected = sample(load("wan_h64"))
     monkeypatch.setattr(install, "family_of", lambda model: (family, ""))

@@ -142,10 +142,14 @@ def test_a_rule_that_fails_declines(comfyui, error):
     def broken(*args):
         raise error("renamed")
 
-    good = Family("Wan", lambda *args: TokenLayout(0, 3, 8, 12), lambda model: {"double": 2})
+    good = Family(
+        "Wan",
+        lambda *args: TokenLayout(0, 3, 8, 12),
+        lambda model: {"double": [torch.nn.Identity()]},
+    )
     x = torch.zeros(VIDEO)
     assert _layout(good, WAN, x, {}) == (TokenLayout(0, 3, 8, 12), "")
-    for part in ("layout", "layers", "head_dim", "calls"):
+    for part in ("layout", "blocks", "head_dim", "beside"):
         family = Family(**{**vars(good), part: broken})
         layout, reason = _layout(family, WAN, x, {})
         assert layout is None

@@ -400,15 +400,12 @@ def test_a_stopped_run_writes_nothing(attention, nodes, folders):
 
 
 def test_windows_neither_keep_nor_begin_with_a_pattern(comfyui):
-    from sparse_attn.host.model_call import Block, name_of
+    from sparse_attn.host.model_call import Caller, name_of
 
-    block = Block(("double", 3, 0), 3, 3)
-    assert name_of(block, "positive", None) == ("positive", "double", 3, 0)
-    assert name_of(block, "positive", (0, 1, 2)) is None
-    assert name_of(block, "conditioning 7", None) is None
-    counted = Block(("counted", frozenset(), 5), 5, 5)
-    assert name_of(counted, "negative", None) == ("negative", "counted", 5, 0)
-    assert name_of(Block(("counted", frozenset({1}), 5), 5, 5), "negative", None) is None
+    caller = Caller("a key", 3, 3, ("double", 3, 0))
+    assert name_of(caller, "positive", None) == ("positive", "double", 3, 0)
+    assert name_of(caller, "positive", ("window", 2, (0, 1))) is None
+    assert name_of(caller, "conditioning 7", None) is None
 
 
 # ---- before running

@@ -41,11 +41,10 @@ def test_each_run_begins_with_nothing_and_ends_with_nothing(load, monkeypatch):
             runs.append(self)
 
     monkeypatch.setattr(install, "RunState", Watched)
-    model, handle = sparse(load("wan_h64"), search_points=(0.5,))
+    model, _ = sparse(load("wan_h64"), search_points=(0.5,))
     for seed in (1, 2):
         sample(model, seed=seed)
         run = runs[-1]
-        assert handle.current is None
         assert not run.layers and not run.layers.following and not run.readback._patterns
         assert run.statistics.finished
     assert runs[0] is not runs[1]

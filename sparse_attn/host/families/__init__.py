@@ -2,25 +2,21 @@
 
 A rule reads the latent's shape and the model's inputs and says what the self-attention sequence
 looks like. A call whose token count or head width differs is not ours. Add a family with one row of
-FAMILIES: name, rule for the tokens, layers by block type, width of a head.
-
-Blocks are told apart by the `block_index` and `block_type` that the model publishes. A row marked
-"counted" belongs to a model that publishes none: there the n-th self-attention over the video in a
-call of the model is layer n.
+FAMILIES: name, rule for the tokens, blocks by kind, width of a head.
 """
 
 from . import joint, ltx, video_only, wan
 from .family import Family
 
-_WAN = (wan.layers, wan.head_dim)
-_COSMOS = (video_only.cosmos, video_only.cosmos_layers, video_only.cosmos_head_dim)
+_WAN = (wan.blocks, wan.head_dim)
+_COSMOS = (video_only.cosmos, video_only.cosmos_blocks, video_only.cosmos_head_dim)
 
 # class of the diffusion model -> its family
 FAMILIES = {
     # [reference image] video [frames of Phantom's subjects] [in-context videos]
     "WanModel": Family("Wan", wan.layout, *_WAN),
-    # video; a VACE block follows a main block and shares its block_index
-    "VaceWanModel": Family("Wan VACE", wan.layout, *_WAN, calls=wan.vace_calls),
+    # video; a VACE block follows a main block and shares its number
+    "VaceWanModel": Family("Wan VACE", wan.layout, *_WAN, beside=wan.vace_blocks),
     # video
     "CameraWanModel": Family("Wan camera", wan.layout, *_WAN),
     # video [reference] [earlier frames, the older the coarser]
@@ -40,28 +36,28 @@ FAMILIES = {
     "CausalWanModel": Family("causal Wan", wan.causal, *_WAN),
     # [vision] [byT5] text [reference] video; single blocks count on after double ones
     "HunyuanVideo": Family(
-        "HunyuanVideo", joint.hunyuan_video, joint.hunyuan_layers,
+        "HunyuanVideo", joint.hunyuan_video, joint.hunyuan_blocks,
         lambda model: model.hidden_size // model.num_heads,
     ),
-    # text video; counted
+    # text video
     "CogVideoXTransformer3DModel": Family(
         "CogVideoX", joint.cogvideox, joint.blocks, lambda model: model.attention_head_dim
     ),
-    # video [guide frames, without masked tokens]; counted
-    "LTXVModel": Family("LTX-Video", ltx.layout, ltx.layers, ltx.head_dim),
-    "LTXAVModel": Family("LTX-2", ltx.layout, ltx.layers, ltx.head_dim),
-    # video text; counted
+    # video [guide frames, without masked tokens]
+    "LTXVModel": Family("LTX-Video", ltx.layout, ltx.blocks, ltx.head_dim),
+    "LTXAVModel": Family("LTX-2", ltx.layout, ltx.blocks, ltx.head_dim),
+    # video text
     "AsymmDiTJoint": Family("Mochi", joint.mochi, joint.blocks, lambda model: model.head_dim),
-    # video; counted, Predict2 in ComfyUI 0.24 too
+    # video
     "GeneralDIT": Family("Cosmos 1", *_COSMOS),
     "MiniTrainDIT": Family("Cosmos Predict2", *_COSMOS),
     "Anima": Family("Anima", *_COSMOS),
     # video
     "Kandinsky5": Family(
-        "Kandinsky 5", video_only.kandinsky, video_only.kandinsky_layers,
+        "Kandinsky 5", video_only.kandinsky, video_only.kandinsky_blocks,
         video_only.kandinsky_head_dim,
     ),
-    # text [references] audio video; counted up to ComfyUI 0.33
+    # text [references] audio video
     "MiniMaxH3Model": Family(
         "MiniMax-H3", joint.minimax_h3, joint.blocks, lambda model: model.blocks[0].attn.head_dim
     ),

@@ -1,9 +1,27 @@
-"""What a model family is: where its tokens lie, and how its blocks are counted."""
+"""What a model family is: where its tokens lie, and which of its blocks read the video."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, replace
+
+import torch
 
 from ...token_layout import TokenLayout
+
+
+@dataclass(frozen=True)
+class Block:
+    """A block whose self-attention reads the video.
+
+    Args:
+        kind, index: as ComfyUI publishes them where it does.
+        number: in running order, as `dense_layers` counts: single blocks count on after double ones.
+        follows: blocks of the same number that run before it.
+    """
+
+    kind: str
+    index: int
+    number: int
+    follows: int = 0
 
 
 @dataclass(frozen=True)
@@ -15,38 +33,47 @@ class Family:
         layout: layout(model, latent_shape, inputs) -> TokenLayout, or a text that says why there is
             none; `latent_shape` is [B, C, T, H, W], `inputs` the keyword inputs of the diffusion
             model and its `transformer_options`.
-        layers: layers(model) -> how many attention layers of each block type, in running order.
+        blocks: blocks(model) -> the blocks of each kind, in running order.
         head_dim: head_dim(model) -> width of a head of the video's self-attention. Streams beside
             the video may have as many tokens, but have other heads.
-        calls: calls(model) -> self-attentions over the video in one call of the model, where a
-            layer makes more than one.
+        beside: beside(model) -> further blocks by the number of the one that each follows.
     """
 
     name: str
     layout: Callable[..., TokenLayout | str]
-    layers: Callable[..., dict[str, int]]
+    blocks: Callable[..., dict[str, Collection[torch.nn.Module]]]
     head_dim: Callable[..., int] | None = None
-    calls: Callable[..., int] | None = None
+    beside: Callable[..., dict[int, torch.nn.Module]] | None = None
 
     def num_layers(self, model) -> int:
-        return sum(self.layers(model).values())
+        return sum(map(len, self.blocks(model).values()))
 
     def num_calls(self, model) -> int:
-        return self.calls(model) if self.calls else self.num_layers(model)
+        """Self-attentions over the video in one call of the model."""
+        return self.num_layers(model) + (len(self.beside(model)) if self.beside else 0)
 
-    def layer_number(self, model, block_type: str, block_index: int) -> int:
-        """Number of a block in running order: single blocks count on after the double ones."""
+    def listed(self, model) -> list[tuple[torch.nn.Module, Block]]:
+        """Every block's module and what it is called."""
+        found = []
+        for kind, blocks in self.blocks(model).items():
+            for index, module in enumerate(blocks):
+                found.append((module, Block(kind, index, len(found))))
+        for number, module in (self.beside(model) if self.beside else {}).items():
+            found.append((module, replace(found[number][1], follows=1)))
+        return found
+
+    def published(self, model, kind: str, index: int) -> Block:
+        """The block that ComfyUI calls so."""
         before = 0
-        for kind, count in self.layers(model).items():
-            if kind == block_type:
-                return before + block_index
-            before += count
-        return block_index
+        for other, blocks in self.blocks(model).items():
+            if other == kind:
+                return Block(kind, index, before + index)
+            before += len(blocks)
+        return Block(kind, index, index)
 
     def read(self, model, latent_shape, inputs) -> TokenLayout | str:
         """Apply the rule; raises where a newer ComfyUI has renamed what the rule reads."""
-        self.num_layers(model)
-        self.num_calls(model)
+        self.listed(model)
         if self.head_dim:
             self.head_dim(model)
         return self.layout(model, latent_shape, inputs)

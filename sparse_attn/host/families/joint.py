@@ -6,12 +6,12 @@ from ...token_layout import TokenLayout
 from .family import grid
 
 
-def blocks(model) -> dict[str, int]:
-    return {"double": len(model.blocks)}
+def blocks(model) -> dict:
+    return {"double": model.blocks}
 
 
-def hunyuan_layers(model) -> dict[str, int]:
-    return {"double": len(model.double_blocks), "single": len(model.single_blocks)}
+def hunyuan_blocks(model) -> dict:
+    return {"double": model.double_blocks, "single": model.single_blocks}
 
 
 def hunyuan_video(model, latent_shape, inputs) -> TokenLayout:

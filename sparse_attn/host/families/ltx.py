@@ -3,8 +3,8 @@
 from ...token_layout import TokenLayout
 
 
-def layers(model) -> dict[str, int]:
-    return {"double": len(model.transformer_blocks)}
+def blocks(model) -> dict:
+    return {"double": model.transformer_blocks}
 
 
 def head_dim(model) -> int:

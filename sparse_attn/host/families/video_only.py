@@ -1,11 +1,15 @@
 """Models whose self-attention reads video alone; text comes in through cross-attention."""
 
+import torch
+
 from ...token_layout import TokenLayout
 from .family import grid
 
 
-def cosmos_layers(model) -> dict[str, int]:
-    return {"double": len(model.blocks)}
+def cosmos_blocks(model) -> dict:
+    # Cosmos 1 keeps them by name
+    named = isinstance(model.blocks, torch.nn.ModuleDict)
+    return {"double": list(model.blocks.values()) if named else model.blocks}
 
 
 def cosmos_head_dim(model) -> int:
@@ -18,8 +22,8 @@ def cosmos(model, latent_shape, inputs) -> TokenLayout:
     return TokenLayout(0, *grid(latent_shape, patch))
 
 
-def kandinsky_layers(model) -> dict[str, int]:
-    return {"double": len(model.visual_transformer_blocks)}
+def kandinsky_blocks(model) -> dict:
+    return {"double": model.visual_transformer_blocks}
 
 
 def kandinsky_head_dim(model) -> int:

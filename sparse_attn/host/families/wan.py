@@ -9,8 +9,8 @@ KV_CACHE = "a causal model that reads its past from a KV cache"
 POSE_KEYS = "every frame reads other pose keys"
 
 
-def layers(model) -> dict[str, int]:
-    return {"double": len(model.blocks)}
+def blocks(model) -> dict:
+    return {"double": model.blocks}
 
 
 def head_dim(model) -> int:
@@ -78,6 +78,6 @@ def animate_2(model, latent_shape, inputs) -> TokenLayout | str:
     return layout(model, latent_shape, inputs)
 
 
-def vace_calls(model) -> int:
-    """Each VACE block follows a main block and shares its number."""
-    return len(model.blocks) + len(model.vace_blocks)
+def vace_blocks(model) -> dict:
+    """Each VACE block follows a main block."""
+    return {main: model.vace_blocks[n] for main, n in model.vace_layers_mapping.items()}

@@ -1,0 +1,91 @@
+"""One attention call in ComfyUI's own form."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+# keeps the sum of a bias and a logit inside float32
+LOWEST_BIAS = -1e30
+
+
+@dataclass(frozen=True, eq=False)
+class HostCall:
+    """One attention call as ComfyUI made it, and how ComfyUI would serve it.
+
+    Args:
+        attention: the host's, or the override that stood before ours.
+        q, k, v: [B, L, H * D], or [B, H, L, D] with `skip_reshape`.
+        named: the other arguments.
+    """
+
+    attention: Callable
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    heads: int
+    mask: torch.Tensor | None
+    skip_reshape: bool
+    skip_output_reshape: bool
+    named: dict
+
+    def as_it_came(self):
+        """What the host would return."""
+        return self.attention(
+            self.q, self.k, self.v, self.heads, mask=self.mask, skip_reshape=self.skip_reshape,
+            skip_output_reshape=self.skip_output_reshape, **self.named,
+        )  # fmt: skip
+
+    def in_heads(self) -> list[torch.Tensor]:
+        """q, k and v as [B, H, L, D]."""
+        return [
+            x if self.skip_reshape else to_heads(x, self.heads) for x in (self.q, self.k, self.v)
+        ]
+
+    def dense(self, heads: int | None = None, rows: slice | None = None) -> torch.Tensor:
+        """The host's attention of the first `heads` and of some rows of the batch, or of all.
+
+        Returns:
+            [B, H, L, D].
+        """
+        if heads is None and rows is None:
+            out = self.as_it_came()
+            return out if out.ndim == 4 else to_heads(out, self.heads)
+        rows, mask = rows or slice(None), self.mask
+        if mask is not None and mask.ndim > 2 and mask.shape[0] > 1:
+            mask = mask[rows]
+        q, k, v = (x[rows, :heads] for x in self.in_heads())
+        out = self.attention(
+            q, k, v, q.shape[1], mask=mask, skip_reshape=True, skip_output_reshape=True,
+            **self.named,
+        )  # fmt: skip
+        return out if out.ndim == 4 else to_heads(out, q.shape[1])
+
+
+def key_bias_of(mask, batch: int, tokens: int) -> tuple[torch.Tensor | None, str]:
+    """Read a mask that is the same for every query and head as a bias per key.
+
+    Args:
+        mask: None, or [..., 1, L] bool (True is kept) or additive float, up to four dimensions.
+
+    Returns:
+        [B, L] float32 or None, and the reason when the mask is of another kind.
+    """
+    if mask is None:
+        return None, ""
+    shape = tuple(mask.shape)
+    rows = shape[0] if mask.ndim > 2 else 1
+    whole = mask.ndim in (2, 3, 4) and all(size == 1 for size in shape[1:-1])
+    if mask.ndim == 2:
+        whole = shape[0] == 1
+    if not whole or shape[-1] != tokens or rows not in (1, batch):
+        return None, f"its mask of shape {list(shape)} is not a key mask"
+    bias = mask.reshape(rows, tokens)
+    if mask.dtype == torch.bool:
+        bias = torch.zeros_like(bias, dtype=torch.float32).masked_fill(~bias, LOWEST_BIAS)
+    return bias.float().clamp(min=LOWEST_BIAS).expand(batch, tokens), ""
+
+
+def to_heads(x: torch.Tensor, heads: int) -> torch.Tensor:
+    """[B, L, H * D] -> [B, H, L, D], a view."""
+    return x.unflatten(-1, (heads, -1)).transpose(1, 2)

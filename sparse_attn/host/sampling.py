@@ -1,0 +1,160 @@
+"""One sampling of a guider: its run, and which part of its latent a call of the model is about.
+
+It travels in the guider's own options, so samplings in several threads do not meet, whatever they
+share of a model.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from math import prod
+from typing import Any
+
+import torch
+
+from ..run.state import RunState
+from .families.family import Block, Family
+
+# under these keys a sampling, and the input of another node's wrapper, travel through
+# transformer_options
+SAMPLING, WRAPPED = "adaspa_sampling", "adaspa_wrapped_input"
+WRAPPER = "model_function_wrapper"
+UNNAMED = "the host does not name its conditionings"
+UNKNOWN_WINDOW = "a context window of an unknown kind"
+
+
+def _apply(apply_model, args):
+    return apply_model(args["input"], args["timestep"], **args["c"])
+
+
+@dataclass(eq=False)
+class Sampling:
+    """One sampling.
+
+    Args:
+        shape: of the latent, [B, C, T, H, W], or of one flat pack of latents, [B, 1, N].
+        guider: ComfyUI's, which knows the areas of its conditionings.
+    """
+
+    run: RunState
+    shape: tuple[int, ...]
+    guider: Any
+    _wrapper: Callable = _apply
+    _callers: dict[int, tuple[int, Block]] = field(default_factory=dict)
+    # keeps every `id` above taken
+    _modules: list[torch.nn.Module] = field(default_factory=list)
+
+    def __deepcopy__(self, memo):
+        # options are copied by nodes that change some of them, for the same sampling
+        return self
+
+    def enter(self) -> None:
+        """Put the sampling into the guider's options, which its model calls get."""
+        options = self.guider.model_options
+        options.setdefault("transformer_options", {})[SAMPLING] = self
+        if WRAPPER in options:
+            self._wrapper = options[WRAPPER]
+            options[WRAPPER] = self._noting_the_input
+
+    def leave(self) -> None:
+        options = self.guider.model_options
+        options.get("transformer_options", {}).pop(SAMPLING, None)
+        if options.get(WRAPPER) == self._noting_the_input:
+            options[WRAPPER] = self._wrapper
+
+    def _noting_the_input(self, apply_model, args):
+        """Another node's wrapper may call the model on pieces of what it gets."""
+        options = args["c"].get("transformer_options")
+        if options is not None:
+            options[WRAPPED] = args["input"]
+        return self._wrapper(apply_model, args)
+
+    def callers(self, family: Family, model: torch.nn.Module) -> dict[int, tuple[int, Block]]:
+        """The blocks of a model by the `id` of their modules.
+
+        Returns:
+            The same number for every module that is or wraps a block, and what the block was called
+            when it was first met: passes may leave blocks out of the model's list, or move them.
+        """
+        for module, block in family.listed(model):
+            inner = getattr(module, "_orig_mod", module)
+            if id(module) not in self._callers or id(inner) not in self._callers:
+                self._modules += [module, inner]
+                known = self._callers.setdefault(id(inner), (id(inner), block))
+                self._callers[id(module)] = known
+        return self._callers
+
+    def place_of(self, x: torch.Tensor, options: dict) -> tuple[tuple | None, str]:
+        """Tell which part of the latent a call of the model is about.
+
+        Args:
+            x: the input of the call.
+
+        Returns:
+            The part, None for all of it; and a reason where it is not known.
+        """
+        uuids, window = options.get("uuids") or (), options.get("context_window")
+        if not uuids or len(uuids) != len(options.get("cond_or_uncond") or ()):
+            return None, UNNAMED
+        if len(x) != len(uuids) * self.shape[0]:
+            return None, UNNAMED
+        whole, sizes = list(self.shape[2:]), list(x.shape[2:])
+        place = None
+        if window is not None:
+            if not hasattr(window, "index_list") or not hasattr(window, "dim"):
+                return None, UNKNOWN_WINDOW
+            place = "window", window.dim, tuple(window.index_list)
+            if len(sizes) == len(whole) and 2 <= window.dim < x.ndim:
+                # some windows take a frame more along
+                whole[window.dim - 2] = sizes[window.dim - 2]
+        if sizes == whole:
+            return place, ""
+        if window is None and len(sizes) == len(whole):
+            part = self._area_of(uuids, sizes) or _view_of(x, options.get(WRAPPED))
+            if part is not None:
+                return part, ""
+        shown = "x".join(map(str, sizes)), "x".join(map(str, whole))
+        return None, f"a part of the video ({shown[0]} of {shown[1]}) whose place is not known"
+
+    def _area_of(self, uuids, sizes: list[int]) -> tuple | None:
+        """An area of this size, if all of some conditionings have one; each tells its place."""
+        dims = len(sizes)
+        areas = {
+            cond.get("uuid"): cond.get("area")
+            for conds in getattr(self.guider, "conds", {}).values()
+            for cond in conds or ()
+        }
+        for uuid in uuids:
+            area = areas.get(uuid)
+            if not isinstance(area, tuple | list) or not 2 <= len(area) <= 2 * dims:
+                return None
+            # sizes, then starts; of fewer axes than the latent has, it is about the last ones
+            missing = dims - len(area) // 2
+            starts = [0] * missing + list(area[len(area) // 2 :])
+            wanted = self.shape[2 : 2 + missing] + tuple(area[: len(area) // 2])
+            limits = [whole - start for whole, start in zip(self.shape[2:], starts, strict=True)]
+            if [min(a, b) for a, b in zip(wanted, limits, strict=True)] != sizes:
+                return None
+        return "area", *sizes
+
+
+def _view_of(x: torch.Tensor, whole: torch.Tensor | None) -> tuple | None:
+    """Where a view of another tensor begins and how large it is, or None for any other tensor."""
+    if whole is None or x.device != whole.device or x.dtype != whole.dtype or not len(x):
+        return None
+    same = x.untyped_storage().data_ptr() == whole.untyped_storage().data_ptr()
+    if not same or not whole.is_contiguous() or x.stride() != whole.stride():
+        return None
+    offset, starts = x.storage_offset() - whole.storage_offset(), []
+    if not 0 <= offset < prod(whole.shape):
+        return None
+    for stride in whole.stride():
+        starts.append(offset // stride)
+        offset %= stride
+    inside = all(
+        start + size <= limit
+        for start, size, limit in zip(starts, x.shape, whole.shape, strict=True)
+    )
+    # all videos and channels
+    if not inside or starts[:2] != [0, 0] or x.shape[:2] != whole.shape[:2]:
+        return None
+    return ("tile", *starts[2:], *x.shape[2:])
