@@ -13,7 +13,7 @@ from ..backends.choice import Backend
 from ..call import Call
 from ..config import AdaSpaConfig
 from ..orders.choice import find_order
-from ..orders.position import in_raster, in_rods
+from ..orders.position import in_raster, video_first
 from .block_scores import Found, tail_scores
 from .selection import select
 
@@ -46,7 +46,7 @@ def fused_online_search(
         scores = tail_scores(backend, permuted, masses, lse, config, call.scale)
     # the permuted copies go before the output is copied
     del permuted, moved
-    mask, recall = select(backend, masses, in_rods(call.layout), config, scores)
+    mask, recall = select(backend, masses, video_first(call.layout), config, scores)
     del masses, scores
     return Found(
         mask, recall, exact, order, similar, in_raster(out, order), in_raster(lse, order)

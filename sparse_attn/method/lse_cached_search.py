@@ -10,7 +10,7 @@ from ..backends.choice import Backend
 from ..call import Call
 from ..config import AdaSpaConfig
 from ..orders.choice import find_order
-from ..orders.position import in_rods
+from ..orders.position import video_first
 from .block_scores import Found, tail_scores
 from .selection import select
 
@@ -40,7 +40,7 @@ def lse_cached_search(
     drift = drift.where(total > 0, 1.0)
     masses.mul_(drift)
     scores = tail_scores(backend, permuted, masses, lse, config, call.scale, drift)
-    mask, recall = select(backend, masses, in_rods(call.layout), config, scores)
+    mask, recall = select(backend, masses, video_first(call.layout), config, scores)
     return Found(mask, recall, False, order, similar)
 
 

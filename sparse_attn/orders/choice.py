@@ -1,8 +1,8 @@
 """Order choice: which order of the tokens each head of a layer runs in.
 
-Heads that look around themselves do best in rods, where a block is a piece of video; heads that look
-everywhere for something do best in the similar order. Which one a head is, a few of its query
-blocks tell: the order wins that leaves the smaller tail error.
+Heads that look around themselves do best in the order by position, where a block is a piece of
+video; heads that look everywhere for something do best in the similar order. A few query blocks of
+a head tell which it is: the order wins that leaves the smaller tail error.
 """
 
 import torch
@@ -11,7 +11,7 @@ from ..backends.choice import Backend
 from ..call import Call
 from ..config import AdaSpaConfig
 from ..token_layout import TokenLayout
-from .position import in_rods
+from .position import video_first
 from .similarity import similar_order
 
 SAMPLED_BLOCKS = 24
@@ -76,7 +76,7 @@ def _error(backend, call, rows, lse, order, config) -> torch.Tensor:
 
 def _sampled_rows(layout, block_q: int, device) -> torch.Tensor:
     """Rows of up to `SAMPLED_BLOCKS` whole query blocks of the permuted video."""
-    blocks = in_rods(layout).video // block_q
+    blocks = video_first(layout).video // block_q
     if not blocks:
         return torch.arange(layout.tokens, device=device)
     number = min(SAMPLED_BLOCKS, blocks)

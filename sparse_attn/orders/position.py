@@ -1,4 +1,4 @@
-"""Token order: the video in rods, so that a block of consecutive tokens is a compact piece of it."""
+"""Token order by position: a block of consecutive tokens is a compact piece of the video."""
 
 from dataclasses import replace
 
@@ -10,16 +10,16 @@ from ..token_layout import TokenLayout
 FRAMES, ROWS = 4, 4
 
 
-def in_rods(layout: TokenLayout) -> TokenLayout:
-    """The layout of a sequence in the order of `rods`: all extra tokens lie behind the video."""
+def video_first(layout: TokenLayout) -> TokenLayout:
+    """The layout of a sequence whose extra tokens all lie behind the video, as orders put them."""
     return replace(layout, before=0, after=layout.before + layout.after)
 
 
-def rods(layout: TokenLayout, device: torch.device) -> torch.Tensor:
+def serpentine_order(layout: TokenLayout, device: torch.device) -> torch.Tensor:
     """Order the video in rods along its width, there and back again, and extra tokens behind it.
 
-    A rod is `FRAMES` frames deep and `ROWS` rows high. Rods follow each other like the lines of a
-    plough, so where one ends the block goes on in its neighbour. At the borders rods are thinner.
+    A rod is `FRAMES` frames deep and `ROWS` rows high, thinner at the borders. Every second rod
+    runs backwards, and so does every second layer of rods: where one ends, the next begins beside it.
 
     Returns:
         [L] int32, the token at every place.
@@ -38,12 +38,12 @@ def rods(layout: TokenLayout, device: torch.device) -> torch.Tensor:
     return torch.cat([video, before, after]).to(device, torch.int32)
 
 
-def in_raster(arranged: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+def in_raster(permuted: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
     """Put the tokens of [B, H, L, ...] back to where `order` [B, H, L] took them from."""
-    out = torch.empty_like(arranged)
+    out = torch.empty_like(permuted)
     for b, heads in enumerate(order.long()):
         for h, places in enumerate(heads):
-            out[b, h].index_copy_(0, places, arranged[b, h])
+            out[b, h].index_copy_(0, places, permuted[b, h])
     return out
 
 

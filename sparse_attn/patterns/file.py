@@ -12,7 +12,7 @@ import torch
 
 from ..call import LayerName
 from ..config import BLOCK_SIZES
-from ..orders.position import rods
+from ..orders.position import serpentine_order
 from ..token_layout import TokenLayout
 from .pattern import CarriedLayer, CarriedPattern
 
@@ -22,7 +22,7 @@ SUFFIX = ".safetensors"
 FORMAT, VERSION = "adaspa pattern", 3
 CHECKED_WHOLE = 3
 # what stands for skipped blocks -> the order of the video's tokens: (t, h, w), as every model of
-# today has them, that of `orders.position.rods`, or one for each head, which the file holds
+# today has them; "rods", that of `orders.position.serpentine_order`; one a head, which the file holds
 ORDERS = {"none": ("raster",), "pooled": ("rods", "similarity")}
 # earlier files call the blocks of models that publish no number so, in running order
 COUNTED = "counted"
@@ -271,7 +271,7 @@ def _check_order(order, bits, layout) -> None:
     if order.min() < 0 or order.max() >= layout.tokens:
         raise ValueError("a token order with tokens that there are not")
     met = torch.zeros(shape, dtype=torch.bool).scatter_(-1, order.long(), True)
-    extra = rods(layout, order.device)[layout.video :]
+    extra = serpentine_order(layout, order.device)[layout.video :]
     if not met.all() or not torch.equal(order[..., layout.video :], extra.expand(*shape[:2], -1)):
         raise ValueError("a token order that is not one of all tokens")
 

@@ -6,7 +6,7 @@ from ..backends.permuted import BLOCK
 from ..config import AdaSpaConfig
 from ..method.selection import row_budget
 from ..method.text_sink import count_sinks
-from ..orders.position import in_rods
+from ..orders.position import video_first
 from ..schedule import Schedule, StepKind
 from ..token_layout import TokenLayout
 from .report import gib
@@ -157,7 +157,7 @@ def kept_share(layout: TokenLayout, config: AdaSpaConfig) -> float:
     The budget, the text's rows whole and, with a tail, the blocks of means that every row reads.
     """
     if config.pooled:
-        layout = in_rods(layout)
+        layout = video_first(layout)
     rows, blocks = (layout.num_blocks(size) for size in config.blocks.values())
     whole = count_sinks(layout, config.block_q)
     budget = row_budget(config.density, blocks, count_sinks(layout, config.block_k))

@@ -16,7 +16,7 @@ from ..method.fused_online_search import fused_online_search
 from ..method.lse_cached_search import lse_cached_search
 from ..method.recall import sample_rows, sampled_recall
 from ..method.sparse_step import sparse_step
-from ..orders.position import rods
+from ..orders.position import serpentine_order
 from ..patterns.pattern import CarriedPattern
 from ..patterns.reuse import SAMPLED_ROWS, fitting_mask
 from ..schedule import Schedule, StepCounter, StepKind
@@ -264,7 +264,7 @@ class RunState:
         key = call.layout, call.q.device
         if key not in self._orders:
             with self.outlives_block():
-                self._orders[key] = rods(*key)
+                self._orders[key] = serpentine_order(*key)
         return self._orders[key]
 
     def _install_mask(self, call: Call, layer: Layer, found: Found) -> tuple:

@@ -22,7 +22,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel  # noqa: E402
 
 from sparse_attn.backends.choice import triton_kernels  # noqa: E402
 from sparse_attn.backends.triton import quantise  # noqa: E402
-from sparse_attn.orders.position import rods  # noqa: E402
+from sparse_attn.orders.position import serpentine_order  # noqa: E402
 from sparse_attn.token_layout import TokenLayout  # noqa: E402
 from tests.bench.bench_tail import DIM, HEADS, LAYOUT, median_ms, random_mask  # noqa: E402
 from tests.bench.contest import mask_of, random_lists  # noqa: E402
@@ -42,7 +42,7 @@ def tensors(heads, tokens, seed=0):
 
 def times():
     q, k, v = (x.bfloat16() for x in tensors(HEADS, LAYOUT.tokens))
-    order = rods(LAYOUT, DEVICE).expand(1, HEADS, LAYOUT.tokens)
+    order = serpentine_order(LAYOUT, DEVICE).expand(1, HEADS, LAYOUT.tokens)
     moved = OURS.permute(q, k, v, order)
     with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
         cudnn = median_ms(lambda: torch.nn.functional.scaled_dot_product_attention(q, k, v))

@@ -13,7 +13,7 @@ from sparse_attn.backends.reference import in_order
 from sparse_attn.call import Call
 from sparse_attn.config import TOKEN_ORDERS, AdaSpaConfig
 from sparse_attn.method import fused_online_search, lse_cached_search
-from sparse_attn.orders.position import in_raster, rods
+from sparse_attn.orders.position import in_raster, serpentine_order
 from sparse_attn.token_layout import TokenLayout
 from tests.method.chosen import TORCH, measured
 
@@ -22,7 +22,7 @@ LAYOUT, SCALE = TokenLayout(12, 5, 6, 14, 20), 0.25
 
 def a_call():
     qkv = torch.randn(3, 2, 2, LAYOUT.tokens, 16).unbind(0)
-    by_position = rods(LAYOUT, torch.device("cpu"))
+    by_position = serpentine_order(LAYOUT, torch.device("cpu"))
     return Call(*qkv, SCALE, LAYOUT, step=0, dense=None, by_position=by_position)
 
 

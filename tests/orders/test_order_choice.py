@@ -1,4 +1,4 @@
-"""Order choice: heads that look around themselves stay in rods, heads that look for their like do not."""
+"""Order choice: heads that look around themselves stay by position, others do not."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ from sparse_attn.backends.choice import plain_torch
 from sparse_attn.call import Call
 from sparse_attn.config import AdaSpaConfig
 from sparse_attn.orders.choice import find_order
-from sparse_attn.orders.position import rods
+from sparse_attn.orders.position import serpentine_order
 from sparse_attn.orders.similarity import similar_order
 from sparse_attn.token_layout import TokenLayout
 
@@ -17,7 +17,7 @@ CONFIG = AdaSpaConfig(sparsity=0.8, tail="pooled", token_order="similarity")
 
 
 def call_of(qkv, key_bias=None):
-    in_place = rods(LAYOUT, torch.device("cpu"))
+    in_place = serpentine_order(LAYOUT, torch.device("cpu"))
     return Call(*qkv, 32**-0.5, LAYOUT, step=0, dense=None, key_bias=key_bias, by_position=in_place)
 
 
@@ -44,15 +44,15 @@ def test_every_head_gets_the_order_that_suits_it(two_heads):
     order, similar = find_order(TORCH, call_of(two_heads), CONFIG)
     assert similar.tolist() == [[False, True]]
     assert order.shape == (1, 2, LAYOUT.tokens) and order.dtype == torch.int32
-    assert torch.equal(order[0, 0], rods(LAYOUT, order.device))
+    assert torch.equal(order[0, 0], serpentine_order(LAYOUT, order.device))
     assert torch.equal(order[0, 1], similar_order(TORCH, *two_heads[:2], LAYOUT)[0, 1])
 
 
-def test_position_keeps_every_head_in_rods(two_heads):
+def test_position_keeps_every_head_in_the_serpentine_order(two_heads):
     config = AdaSpaConfig(sparsity=0.8, tail="pooled", token_order="position")
     order, similar = find_order(TORCH, call_of(two_heads), config)
     assert not similar.any()
-    assert torch.equal(order, rods(LAYOUT, order.device).expand(1, 2, -1))
+    assert torch.equal(order, serpentine_order(LAYOUT, order.device).expand(1, 2, -1))
 
 
 @pytest.mark.parametrize(("token", "moves"), [(0, True), (LAYOUT.tokens - 1, True), (100, False)])

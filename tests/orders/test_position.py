@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from sparse_attn.backends.reference import in_order
-from sparse_attn.orders.position import in_raster, in_rods, is_shared, rods
+from sparse_attn.orders.position import in_raster, is_shared, serpentine_order, video_first
 from sparse_attn.token_layout import TokenLayout
 
 CPU = torch.device("cpu")
@@ -16,7 +16,7 @@ LAYOUTS = [
 
 def places(layout):
     """(t, h, w) of the video token at every place."""
-    order = rods(layout, CPU)[: layout.video].long() - layout.before
+    order = serpentine_order(layout, CPU)[: layout.video].long() - layout.before
     plane = layout.height * layout.width
     rest = order % plane
     return torch.stack([order // plane, rest // layout.width, rest % layout.width], -1)
@@ -24,13 +24,13 @@ def places(layout):
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda x: x.describe())
 def test_every_token_has_one_place_and_extra_tokens_lie_behind(layout):
-    order = rods(layout, CPU)
+    order = serpentine_order(layout, CPU)
     assert order.dtype == torch.int32
     assert sorted(order.tolist()) == list(range(layout.tokens))
     end = layout.before + layout.video
     extra = [*range(layout.before), *range(end, layout.tokens)]
     assert order[layout.video :].tolist() == extra
-    moved = in_rods(layout)
+    moved = video_first(layout)
     assert (moved.before, moved.after) == (0, len(extra))
     assert (moved.tokens, moved.video) == (layout.tokens, layout.video)
 
@@ -52,7 +52,7 @@ def test_the_end_of_a_rod_goes_on_in_its_neighbour():
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda x: x.describe())
 def test_the_order_is_undone(layout):
     x = torch.randn(2, layout.tokens, 3, 4).transpose(1, 2)
-    shared = rods(layout, CPU).expand(2, 3, -1)
+    shared = serpentine_order(layout, CPU).expand(2, 3, -1)
     own = torch.rand(shared.shape).argsort(-1).int()
     for order in (shared, own):
         assert torch.equal(in_raster(in_order(x, order), order), x)
@@ -64,4 +64,4 @@ def test_the_order_is_undone(layout):
 def test_an_output_in_the_hosts_layout_stays_in_it():
     layout = LAYOUTS[1]
     x = torch.randn(2, layout.tokens, 3, 4).transpose(1, 2)
-    assert in_raster(x, rods(layout, CPU).expand(2, 3, -1)).stride() == x.stride()
+    assert in_raster(x, serpentine_order(layout, CPU).expand(2, 3, -1)).stride() == x.stride()

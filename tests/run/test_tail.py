@@ -8,7 +8,7 @@ from sparse_attn.backends import reference
 from sparse_attn.block_mask import BlockMask, recall
 from sparse_attn.call import LayerName
 from sparse_attn.config import TOKEN_ORDERS
-from sparse_attn.orders.position import in_rods, rods
+from sparse_attn.orders.position import serpentine_order, video_first
 from sparse_attn.patterns.file import load, save
 from sparse_attn.patterns.reuse import ONE_ORDER
 from sparse_attn.run.state import NOT_A_NUMBER, SPARSE_OUT_OF_MEMORY
@@ -26,7 +26,7 @@ from tests.run.fakes import (
 # grids that rods of 4 x 4 do not divide, text on both sides, a last block that is not full
 LAYOUT = TokenLayout(30, 5, 6, 21, 40)
 H, D = 2, 16
-PERMUTED = in_rods(LAYOUT)
+PERMUTED = video_first(LAYOUT)
 NAME = LayerName("positive", "double", 0, 0)
 BOTH_ORDERS = pytest.mark.parametrize("token_order", TOKEN_ORDERS)
 
@@ -260,7 +260,7 @@ def test_a_search_takes_the_heads_that_similarity_serves_better():
     k[0, 0] = kinds[strewn] + 0.1 * k[0, 0]
     run = TailRun("Ss", token_order="similarity")
     run.attend(0, (q, k, v))
-    in_place = rods(LAYOUT, torch.device("cpu"))
+    in_place = serpentine_order(LAYOUT, torch.device("cpu"))
     assert not torch.equal(run.order[0, 0], in_place)
     assert torch.equal(run.order[0, 0, LAYOUT.video :], in_place[LAYOUT.video :])
     alike = strewn[run.order[0, 0, : LAYOUT.video].long()].split(64)
@@ -284,7 +284,7 @@ def test_a_bias_on_the_video_leaves_all_heads_one_order():
     run.attend(0, qkv, key_bias=bias)
     later = tensors(1)
     out, _ = run.attend(1, later, key_bias=bias)
-    assert torch.equal(run.order, rods(LAYOUT, torch.device("cpu")).expand(1, H, -1))
+    assert torch.equal(run.order, serpentine_order(LAYOUT, torch.device("cpu")).expand(1, H, -1))
     assert_within("out", out, with_tail(*later, run.pattern().mask, run.order, bias), 1e-5)
 
 

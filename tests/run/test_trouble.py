@@ -116,7 +116,7 @@ PLACES = [
     ("sparse_attn.block_mask.BlockMask.block_map", 0),
     ("sparse_attn.block_mask.BlockMask.block_map", 1),
     ("sparse_attn.block_mask.BlockMask.density", 0),
-    ("sparse_attn.run.state.rods", 0),
+    ("sparse_attn.run.state.serpentine_order", 0),
 ]
 
 
