@@ -1,4 +1,4 @@
-"""AdaSpa Attention: MODEL in, a MODEL that samples long videos sooner out."""
+"""AdaSpa: MODEL in, a MODEL that samples long videos sooner out."""
 
 from comfy_api.latest import io
 
@@ -12,7 +12,7 @@ class AdaSpaAttention(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="AdaSpaAttention",
-            display_name="AdaSpa Attention",
+            display_name="AdaSpa",
             category="model/patch",
             description=(
                 "Skips the attention that hardly matters, so long videos sample sooner and look "
@@ -23,6 +23,10 @@ class AdaSpaAttention(io.ComfyNode):
                 "AdaSpa",
                 "faster video",
                 "speed up",
+                "accelerate",
+                "optimize",
+                "teacache",
+                "sage",
                 "wan",
                 "hunyuan",
             ],

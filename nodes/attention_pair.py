@@ -1,4 +1,4 @@
-"""AdaSpa Attention (two experts): both models of a pair, one set of settings, one report."""
+"""AdaSpa (two experts): both models of a pair, one set of settings, one report."""
 
 from comfy_api.latest import io
 
@@ -12,10 +12,10 @@ class AdaSpaAttentionPair(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="AdaSpaAttentionPair",
-            display_name="AdaSpa Attention (two experts)",
+            display_name="AdaSpa (two experts)",
             category="model/patch",
             description=(
-                "AdaSpa Attention for models that come in two parts, such as Wan 2.2 14B with its "
+                "AdaSpa for models that come in two parts, such as Wan 2.2 14B with its "
                 "high noise and low noise experts. The second begins with the pattern that the "
                 "first has found, and looks for its own where that does not fit."
             ),

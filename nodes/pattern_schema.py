@@ -1,4 +1,4 @@
-"""The frame of the nodes that stand between AdaSpa Attention and the sampler."""
+"""The frame of the nodes that stand between AdaSpa and the sampler."""
 
 from comfy_api.latest import io
 
@@ -18,11 +18,11 @@ def pattern_schema(
         node_id=f"AdaSpa{verb}Pattern",
         display_name=f"AdaSpa {verb} Pattern",
         category="model/patch",
-        description=f"Place it between AdaSpa Attention and the sampler. {description}",
+        description=f"Place it between AdaSpa and the sampler. {description}",
         search_aliases=["AdaSpa pattern", f"{verb.lower()} sparse pattern"],
         inputs=[
-            io.Model.Input("model", tooltip="From the AdaSpa Attention node."),
-            AdaSpaRun.Input("adaspa", tooltip="From the same AdaSpa Attention node."),
+            io.Model.Input("model", tooltip="From the AdaSpa node."),
+            AdaSpaRun.Input("adaspa", tooltip="From the same AdaSpa node."),
             *widgets,
         ],
         outputs=[io.Model.Output(display_name="model"), *outputs],

@@ -37,7 +37,7 @@ class AdaSpaReport(io.ComfyNode):
                 AdaSpaRun.Input(
                     "adaspa",
                     optional=True,
-                    tooltip="From the AdaSpa Attention node; empty when that node is bypassed.",
+                    tooltip="From the AdaSpa node; empty when that node is bypassed.",
                 ),
                 io.Int.Input(
                     "layer", default=0, min=0, max=999,

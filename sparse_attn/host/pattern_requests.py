@@ -67,7 +67,7 @@ def _with(model, socket: RunHandle, key: str, request):
     handle = model.get_attachment(HANDLE)
     if socket is None or handle is None or not handle.serves(socket):
         raise ValueError(
-            "`model` does not come from the AdaSpa Attention node that `adaspa` comes from; wire "
+            "`model` does not come from the AdaSpa node that `adaspa` comes from; wire "
             "both from the same node."
         )
     patched = model.clone()

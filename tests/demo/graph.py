@@ -8,7 +8,7 @@ def graph(
     *, preset: str, enabled: bool, prompt: str = PROMPT, seed: int = 1, steps: int = 20,
     width: int = 416, height: int = 320, length: int = 61,
 ) -> dict:  # fmt: skip
-    """Loader -> AdaSpa Attention -> sampler -> report and frames; cfg 1, so one pass per step."""
+    """Loader -> AdaSpa -> sampler -> report and frames; cfg 1, so one pass per step."""
     return {
         "model": node("UNETLoader", unet_name=MODEL, weight_dtype="default"),
         "adaspa": node(

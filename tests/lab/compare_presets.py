@@ -2,7 +2,7 @@
 
     python tests/lab/compare_presets.py graph_api.json --server http://127.0.0.1:8188 --out OUT
 
-`graph_api.json` is a graph with an AdaSpa Attention node, exported with "Export (API)". For every
+`graph_api.json` is a graph with an AdaSpa node, exported with "Export (API)". For every
 seed it is sampled dense (the node's `enabled` off), then once with each preset. OUT gets
 `presets.json`, a table and a plot of the likeness to dense against the time of the whole prompt, as
 the lab draws for its small models; the plot needs matplotlib (`pip install matplotlib`). The first
@@ -43,7 +43,7 @@ def prepared(graph: dict, output_nodes: set[str]) -> dict:
     """
     graph = copy.deepcopy(graph)
     if not any(node["class_type"] in NODES for node in graph.values()):
-        raise ValueError("The graph has no AdaSpa Attention node. Add one and export it again.")
+        raise ValueError("The graph has no AdaSpa node. Add one and export it again.")
     for key, node in list(graph.items()):
         if node["class_type"] == "AdaSpaReport":
             # a dense run has nothing to report; the latent passes by

@@ -224,7 +224,7 @@ def test_users_graph_ends_in_its_frames_and_takes_presets():
 def test_users_graph_without_our_node_is_refused():
     graph = users_graph()
     del graph["2"]
-    with pytest.raises(ValueError, match="no AdaSpa Attention node"):
+    with pytest.raises(ValueError, match="no AdaSpa node"):
         compare_presets.prepared(graph, set())
 
 

@@ -109,7 +109,7 @@ def test_inputs_keep_their_order_and_defaults(nodes, name):
 
 def test_outputs_and_names_of_the_attention_node(nodes):
     schema = nodes["AdaSpaAttention"].GET_SCHEMA()
-    assert schema.display_name == "AdaSpa Attention"
+    assert schema.display_name == "AdaSpa"
     assert [put.io_type for put in schema.outputs] == ["MODEL", "ADASPA"]
     assert "sparse attention" in schema.search_aliases
     assert not schema.is_output_node

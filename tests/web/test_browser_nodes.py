@@ -107,3 +107,22 @@ def test_settings_that_exclude_each_other_grey_out(graph):
             "box => getComputedStyle(box).color === getComputedStyle(box.parentElement).color"
         )
         assert box.evaluate(inherits)
+
+
+def test_the_search_finds_the_main_node(page):
+    found = """text => document.querySelector("#vue-app").__vue_app__.config.globalProperties
+        .$pinia._s.get("nodeDef").nodeSearchService.searchNode(text, [], { limit: 64 })
+        .map(({ name }) => name)"""
+    for text in (
+        "adaspa",
+        "AdaSpa",
+        "sparse attention",
+        "faster",
+        "accelerate",
+        "optimize",
+        "teacache",
+    ):
+        assert page.evaluate(found, text)[0] == "AdaSpaAttention", text
+    # these are in the names of other nodes
+    for text in ("sage", "sparse", "wan"):
+        assert "AdaSpaAttention" in page.evaluate(found, text), text
