@@ -31,6 +31,7 @@ class Call:
             heads or of the first `heads`.
         key_bias: [B, L] float32 added to the logits of every query, or None.
         low_precision: whether the host lets this call run in low precision.
+        foreign: whether `dense` is another node's attention; it then runs all dense steps, whole.
         layer: number of the layer, from 0.
         role: which conditioning, for people: "positive" or "negative".
         key: names the layer within the run: device, conditioning, part of the video, block.
@@ -48,6 +49,7 @@ class Call:
     dense: Callable[..., torch.Tensor]
     key_bias: torch.Tensor | None = None
     low_precision: bool = True
+    foreign: bool = False
     layer: int = 0
     role: str = ""
     key: Hashable = None

@@ -1,7 +1,7 @@
 """One attention call in ComfyUI's own form."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -17,6 +17,7 @@ class HostCall:
         attention: the host's, or the override that stood before ours.
         q, k, v: [B, L, H * D], or [B, H, L, D] with `skip_reshape`.
         named: the other arguments.
+        foreign: whether `attention` is another node's, which may depend on the whole call.
     """
 
     attention: Callable
@@ -28,6 +29,7 @@ class HostCall:
     skip_reshape: bool
     skip_output_reshape: bool
     named: dict
+    foreign: bool = False
 
     def as_it_came(self):
         """What the host would return."""
@@ -42,24 +44,31 @@ class HostCall:
             x if self.skip_reshape else to_heads(x, self.heads) for x in (self.q, self.k, self.v)
         ]
 
-    def dense(self, heads: int | None = None, rows: slice | None = None) -> torch.Tensor:
-        """The host's attention of the first `heads` and of some rows of the batch, or of all.
-
-        Returns:
-            [B, H, L, D].
-        """
-        if heads is None and rows is None:
-            out = self.as_it_came()
-            return out if out.ndim == 4 else to_heads(out, self.heads)
-        rows, mask = rows or slice(None), self.mask
+    def of_conditioning(self, number: int, rows: slice) -> "HostCall":
+        """The rows of one conditioning, with options that name this one alone."""
+        mask, options = self.mask, dict(self.named["transformer_options"])
         if mask is not None and mask.ndim > 2 and mask.shape[0] > 1:
             mask = mask[rows]
-        q, k, v = (x[rows, :heads] for x in self.in_heads())
-        out = self.attention(
-            q, k, v, q.shape[1], mask=mask, skip_reshape=True, skip_output_reshape=True,
-            **self.named,
+        for name in ("uuids", "cond_or_uncond"):
+            options[name] = options[name][number : number + 1]
+        return replace(
+            self, q=self.q[rows], k=self.k[rows], v=self.v[rows], mask=mask,
+            named={**self.named, "transformer_options": options},
         )  # fmt: skip
-        return out if out.ndim == 4 else to_heads(out, q.shape[1])
+
+    def dense(self, heads: int | None = None) -> torch.Tensor:
+        """The host's attention of the first `heads`, or of all; [B, H, L, D]."""
+        if heads is None:
+            out = self.as_it_came()
+        else:
+            q, k, v = (x[:, :heads] for x in self.in_heads())
+            heads = q.shape[1]
+            out = self.attention(
+                q, k, v, heads, mask=self.mask, skip_reshape=True, skip_output_reshape=True,
+                **self.named,
+            )  # fmt: skip
+        # not every override knows `skip_output_reshape`
+        return out if out.ndim == 4 else to_heads(out, heads or self.heads)
 
 
 def key_bias_of(mask, batch: int, tokens: int) -> tuple[torch.Tensor | None, str]:

@@ -3,7 +3,6 @@
 from collections import Counter
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -112,7 +111,9 @@ class ModelCall:
         low_precision = False not in (
             host.named.get("low_precision_attention"), options.get("low_precision_attention")
         )  # fmt: skip
-        call = Call(q, k, v, scale, self.layout, self.step, host.dense, bias, low_precision)
+        call = Call(
+            q, k, v, scale, self.layout, self.step, host.dense, bias, low_precision, host.foreign
+        )
         estimate = self._estimate(call, options)
         if self.announce is not None:
             self.announce(estimate)
@@ -219,7 +220,7 @@ class ModelCall:
                 bias = None if call.key_bias is None else call.key_bias[rows]
                 part = replace(
                     part, q=call.q[rows], k=call.k[rows], v=call.v[rows], key_bias=bias,
-                    dense=partial(host.dense, rows=rows),
+                    dense=host.of_conditioning(i, rows).dense,
                 )  # fmt: skip
             calls.append(part)
         return calls

@@ -16,11 +16,11 @@ def attention_override(
     """Serve ComfyUI's attention call, or hand it on with every argument as it came."""
     options = kwargs.get("transformer_options") or {}
     context = options.get(CONTEXT)
-    if context is not None and context.previous is not None:
-        func = partial(context.previous, func)
+    previous = None if context is None else context.previous
     host = HostCall(
-        func, q, k, v, heads, mask, skip_reshape, skip_output_reshape,
-        {"attn_precision": attn_precision, **kwargs},
+        func if previous is None else partial(previous, func), q, k, v, heads, mask, skip_reshape,
+        skip_output_reshape, {"attn_precision": attn_precision, **kwargs},
+        foreign=previous is not None,
     )  # fmt: skip
     if context is None:
         return host.as_it_came()

@@ -24,6 +24,7 @@ from .timer import Timer
 MARGIN = 0.9
 HOST, CUDNN, OWN, OWN_INT8 = "host", "cudnn", "own", "own int8"
 PROBE_HEADS = 4
+FOREIGN = "another node's attention"
 HOST_SERVED = "out of memory in a dense step: the host's own attention ran it"
 
 
@@ -98,7 +99,7 @@ class Dense:
             candidates = {HOST: lambda *few: call.dense(PROBE_HEADS), **self._candidates(call)}
             with until_out_of_memory():
                 name = self.choice.fastest(call, candidates)
-        self.statistics.dense_choice = self.choice.describe(name)
+        self.statistics.dense_choice = FOREIGN if call.foreign else self.choice.describe(name)
         if name != HOST:
             found = self._attempt(name, candidates, call)
         return self.by_host(call) if found is None else found[0]
@@ -138,7 +139,7 @@ class Dense:
 
     def _may_choose(self, call: Call) -> bool:
         # with a key bias only the host serves
-        return self.choice.allowed != HOST and call.key_bias is None
+        return self.choice.allowed != HOST and call.key_bias is None and not call.foreign
 
     def _candidates(self, call: Call, *, exact: bool = False) -> dict[str, Callable]:
         """Who may run a call beside the host, by name: candidate(q, k, v) -> (out, lse)."""

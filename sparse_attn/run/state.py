@@ -124,7 +124,7 @@ class RunState:
         """Whether nothing is kept of a call, so that all conditionings may share one."""
         if self.schedule.kind(call.step) is not StepKind.DENSE:
             return False
-        if self.config.recall or not self.schedule.wants_lse(call.step):
+        if self.config.recall or call.foreign or not self.schedule.wants_lse(call.step):
             return True
         backend, _ = self.backends.of(call.q, call.k, call.v)
         return backend is None or not backend.one_pass_search

@@ -5,7 +5,7 @@ import torch
 
 from sparse_attn.host.model_call import HostCall
 from sparse_attn.host.override import attention_override
-from tests.host.host_fixtures import assert_same_video, calls, kept_dense, sample, sparse
+from tests.host.host_fixtures import VIDEO, assert_same_video, calls, kept_dense, sample, sparse
 
 KEY = "optimized_attention_override"
 
@@ -53,7 +53,8 @@ def test_other_override_serves_dense_and_declined_calls(load, order, reshape):
     assert handle.latest().schedule.describe() == "steps 0-1 dense, 2 search, 3 sparse"
     assert calls(handle) == {"dense": 8, "search": 4, "sparse": 4}
     assert other.count(288, 7) == other.count(288, 9) == 8
-    assert other.count(288, 288) in (4, 8)
+    assert other.count(288, 288) == 8
+    assert "Dense steps by: another node's attention" in handle.latest().lines()
     assert sum(kept_dense(handle).values()) == 16
     plain, _ = sparse(load("wan_h64"), warmup=0.5)
     assert_same_video(out, sample(plain, texts=(7, 9)))
@@ -72,6 +73,46 @@ def test_other_override_serves_layers_that_stay_dense(load, order):
     assert other.count(288, 288) == 4
     assert kept_dense(handle)["listed in `dense_layers`"] == 4
     assert calls(handle) == {"search": 1, "sparse": 3}
+
+
+class WholeCalls(Override):
+    """As guidance by attention does: parts the rows by conditioning, and has a value per head."""
+
+    def __call__(self, func, q, k, v, heads, *args, **kwargs):
+        options = kwargs["transformer_options"]
+        named = len(options["uuids"]), len(options["cond_or_uncond"])
+        self.named = {*getattr(self, "named", ()), (len(q), *named)}
+        assert heads == 4, f"{heads} of this model's four heads"
+        assert len(set(options["uuids"])) == len(options["uuids"])
+        halves = [x.chunk(len(options["cond_or_uncond"])) for x in (q, k, v)]
+        serve = super().__call__
+        return torch.cat(
+            [serve(func, *half, heads, *args, **kwargs) for half in zip(*halves, strict=True)]
+        )
+
+
+@pytest.mark.parametrize("fails", ["nothing", "search", "sparse"])
+@pytest.mark.parametrize("videos", [1, 2])
+def test_another_override_gets_whole_calls_and_the_names_of_their_rows(
+    load, monkeypatch, fails, videos
+):
+    import sparse_attn.run.state as state
+
+    def out_of_memory(*args, **kwargs):
+        raise torch.OutOfMemoryError("no room")
+
+    monkeypatch.setattr("sparse_attn.run.dense.PROBE_HEADS", 1)
+    if fails != "nothing":
+        name = {"search": "fused_online_search", "sparse": "sparse_step"}[fails]
+        monkeypatch.setattr(state, name, out_of_memory)
+    other = WholeCalls()
+    model, _ = sparse(with_override(load("wan_h64"), other), warmup=0.5, dense_attention="auto")
+    shape = (videos, *VIDEO[1:])
+    out = sample(model, shape, texts=(7, 7))
+    whole, parts = (2 * videos, 2, 2), (videos, 1, 1)
+    assert other.named == ({whole} if fails == "nothing" else {whole, parts})
+    if fails == "search":
+        assert_same_video(out, sample(load("wan_h64"), shape, texts=(7, 7)))
 
 
 def test_other_override_serves_hunyuan_without_knowing_output_shapes(load):
@@ -210,17 +251,24 @@ def test_compiled_model_gives_the_same_video_and_step_kinds(load, order):
     assert set(handle.latest().patterns) == {(0, "positive"), (1, "positive")}
 
 
-@pytest.mark.parametrize("shape", [(1, 1, 8), (2, 1, 8), (1, 2, 8, 8), (2, 2, 8, 8), (8, 8)])
-def test_the_host_serves_rows_with_the_mask_of_those_rows(shape):
+@pytest.mark.parametrize("shape", [None, (1, 1, 8), (2, 1, 8), (1, 2, 8, 8), (2, 2, 8, 8), (8, 8)])
+def test_one_conditionings_part_of_a_call_has_the_mask_and_the_names_of_its_rows(shape):
     """A mask of one row is for all of them."""
-    seen = []
+    seen = {}
 
-    def attention(q, k, v, heads, *, mask, **options):
-        seen.append(mask)
+    def attention(q, k, v, heads, *, mask, transformer_options, **named):
+        seen.update(mask=mask, options=transformer_options)
         return q
 
-    q, mask = torch.randn(2, 8, 16), torch.randn(shape)
-    host = HostCall(attention, q, q, q, 2, mask, False, False, {})
-    assert torch.equal(host.dense(rows=slice(1, 2)), host.in_heads()[0][1:])
-    own = mask[1:] if len(shape) > 2 and shape[0] == 2 else mask
-    assert seen[0].shape == own.shape and torch.equal(seen[0], own)
+    q, mask = torch.randn(2, 8, 16), None if shape is None else torch.randn(shape)
+    options = {"uuids": ["a", "b"], "cond_or_uncond": [1, 0], "sigmas": torch.ones(1)}
+    host = HostCall(attention, q, q, q, 2, mask, False, False, {"transformer_options": options})
+    part = host.of_conditioning(1, slice(1, 2))
+    assert torch.equal(part.dense(), host.in_heads()[0][1:])
+    assert seen["options"] == {**options, "uuids": ["b"], "cond_or_uncond": [0]}
+    assert options["uuids"] == ["a", "b"]
+    if shape is None:
+        assert seen["mask"] is None
+    else:
+        own = mask[1:] if len(shape) > 2 and shape[0] == 2 else mask
+        assert seen["mask"].shape == own.shape and torch.equal(seen["mask"], own)
