@@ -44,6 +44,10 @@ class HostCall:
             x if self.skip_reshape else to_heads(x, self.heads) for x in (self.q, self.k, self.v)
         ]
 
+    def wants_gradients(self) -> bool:
+        tensors = (x for x in (self.q, self.k, self.v, self.mask) if x is not None)
+        return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+
     def of_conditioning(self, number: int, rows: slice) -> "HostCall":
         """The rows of one conditioning, with options that name this one alone."""
         mask, options = self.mask, dict(self.named["transformer_options"])

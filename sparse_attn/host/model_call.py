@@ -19,6 +19,7 @@ from .sampling import UNKNOWN_WINDOW, UNNAMED
 # under this key a model call travels through transformer_options
 CONTEXT = "adaspa"
 UNKNOWN_LAYER = "the model does not tell which of its layers calls"
+GRADIENTS = "gradients are asked for, and only the host's own attention has them"
 CAPTURED = "a CUDA graph is being captured, and its replays would all repeat one step"
 
 
@@ -105,6 +106,8 @@ class ModelCall:
         reason = self._why_not_ours(caller, options, len(q)) or not_a_bias
         if captured(q.device):
             reason = CAPTURED
+        elif host.wants_gradients():
+            reason = GRADIENTS
         if reason or caller is None:
             return reason
         scale = host.named.get("scale") or q.shape[-1] ** -0.5
