@@ -1,9 +1,6 @@
 """Our front end in ComfyUI's own interface, driven in a browser."""
 
-import json
-from pathlib import Path
-
-GRAPHS = Path(__file__).resolve().parents[2] / "workflows"
+from tests.workflows.stored_graphs import FILES, read
 
 
 def load(page, graph: dict) -> None:
@@ -12,7 +9,7 @@ def load(page, graph: dict) -> None:
 
 
 def test_a_stored_graph_shows_our_nodes_and_their_views(page):
-    load(page, json.loads((GRAPHS / "wan2_2_5b_t2v_i2v.json").read_text(encoding="utf-8")))
+    load(page, read(FILES["Wan 2.2 5B text or image to video"]))
     nodes = page.evaluate(
         """() => window.app.graph.nodes
             .filter(node => node.comfyClass?.startsWith("AdaSpa"))

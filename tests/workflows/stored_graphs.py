@@ -6,10 +6,11 @@ from math import exp
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-FILES = {path.stem: path for path in sorted((ROOT / "workflows").glob("*.json"))}
+# by name; a number before it sets the order in which ComfyUI lists them
+FILES = {path.stem[3:]: path for path in sorted((ROOT / "workflows").glob("*.json"))}
 TINY = ROOT / "tests" / "tiny_model" / "workflows" / "tiny_model.json"
 # the subgraph in a box, whose entry and exit are no nodes
-BOXED, ENTRY, EXIT = "wan2_2_5b_t2v_subgraph", -10, -20
+BOXED, ENTRY, EXIT = "Wan 2.2 5B in one box", -10, -20
 
 # nodes of ours that patch, and how many models each serves
 SERVES = {"AdaSpaAttention": 1, "AdaSpaAttentionPair": 2}

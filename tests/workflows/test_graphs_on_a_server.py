@@ -2,6 +2,7 @@
 
 import json
 import urllib.request
+from urllib.parse import quote
 
 import pytest
 
@@ -53,10 +54,18 @@ def object_info(comfy_server):
 
 
 def declared(info):
-    """The inputs of a node type by name, in order: (type, options)."""
-    order = [name for part in ("required", "optional") for name in info["input"].get(part, {})]
-    inputs = {**info["input"].get("required", {}), **info["input"].get("optional", {})}
-    return {name: (inputs[name][0], (inputs[name] + [{}])[1]) for name in order}
+    """The inputs of a node type by name, in order: (type, options). Sockets that grow have many."""
+    inputs = {}
+    for part in ("required", "optional"):
+        for name, (kind, *extra) in info["input"].get(part, {}).items():
+            if kind == "COMFY_AUTOGROW_V3":
+                template = extra[0]["template"]
+                ((inner, *more),) = template["input"]["required"].values()
+                for number in range(template["max"]):
+                    inputs[f"{name}.{template['prefix']}{number}"] = (inner, (more or [{}])[0])
+            else:
+                inputs[name] = (kind, (extra or [{}])[0])
+    return inputs
 
 
 def options_of(kind, extra):
@@ -121,10 +130,10 @@ def test_values_of_our_nodes_are_the_defaults(workflow, object_info):
 
 def test_template_browser_offers_the_files(comfy_server):
     offered = get(comfy_server, "/workflow_templates")
-    (pack,) = [name for name, files in offered.items() if set(files) & set(FILES)]
-    assert sorted(offered[pack]) == list(FILES)
-    for name, path in FILES.items():
-        served = get(comfy_server, f"/api/workflow_templates/{pack}/{name}.json")
-        assert served == read(path)
-        picture = fetch(comfy_server, f"/api/workflow_templates/{pack}/{name}.jpg")
-        assert picture == path.with_suffix(".jpg").read_bytes()
+    stems = [path.stem for path in FILES.values()]
+    (pack,) = [name for name, files in offered.items() if set(files) & set(stems)]
+    assert sorted(offered[pack]) == stems
+    for path in FILES.values():
+        address = f"/api/workflow_templates/{pack}/{quote(path.stem)}"
+        assert get(comfy_server, f"{address}.json") == read(path)
+        assert fetch(comfy_server, f"{address}.jpg") == path.with_suffix(".jpg").read_bytes()

@@ -68,7 +68,7 @@ def test_a_new_preset_and_a_new_widget_reach_every_graph(path, schemas, tmp_path
 
 
 def test_a_note_that_counts_other_samplers_is_refused():
-    workflow = unfold(read(FILES["wan2_2_14b_t2v"]))
+    workflow = unfold(read(FILES["Wan 2.2 14B text to video"]))
     for words in (
         "Here: steps 0 dense, 1 search.",
         "steps 0 dense, steps 1 search, steps 2 sparse",

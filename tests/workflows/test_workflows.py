@@ -1,11 +1,14 @@
 """The stored graphs: their format, their links, and where our nodes sit."""
 
+import re
 import uuid
 from itertools import combinations
 
+import numpy as np
 import pytest
 from PIL import Image
 
+from tests.workflows.draw_pictures import COLOURS, MODEL, SIDE, draw
 from tests.workflows.stored_graphs import (
     BOXED,
     FILES,
@@ -25,9 +28,9 @@ from tests.workflows.stored_graphs import (
     values_of,
 )
 
-VERSIONS = {"adaspa": "0.1.0", "comfy-core": "0.30.0"}
+VERSIONS = {"adaspa": "0.2.0", "comfy-core": "0.30.0"}
 TITLE_HEIGHT = 30
-THUMBNAIL, MOST_BYTES = (720, 405), 30_000
+MOST_BYTES = 60_000
 LOADERS = ("UNETLoader", "CheckpointLoaderSimple")
 LORAS = ("LoraLoader", "LoraLoaderModelOnly")
 # what may follow our node
@@ -61,33 +64,29 @@ def workflow(stored):
     return unfold(stored)
 
 
-def test_names_tell_model_and_task():
-    assert list(FILES) == [
-        "cogvideox_1_5_void_repaint",
-        "hunyuanvideo_1_5_i2v",
-        "hunyuanvideo_1_5_t2v",
-        "kandinsky5_t2v",
-        "ltx_2_3_i2v",
-        "ltx_2_3_t2v",
-        "minimax_h3_i2v",
-        "minimax_h3_t2v",
-        "wan2_1_vace_14b_reference_4_step_lora",
-        "wan2_2_14b_i2v",
-        "wan2_2_14b_t2v",
-        "wan2_2_14b_t2v_4_step_lora",
-        "wan2_2_14b_t2v_long_context_windows",
-        "wan2_2_5b_t2v_i2v",
-        BOXED,
-    ]
+def test_names_are_numbered_and_tell_model_and_task():
+    numbers = [path.stem[:3] for path in FILES.values()]
+    assert numbers == [f"{number:02} " for number in range(1, len(FILES) + 1)]
+    # people make videos from pictures far more often than from words alone
+    assert next(iter(FILES)) == "MiniMax-H3 image to video"
+    for name in FILES:
+        model, task = MODEL.fullmatch(name).groups()
+        assert model.split()[0] in COLOURS and task.split()[0].islower(), name
+        # what Windows and URLs forbid
+        assert re.fullmatch(r"[\w .-]+", name)
 
 
-def test_every_graph_has_a_thumbnail_that_loads_fast():
-    pictures = {path.stem: path for path in sorted(FILES[BOXED].parent.glob("*.jpg"))}
+def test_every_graph_has_its_picture():
+    pictures = {path.stem[3:]: path for path in sorted(FILES[BOXED].parent.glob("*.jpg"))}
     assert list(pictures) == list(FILES)
-    for path in pictures.values():
+    drawn = {name: np.asarray(draw(name), float) for name in FILES}
+    for name, path in pictures.items():
         assert path.stat().st_size <= MOST_BYTES
         with Image.open(path) as image:
-            assert (image.format, image.size) == ("JPEG", THUMBNAIL)
+            assert (image.format, image.size) == ("JPEG", (SIDE, SIDE))
+            apart = {other: abs(np.asarray(image) - drawn[other]).mean() for other in FILES}
+        # what JPEG loses is far less than what one name differs from another
+        assert min(apart, key=apart.get) == name and apart[name] < 6, apart
 
 
 def test_graph_is_of_the_interface_format(workflow):
