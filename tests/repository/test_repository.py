@@ -4,7 +4,9 @@ import re
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
+from tests.tools import commands
 from tests.tools.requirements import locked
 
 try:
@@ -172,6 +174,40 @@ def test_pages_name_files_that_exist():
         named = re.findall(rf"`((?:{tops})/[\w./]*)`", (ROOT / page).read_text())
         lost = [path for path in named if "OPERATION" not in path and not (ROOT / path).exists()]
         assert named and lost == [], page
+
+
+def test_doctor_names_the_placeholder_for_the_owner(tmp_path):
+    assert "README.md stands for the account" in commands._placeholder(ROOT)[0][1]
+    for name in ("pyproject.toml", "README.md"):
+        text = (ROOT / name).read_text(encoding="utf-8")
+        assert text.count("OWNER/adaspa") >= 1
+        (tmp_path / name).write_text(text.replace("OWNER", "someone"), encoding="utf-8")
+    assert commands._placeholder(tmp_path) == []
+
+
+def test_the_readme_is_short_and_its_links_lead_somewhere_in_the_archive():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    words = re.sub(r"\]\([^)]*\)|[|`*#-]+", " ", text).split()
+    assert len(words) < 800
+    left_out = [
+        line for line in (ROOT / ".comfyignore").read_text().splitlines() if line[-1:] == "/"
+    ]
+    for page in ("README.md", "tests/bench/README.md"):
+        folder = (ROOT / page).parent
+        for target in re.findall(r"\]\(([^)#]+)[^)]*\)", (ROOT / page).read_text(encoding="utf-8")):
+            if not target.startswith("https://"):
+                path = (folder / target).resolve()
+                assert path.exists(), (page, target)
+                inside = f"{path.relative_to(ROOT).as_posix()}"
+                assert not any(inside.startswith(folder) for folder in left_out), (page, target)
+
+
+def test_the_registry_gets_an_icon_and_a_banner():
+    comfy = pyproject()["tool"]["comfy"]
+    for key, shape in (("Icon", (400, 400)), ("Banner", (1260, 540))):
+        (name,) = re.findall(r"/main/(.+)$", comfy[key])
+        with Image.open(ROOT / name) as image:
+            assert image.size == shape and image.format == "PNG"
 
 
 def test_the_workflow_runs_the_readmes_command():

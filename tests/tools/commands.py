@@ -283,7 +283,10 @@ def doctor(options, extra: list[str]) -> int:
         env = environment.prepare("torch", options.root)
         python = env.python
         facts = probe(python)
-    for name, value in _description(facts, python, options.root):
+    for name, value in [
+        *_description(facts, python, options.root),
+        *_placeholder(environment.ROOT),
+    ]:
         say(f"{name:<10} {value}")
     say()
     variables = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
@@ -316,6 +319,15 @@ def _description(facts: dict, python: str, root: Path) -> list[tuple[str, str]]:
     else:
         rows.append(("comfyui", f"none of yours found; run.py would use {pins.DEFAULT_COMFYUI}"))
     return rows
+
+
+def _placeholder(pack: Path) -> list[tuple[str, str]]:
+    """What the publisher of the pack has still to fill in."""
+    files = ("pyproject.toml", "README.md")
+    named = [name for name in files if "/OWNER/" in (pack / name).read_text("utf-8")]
+    if not named:
+        return []
+    return [("address", f"OWNER in {' and '.join(named)} stands for the account that publishes it")]
 
 
 def _driver() -> str:
