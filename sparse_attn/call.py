@@ -55,3 +55,9 @@ class Call:
     key: Hashable = None
     name: LayerName | None = None
     by_position: torch.Tensor | None = None
+
+
+def empty_output(v: torch.Tensor) -> torch.Tensor:
+    """Room for an output like v [B, H, L, D], as hosts lay it out: in memory [B, L, H, D]."""
+    B, H, L, D = v.shape
+    return torch.empty((B, L, H, D), device=v.device, dtype=v.dtype).transpose(1, 2)

@@ -5,17 +5,15 @@ QK^T and sums exp(S - LSE). Either way the dense output is the step's output.
 """
 
 from collections.abc import Callable
-from dataclasses import replace
 
 import torch
 
 from ..backends.choice import Backend
-from ..call import Call
+from ..call import Call, empty_output
 from ..config import AdaSpaConfig
-from ..orders.choice import find_order
-from ..orders.position import in_raster, video_first
-from .block_scores import Found, tail_scores
-from .selection import select
+from ..orders.position import put_in_raster
+from .lse_cached_search import lse_cached_search
+from .mask_search import Found, Masses, search_mask
 
 
 def fused_online_search(
@@ -26,41 +24,31 @@ def fused_online_search(
 
     Args:
         previous_lse: [B, H, L] float32 of an earlier step, or None.
-        dense: dense(call) -> (out, lse), for the case of two passes; its tensors may be permuted.
+        dense: dense(call) -> (out, lse), for the case of two passes.
     """
-    if not config.pooled:
-        out, lse, masses, exact = _measure(backend, call, config, previous_lse, dense)
-        mask, recall = select(backend, masses, call.layout, config)
-        return Found(mask, recall, exact, out=out, lse=lse)
-    order, similar = find_order(backend, call, config)
-    if previous_lse is not None:
-        previous_lse = previous_lse.gather(-1, order.long())
-    permuted = backend.permute(call.q, call.k, call.v, order, call.key_bias)
-    moved = replace(
-        call, q=permuted.q, k=permuted.k, v=permuted.v, key_bias=permuted.key_bias
-    )  # fmt: skip
-    out, lse, masses, exact = _measure(backend, moved, config, previous_lse, dense)
-    scores = None
-    # a recall that was asked for is one of masses, and the masses rank there
-    if not config.recall:
-        scores = tail_scores(backend, permuted, masses, lse, config, call.scale)
-    # the permuted copies go before the output is copied
-    del permuted, moved
-    mask, recall = select(backend, masses, video_first(call.layout), config, scores)
-    del masses, scores
-    return Found(
-        mask, recall, exact, order, similar, in_raster(out, order), in_raster(lse, order)
-    )  # fmt: skip
+    if previous_lse is None or not backend.one_pass_search:
+        out, lse = dense(call)
+        found = lse_cached_search(backend, call, config, lse, int8=False)
+        return found._replace(exact=True, out=out, lse=lse)
+    out, lse = empty_output(call.v), torch.empty_like(previous_lse)
+    attend = backend.attention_with_masses
+    assert attend is not None, "`one_pass_search` says so"
 
+    def measure(call, heads, order):
+        some = previous_lse[:, heads]
+        if order is not None:
+            some = some.gather(-1, order.long())
+        # one pass knows its rows' LSE only when it ends, and takes the earlier one's
+        found, found_lse, masses = attend(
+            call.q, call.k, call.v, previous_lse=some, scale=call.scale, key_bias=call.key_bias,
+            **config.blocks,
+        )  # fmt: skip
+        for whole, part in ((out, found), (lse, found_lse)):
+            if order is None:
+                whole[:, heads] = part
+            else:
+                put_in_raster(whole[:, heads], part, order)
+        return Masses(masses, found_lse)
 
-def _measure(backend, call, config, previous_lse, dense):
-    """(out, lse, masses [B, H, Nq, Nk], whether these are exact) of a call."""
-    options = {"scale": call.scale, "key_bias": call.key_bias, **config.blocks}
-    # one pass knows its rows' LSE only when it ends, and takes the earlier one's
-    if previous_lse is not None and backend.one_pass_search:
-        found = backend.attention_with_masses(
-            call.q, call.k, call.v, previous_lse=previous_lse, **options
-        )
-        return *found, False
-    out, lse = dense(call)
-    return out, lse, backend.block_masses(call.q, call.k, lse, **options), True
+    mask, recall, order, similar = search_mask(backend, call, config, measure, copies=1)
+    return Found(mask, recall, False, order, similar, out, lse)

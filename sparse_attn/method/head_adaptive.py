@@ -14,20 +14,19 @@ def budget_shift(budget: int, num_k: int, num_sinks: int) -> int:
     return max(0, min(budget // 2, budget - num_sinks - 1, num_k - budget))
 
 
-def head_budgets(recall: torch.Tensor, budget: int, shift: int) -> torch.Tensor:
-    """Give every head its number of key blocks per row.
+def moved_heads(recall: torch.Tensor) -> torch.Tensor:
+    """Which heads give blocks and which take them.
 
     n heads have a recall above 0.8, and at most half of all heads count: the n of highest recall
-    keep `budget - shift` blocks, the n of lowest recall `budget + shift`, the rest `budget`.
+    give, the n of lowest recall take, the rest do neither.
 
     Args:
         recall: [B, H] at the uniform budget.
 
     Returns:
-        [B, H] int64; every row sums to H * budget.
+        [B, H] int64 of 1 (takes), 0 and -1 (gives); every row sums to 0.
     """
     heads = recall.shape[-1]
     n = (recall > HIGH_RECALL).sum(-1, keepdim=True).clamp(max=heads // 2)
     rank = recall.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
-    moves = (rank >= heads - n).long() - (rank < n).long()
-    return budget + shift * moves
+    return (rank >= heads - n).long() - (rank < n).long()

@@ -6,51 +6,76 @@ from ..backends.choice import Backend
 from ..block_mask import BlockMask, recall
 from ..config import AdaSpaConfig
 from ..token_layout import TokenLayout
-from .head_adaptive import budget_shift, head_budgets
+from .head_adaptive import budget_shift, moved_heads
 from .recall_target import row_wise_recall
 from .text_sink import count_sinks, sink_blocks
 
 
-def select(
-    backend: Backend,
-    masses: torch.Tensor,
-    layout: TokenLayout,
-    config: AdaSpaConfig,
-    scores: torch.Tensor | None = None,
-) -> tuple[BlockMask, torch.Tensor]:
-    """Choose the blocks to keep. Nothing is read back from the device.
+class Selection:
+    """Chooses the blocks to keep, some heads after others. Nothing is read back from the device.
+
+    Where heads share out blocks, each is chosen for with the budget of all, with more and with less;
+    when all recalls are known, `settle` takes one of the three.
 
     Args:
-        masses: [B, H, Nq, Nk] float32 block masses of `layout` in blocks of `config.block_size`.
-        scores: what to rank the blocks of a row by, [B, H, Nq, Nk] float32; None ranks by mass. A
-            recall that was asked for is one of masses, and the masses rank there.
-
-    Returns:
-        mask: the blocks to keep. recall: [B, H] float32, the share of mass that they hold.
+        layout: of the sequence whose blocks `config` names.
+        videos, heads: of all that will be added.
     """
-    keep, held = _choose(backend, masses, layout, config, scores)
-    return BlockMask.from_dense(keep, **config.blocks), held
 
+    def __init__(
+        self, backend: Backend, layout: TokenLayout, config: AdaSpaConfig, videos: int, heads: int,
+        device: torch.device,
+    ):  # fmt: skip
+        self.backend, self.config = backend, config
+        num_q, self.num_k = (layout.num_blocks(size) for size in config.blocks.values())
+        self.sink_q = sink_blocks(layout, config.block_q, device)
+        self.sink_k = sink_blocks(layout, config.block_k, device)
+        sinks = count_sinks(layout, config.block_k)
+        self.least = min(sinks + 1, self.num_k)
+        budget = row_budget(config.density, self.num_k, sinks)
+        shift = budget_shift(budget, self.num_k, sinks) if config.head_adaptive else 0
+        self.budgets = (budget, budget + shift, budget - shift) if shift else (budget,)
+        shape = len(self.budgets), videos, heads
+        num_bytes = -(-self.num_k // 8)
+        self._bits = torch.empty((*shape, num_q, num_bytes), dtype=torch.uint8, device=device)
+        self._recall = torch.empty(shape, device=device)
+        self._added = 0
 
-def _choose(backend, masses, layout, config, scores):
-    """(keep [B, H, Nq, Nk] bool, recall)."""
-    B, H, _, Nk = masses.shape
-    sinks = count_sinks(layout, config.block_k)
-    sink_q = sink_blocks(layout, config.block_q, masses.device)
-    sink_k = sink_blocks(layout, config.block_k, masses.device)
-    if config.recall:
-        keep = row_wise_recall(masses, config.recall, min(sinks + 1, Nk), sink_k, sink_q)
-        return keep, recall(masses, keep)
-    scores = masses if scores is None else scores
-    budget = row_budget(config.density, Nk, sinks)
-    budgets = torch.full((B, H), budget, device=masses.device)
-    keep, held = backend.row_wise_top_k(scores, masses, budgets, budget, sink_k, sink_q)
-    shift = budget_shift(budget, Nk, sinks) if config.head_adaptive else 0
-    if shift:
-        budgets = head_budgets(held, budget, shift)
-        largest = budget + shift
-        keep, held = backend.row_wise_top_k(scores, masses, budgets, largest, sink_k, sink_q)
-    return keep, held
+    def add(self, masses: torch.Tensor, scores: torch.Tensor | None = None) -> None:
+        """Choose for the next heads.
+
+        Args:
+            masses: [B, h, Nq, Nk] float32 block masses.
+            scores: what to rank the blocks of a row by, [B, h, Nq, Nk] float32; None ranks by mass.
+                A recall that was asked for is one of masses, and the masses rank there.
+        """
+        heads = slice(self._added, self._added + masses.shape[1])
+        self._added = heads.stop
+        scores = masses if scores is None else scores
+        for i, budget in enumerate(self.budgets):
+            keep, self._recall[i, :, heads] = self._choose(masses, scores, budget)
+            self._bits[i, :, heads] = BlockMask.from_dense(keep, **self.config.blocks).bits
+
+    def _choose(self, masses, scores, budget):
+        """(keep [B, h, Nq, Nk] bool, recall [B, h])."""
+        sinks = self.sink_k, self.sink_q
+        if self.config.recall:
+            keep = row_wise_recall(masses, self.config.recall, self.least, *sinks)
+            return keep, recall(masses, keep)
+        budgets = torch.full(masses.shape[:2], budget, device=masses.device)
+        return self.backend.row_wise_top_k(scores, masses, budgets, budget, *sinks)
+
+    def settle(self) -> tuple[BlockMask, torch.Tensor]:
+        """The mask of all heads, and the share of mass that it holds, [B, H] float32."""
+        bits, held = self._bits, self._recall
+        if len(self.budgets) == 1:
+            bits, held = bits[0], held[0]
+        else:
+            # 0, 1 or -1, the last of the three
+            taken = moved_heads(held[0])
+            video, head = (torch.arange(n, device=bits.device) for n in held.shape[1:])
+            bits, held = (x[taken, video[:, None], head] for x in (bits, held))
+        return BlockMask(bits, self.num_k, **self.config.blocks), held
 
 
 def row_budget(density: float, num_k: int, num_sinks: int) -> int:

@@ -4,7 +4,11 @@ import torch
 
 from ..backends.choice import Backend
 from ..block_mask import BlockMask
-from ..call import Call
+from ..call import Call, empty_output
+from ..head_groups import head_groups
+
+# of every pair of blocks, a number in a list
+PAIR_BYTES = 4
 
 
 def sparse_step(
@@ -20,14 +24,32 @@ def sparse_step(
     Returns:
         out: [B, H, L, D]. lse: [B, H, L] float32, or None where the backend does not tell it.
     """
+    # permuted and quantised q, k and v, and the output of a group, which is then put in its place
+    copies = (0 if order is None else 3) + 1.5 * quantised + 1
+    groups = list(head_groups(call, copies, PAIR_BYTES))
+    if len(groups) == 1:
+        return _attend(backend, call, mask, order, quantised)
+    out, lse = empty_output(call.v), None
+    for heads, part in groups:
+        found, found_lse = _attend(
+            backend, part, mask.with_bits(mask.bits[:, heads]),
+            None if order is None else order[:, heads], quantised,
+        )  # fmt: skip
+        out[:, heads] = found
+        if found_lse is not None:
+            lse = found_lse.new_empty(call.q.shape[:3]) if lse is None else lse
+            lse[:, heads] = found_lse
+        # not beside those of the next heads
+        del found
+    return out, lse
+
+
+def _attend(backend, call, mask, order, quantised):
     attention = backend.quantised_attention if quantised else backend.attention
     assert attention is not None, "`why_not_quantised` says when"
+    options = {"scale": call.scale, "key_bias": call.key_bias, "mask": mask}
     if order is None:
-        return attention(
-            call.q, call.k, call.v, scale=call.scale, key_bias=call.key_bias, mask=mask
-        )  # fmt: skip
+        return attention(call.q, call.k, call.v, **options)
     moved = backend.permute(call.q, call.k, call.v, order, call.key_bias)
-    return attention(
-        moved.q, moved.k, moved.v, scale=call.scale, key_bias=moved.key_bias, mask=mask,
-        pooled=moved.pooled, order=order,
-    )  # fmt: skip
+    options.update(key_bias=moved.key_bias, pooled=moved.pooled, order=order)
+    return attention(moved.q, moved.k, moved.v, **options)

@@ -10,6 +10,7 @@ import torch
 from ..backends.choice import Backend
 from ..call import Call
 from ..config import AdaSpaConfig
+from ..head_groups import head_groups
 from ..token_layout import TokenLayout
 from .position import video_first
 from .similarity import similar_order
@@ -51,8 +52,16 @@ def _errors(backend, call, orders, config) -> list[torch.Tensor]:
     queries = q.gather(2, tokens[..., None].expand(*tokens.shape, q.shape[-1]))
     # a query's LSE is the same in any order
     _, lse = backend.attention(queries, call.k, call.v, scale=call.scale, key_bias=call.key_bias)
+    # permuted keys and values
+    groups = list(head_groups(call, copies=2, pair_bytes=0))
     return [
-        _error(backend, call, rows, row_lse, order, config)
+        torch.cat(
+            [
+                _error(backend, part, rows[:, heads], row_lse[:, heads], order[:, heads], config)
+                for heads, part in groups
+            ],
+            1,
+        )
         for order, rows, row_lse in zip(
             orders, queries.split(len(places), 2), lse.split(len(places), 2), strict=True
         )
@@ -60,7 +69,7 @@ def _errors(backend, call, orders, config) -> list[torch.Tensor]:
 
 
 def _error(backend, call, rows, lse, order, config) -> torch.Tensor:
-    """[B, H] of one order, whose permuted copies go before the next one's are made."""
+    """[B, h] of one order, whose permuted copies go before the next one's are made."""
     permuted = backend.permute(None, call.k, call.v, order, call.key_bias)
     pooled = permuted.pooled
     masses = backend.block_masses(

@@ -38,13 +38,11 @@ def serpentine_order(layout: TokenLayout, device: torch.device) -> torch.Tensor:
     return torch.cat([video, before, after]).to(device, torch.int32)
 
 
-def in_raster(permuted: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
-    """Put the tokens of [B, H, L, ...] back to where `order` [B, H, L] took them from."""
-    out = torch.empty_like(permuted)
-    for b, heads in enumerate(order.long()):
+def put_in_raster(out: torch.Tensor, arranged: torch.Tensor, order: torch.Tensor) -> None:
+    """Put the tokens of `arranged` [B, H, L, ...] into `out`, where `order` [B, H, L] has them from."""
+    for b, heads in enumerate(order):
         for h, places in enumerate(heads):
-            out[b, h].index_copy_(0, places, permuted[b, h])
-    return out
+            out[b, h].index_copy_(0, places.long(), arranged[b, h])
 
 
 def is_shared(order: torch.Tensor) -> bool:

@@ -11,9 +11,9 @@ import torch
 from ..backends.choice import Backends
 from ..call import Call
 from ..config import AdaSpaConfig
-from ..method.block_scores import Found
 from ..method.fused_online_search import fused_online_search
 from ..method.lse_cached_search import lse_cached_search
+from ..method.mask_search import Found
 from ..method.recall import sample_rows, sampled_recall
 from ..method.sparse_step import sparse_step
 from ..orders.position import serpentine_order

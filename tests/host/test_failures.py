@@ -16,7 +16,7 @@ from sparse_attn.backends.torch import block_masses as masses
 from sparse_attn.block_mask import BlockMask
 from sparse_attn.call import Call
 from sparse_attn.config import AdaSpaConfig
-from sparse_attn.method import fused_online_search
+from sparse_attn.method.selection import Selection
 from sparse_attn.run.dense import HOST_SERVED
 from sparse_attn.run.state import NOT_A_NUMBER, OUT_OF_MEMORY, RunState
 from sparse_attn.schedule import plan
@@ -204,7 +204,7 @@ def test_memory_of_a_failed_search_is_free_before_the_dense_fallback(monkeypatch
     if where == "masses":
         monkeypatch.setattr(masses, "block_masses", short)
     else:
-        monkeypatch.setattr(fused_online_search, "select", short)
+        monkeypatch.setattr(Selection, "add", short)
     direct_run().attend(direct_call(0, qkv(), dense=dense))
     assert alive == [False]
 

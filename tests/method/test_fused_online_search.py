@@ -32,7 +32,7 @@ def search(backend, q, k, v, block_size="64", previous=None, key_bias=None):
     passes, layout = [], TokenLayout(0, 1, 1, q.shape[2])
     call = Call(q, k, v, 0.3, layout, step=0, dense=None, key_bias=key_bias)
     config = AdaSpaConfig(tail="none", block_size=block_size)
-    with measured(module) as seen:
+    with measured() as seen:
         found = module.fused_online_search(backend, call, config, previous, dense)
     return found, seen.masses, len(passes)
 
@@ -69,20 +69,20 @@ def test_a_backend_without_one_pass_ignores_the_earlier_lse():
 
 def test_one_pass_runs_when_the_backend_can_and_the_lse_is_known():
     seen = {}
-    masses = torch.ones(1, 1, 2, 3)
+    masses, answer = torch.ones(1, 1, 2, 3), torch.randn(1, 1, 192, 64)
+    earlier, lse, bias = torch.randn(1, 1, 192), torch.randn(1, 1, 192), torch.randn(1, 192)
 
     def attention_with_masses(q, k, v, **options):
         seen.update(options)
-        return "out", "lse", masses
+        return answer, lse, masses
 
     backend = replace(TORCH, one_pass_search=True, attention_with_masses=attention_with_masses)
     q = torch.zeros(1, 1, 192, 64)
-    found, used, passes = search(backend, q, q, q, "128x64", previous="earlier", key_bias="bias")
-    assert (found.out, found.lse, passes) == ("out", "lse", 0)
+    found, used, passes = search(backend, q, q, q, "128x64", previous=earlier, key_bias=bias)
+    assert torch.equal(found.out, answer) and torch.equal(found.lse, lse) and passes == 0
     assert used is masses and not found.exact, "measured with the earlier step's LSE"
-    assert seen == {
-        "scale": 0.3, "key_bias": "bias", "previous_lse": "earlier", "block_q": 128, "block_k": 64
-    }  # fmt: skip
+    assert torch.equal(seen.pop("previous_lse"), earlier) and seen.pop("key_bias") is bias
+    assert seen == {"scale": 0.3, "block_q": 128, "block_k": 64}
 
 
 def test_the_first_step_searches_in_two_passes_even_where_one_would_do():

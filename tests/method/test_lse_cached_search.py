@@ -31,7 +31,7 @@ def exact_lse(q, k):
 def cached(q, k, lse, key_bias=None):
     """The masses that a search with a kept LSE chooses by."""
     call = Call(q, k, q, SCALE, TokenLayout(0, 1, 1, L), step=0, dense=None, key_bias=key_bias)
-    with measured(module) as seen:
+    with measured() as seen:
         found = module.lse_cached_search(TORCH, call, AdaSpaConfig(tail="none"), lse, int8=False)
     assert not found.exact and found.out is None and found.lse is None
     return seen.masses

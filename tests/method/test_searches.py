@@ -12,8 +12,9 @@ from sparse_attn.backends import reference
 from sparse_attn.backends.reference import in_order
 from sparse_attn.call import Call
 from sparse_attn.config import TOKEN_ORDERS, AdaSpaConfig
-from sparse_attn.method import fused_online_search, lse_cached_search
-from sparse_attn.orders.position import in_raster, serpentine_order
+from sparse_attn.method.fused_online_search import fused_online_search
+from sparse_attn.method.lse_cached_search import lse_cached_search
+from sparse_attn.orders.position import serpentine_order
 from sparse_attn.token_layout import TokenLayout
 from tests.method.chosen import TORCH, measured
 
@@ -32,8 +33,8 @@ def dense(call):
 
 def search(config, call, backend=TORCH):
     """What a search with dense attention finds, and what it chooses by."""
-    with measured(fused_online_search) as seen:
-        found = fused_online_search.fused_online_search(backend, call, config, None, dense)
+    with measured() as seen:
+        found = fused_online_search(backend, call, config, None, dense)
     return found, seen
 
 
@@ -50,8 +51,8 @@ def test_one_pass_takes_the_earlier_lse_in_the_order_of_its_rows():
     call = replace(call, q=call.q * torch.linspace(0, 4, LAYOUT.tokens)[:, None])
     qkv = [x.double() for x in (call.q, call.k, call.v)]
     _, lse = reference.attention(*qkv, scale=SCALE)
-    with measured(fused_online_search) as seen:
-        found = fused_online_search.fused_online_search(
+    with measured() as seen:
+        found = fused_online_search(
             backend, call, AdaSpaConfig(token_order="position"), lse.float(), dense
         )
     order = found.order.long()
@@ -77,8 +78,8 @@ def test_rows_whose_kept_lse_leaves_them_no_mass_stay_finite():
 
 def search_again(config, call, lse, backend=TORCH):
     """The same of a search with a kept LSE."""
-    with measured(lse_cached_search) as seen:
-        found = lse_cached_search.lse_cached_search(backend, call, config, lse, int8=False)
+    with measured() as seen:
+        found = lse_cached_search(backend, call, config, lse, int8=False)
     return found, seen
 
 
@@ -121,7 +122,7 @@ def test_without_an_order_nothing_is_permuted():
     assert_within("masses", again.masses, first.masses.double(), 1e-3)
 
 
-def test_permuted_copies_are_gone_before_the_output_is_copied(monkeypatch):
+def test_permuted_copies_go_as_soon_as_nothing_needs_them():
     alive = []
 
     def noted(*args):
@@ -129,11 +130,19 @@ def test_permuted_copies_are_gone_before_the_output_is_copied(monkeypatch):
         alive.extend(weakref.ref(x) for x in (found.q, found.k, found.v))
         return found
 
-    def checked(*args):
-        gc.collect()
-        assert len(alive) == 3 and not any(ref() is not None for ref in alive)
-        return in_raster(*args)
+    def after(operation, gone):
+        def checked(*args, **options):
+            gc.collect()
+            assert [ref() is None for ref in alive] == gone
+            return operation(*args, **options)
 
-    monkeypatch.setattr(fused_online_search, "in_raster", checked)
-    config = AdaSpaConfig(token_order="position")
-    search(config, a_call(), replace(TORCH, permute=noted))
+        return checked
+
+    backend = replace(
+        TORCH,
+        permute=noted,
+        pooled_masses=after(TORCH.pooled_masses, [False, True, False]),
+        tail_error=after(TORCH.tail_error, [True, True, False]),
+        row_wise_top_k=after(TORCH.row_wise_top_k, [True, True, True]),
+    )
+    search(AdaSpaConfig(token_order="position"), a_call(), backend)

@@ -5,9 +5,9 @@ from close import rounding
 from sparse_attn.backends import reference
 from sparse_attn.config import BLOCK_SIZES, AdaSpaConfig
 from sparse_attn.method.head_adaptive import HIGH_RECALL, budget_shift
-from sparse_attn.method.selection import row_budget, select
+from sparse_attn.method.selection import row_budget
 from sparse_attn.token_layout import TokenLayout
-from tests.method.chosen import TORCH, chosen
+from tests.method.chosen import chosen, select
 
 LAYOUTS = [
     TokenLayout(0, 4, 8, 32),  # no text
@@ -122,7 +122,7 @@ def test_a_mask_knows_its_block_sizes():
     layout = LAYOUTS[3]
     config = AdaSpaConfig(sparsity=0.7, block_size="128x64")
     masses = masses_of(layout, "128x64")
-    mask, _ = select(TORCH, masses, layout, config)
+    mask, _ = select(masses, layout, config)
     assert (mask.block_q, mask.block_k, mask.num_k) == (128, 64, masses.shape[-1])
 
 

@@ -106,11 +106,11 @@ def in_order(run, *tensors):
 
 
 SEQUENCES = [
-    ("Sss", False, [["permute", "dense", "masses", "pooled masses"],
+    ("Sss", False, [["dense", "permute", "masses", "pooled masses"],
                     ["permute", "sparse"], ["permute", "sparse"]]),
     ("DSs", True, [["dense"], ["permute", "dense with masses", "pooled masses"],
                    ["permute", "sparse"]]),
-    ("SSs", False, [["permute", "dense", "masses", "pooled masses"],
+    ("SSs", False, [["dense", "permute", "masses", "pooled masses"],
                     ["permute", "masses", "pooled masses", "permute", "sparse"],
                     ["permute", "sparse"]]),
 ]  # fmt: skip
@@ -335,7 +335,7 @@ def test_bfloat16_errs_as_little_as_its_rounding():
 def test_a_recall_is_one_of_masses_and_sampled_in_the_masks_order():
     run = TailRun("Sss", recall=0.7)
     did = [run.attend(step, tensors(step))[1] for step in range(3)]
-    assert did[0] == ["permute", "dense", "masses"], "no scores, the masses rank"
+    assert did[0] == ["dense", "permute", "masses"], "no scores, the masses rank"
     q, k, _ = in_order(run, *tensors(0))
     keep, held = chosen(exact_masses(q, k), PERMUTED, run.state.config)
     assert (held >= 0.7).all() and abs(int(run.keep.sum()) - int(keep.sum())) <= H

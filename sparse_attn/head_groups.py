@@ -1,0 +1,33 @@
+"""Heads in groups: what a call needs beside its results, it needs for a few heads at a time.
+
+Budgets, orders and masks are of single heads, so groups change no result. How many heads make a
+group is decided here alone.
+"""
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+from .call import Call
+
+# what a call may take above q, k, v, its results and what is kept of it, unless one head takes more
+WORKSPACE_BYTES = 512 << 20
+
+
+def head_groups(call: Call, copies: float, pair_bytes: int) -> Iterator[tuple[slice, Call]]:
+    """Split a call into calls of as many heads as the workspace has room for.
+
+    Args:
+        copies: how many tensors as large as q are made of every head.
+        pair_bytes: what is made for every pair of blocks of 64 tokens, at most.
+
+    Yields:
+        Which heads, and the call of these; its `dense` is still that of all.
+    """
+    batch, heads, tokens, _ = call.q.shape
+    need = copies * call.q.nbytes / heads + batch * pair_bytes * (-(-tokens // 64)) ** 2
+    room = max(1, int(WORKSPACE_BYTES // max(need, 1)))
+    # no group much smaller than the others
+    size = -(-heads // -(-heads // room))
+    for first in range(0, heads, size):
+        some = slice(first, first + size)
+        yield some, replace(call, q=call.q[:, some], k=call.k[:, some], v=call.v[:, some])
