@@ -1,0 +1,109 @@
+"""Nodes and help in other languages: as much as English has, with the same numbers and names."""
+
+import json
+import re
+
+import pytest
+
+from tests.tools import comfy_inprocess
+from tests.web.test_web import WEB, fetch
+
+LANGUAGES = ("zh", "ja", "ko")
+LOCALES = WEB.parent / "locales"
+# values of settings and names of models, which no language translates
+NAMES = (
+    "Balanced|Quality|Fast|Custom|pooled|none|similarity|position|auto|host|int8|fp8|bf16|128x64"
+)
+
+
+@pytest.fixture(scope="module")
+def schemas(comfyui):
+    nodes = comfy_inprocess.nodes_of(comfy_inprocess.load_pack())
+    return {name: node.GET_SCHEMA() for name, node in nodes.items()}
+
+
+@pytest.fixture(params=LANGUAGES)
+def language(request):
+    return request.param
+
+
+def translated(language) -> dict:
+    return json.loads((LOCALES / language / "nodeDefs.json").read_text(encoding="utf-8"))
+
+
+def english(schema) -> dict:
+    """What a translation replaces: the same keys, in the structure that ComfyUI reads."""
+
+    def texts(put):
+        tooltip = {"tooltip": put.tooltip} if put.tooltip else {}
+        return {"name": getattr(put, "id", None) or put.display_name, **tooltip}
+
+    return {
+        "display_name": schema.display_name,
+        "description": schema.description,
+        "inputs": {put.id: texts(put) for put in schema.inputs},
+        "outputs": {str(i): texts(out) for i, out in enumerate(schema.outputs)},
+    }
+
+
+def leaves(tree: dict, path=()) -> dict:
+    found = {}
+    for key, value in tree.items():
+        found |= leaves(value, (*path, key)) if isinstance(value, dict) else {(*path, key): value}
+    return found
+
+
+def numbers(text: str) -> set:
+    return set(re.findall(r"\d+(?:\.\d+)?", text.replace(",", "")))
+
+
+def named(text: str) -> set:
+    return {
+        name.lower() for name in re.findall(rf"(?<![A-Za-z])(?:{NAMES})(?![A-Za-z])", text, re.I)
+    }
+
+
+def test_every_text_of_every_node_is_translated(schemas, language):
+    ours = leaves(translated(language))
+    theirs = leaves({name: english(schema) for name, schema in schemas.items()})
+    assert ours.keys() == theirs.keys()
+    foreign = {
+        "zh": r"[\u4e00-\u9fff]",
+        "ja": r"[\u3040-\u30ff\u4e00-\u9fff]",
+        "ko": r"[\uac00-\ud7a3]",
+    }
+    for path, text in ours.items():
+        if path[-1] in ("tooltip", "description"):
+            assert re.search(foreign[language], text), path
+            assert numbers(theirs[path]) <= numbers(text), path
+            assert named(theirs[path]) == named(text), path
+
+
+def test_translations_in_one_language_differ(language):
+    titles = [node["display_name"] for node in translated(language).values()]
+    assert len(set(titles)) == len(titles) and all("AdaSpa" in title for title in titles)
+    # a search for the pack's name must go on finding the main node first
+    assert translated(language)["AdaSpaAttention"]["display_name"] == "AdaSpa"
+
+
+def test_server_offers_the_languages(comfy_server, language):
+    offered = json.loads(fetch(comfy_server, "/i18n"))
+    nodes = offered[language]["nodeDefs"]
+    assert nodes.items() >= translated(language).items()
+
+
+def said_in_bold(text: str) -> set:
+    """Names in bold type that are the same in every language: of settings, inputs and presets."""
+    return set(re.findall(r"\*\*([a-z_]+|Balanced|Quality|Fast|Paper|Custom)\*\*", text))
+
+
+@pytest.mark.parametrize("page", sorted(path.stem for path in (WEB / "docs").glob("*.md")))
+def test_help_says_the_same_in_every_language(page, language):
+    english = (WEB / "docs" / f"{page}.md").read_text(encoding="utf-8")
+    text = (WEB / "docs" / page / f"{language}.md").read_text(encoding="utf-8")
+    assert text.count("\n## ") == english.count("\n## ")
+    assert said_in_bold(english) - said_in_bold(text) == set()
+    title = translated(language)[page]["display_name"]
+    assert text.startswith(f"# {title}\n")
+    shares = [re.findall(r"\d+ %|0\.\d+", x) for x in (english, text)]
+    assert set(shares[0]) - set(shares[1]) <= {"0.0002"}
