@@ -6,12 +6,14 @@ from .attention import AdaSpaAttention
 from .attention_pair import AdaSpaAttentionPair
 from .compare import AdaSpaCompare
 from .load_pattern import AdaSpaLoadPattern
+from .raylight import AdaSpaRaylight, is_installed
 from .report import AdaSpaReport
 from .save_pattern import AdaSpaSavePattern
 
 
 class AdaSpaExtension(ComfyExtension):
     async def get_node_list(self):
+        several_gpus = [AdaSpaRaylight] if is_installed() else []
         return [
             AdaSpaAttention,
             AdaSpaAttentionPair,
@@ -19,4 +21,5 @@ class AdaSpaExtension(ComfyExtension):
             AdaSpaCompare,
             AdaSpaSavePattern,
             AdaSpaLoadPattern,
+            *several_gpus,
         ]

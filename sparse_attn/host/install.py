@@ -153,7 +153,8 @@ def _apply_model(node_id):
         model = executor.class_obj.diffusion_model
         # a compiled model is a wrapper of another class
         model = getattr(model, "_orig_mod", model)
-        known = {**inputs, "c_crossattn": c_crossattn, "transformer_options": options}
+        given = {**inputs, "c_crossattn": c_crossattn}
+        known = {**given, "transformer_options": options}
         layout = announce = None
         family, reason = family_of(model)
         if family is not None:
@@ -167,7 +168,7 @@ def _apply_model(node_id):
             announce = _announcer(run, layout, node_id) if first else None
             call = ModelCall(
                 run, step, previous, model, family, layout, sampling.callers(family, model),
-                place, unplaced, announce,
+                place, unplaced, announce, given,
             )  # fmt: skip
         if line and announce is None:
             status.send(node_id, run.statistics, line, step, False)

@@ -73,6 +73,7 @@ class ModelCall:
         place: the part of the video that the call is about, or None for all of it; `unplaced` says
             why it is not known.
         announce: announce(estimate), told of every call that is ours, or None.
+        inputs: what the family's rules read beside the model.
     """
 
     run: RunState
@@ -85,6 +86,7 @@ class ModelCall:
     place: tuple | None = None
     unplaced: str = ""
     announce: Callable[[Estimate], None] | None = None
+    inputs: Mapping = field(default_factory=dict)
     # calls of each block so far
     met: Counter = field(default_factory=Counter)
 

@@ -5,7 +5,7 @@ from functools import partial
 import torch
 
 from .host_call import HostCall
-from .model_call import CONTEXT
+from .model_call import CONTEXT, Declined, ModelCall
 
 
 @torch.compiler.disable
@@ -24,11 +24,23 @@ def attention_override(
     )  # fmt: skip
     if context is None:
         return host.as_it_came()
-    context.run.statistics.attended.add(context.step)
+    out = serve(context, host, options)
+    if out is None:
+        return host.as_it_came()
+    return out if skip_output_reshape else out.transpose(1, 2).flatten(2)
+
+
+def serve(context: Declined | ModelCall, host: HostCall, options: dict) -> torch.Tensor | None:
+    """Serve an attention call of a model call.
+
+    Returns:
+        [B, H, L, D], or None where the call is not ours; the reason is counted.
+    """
+    statistics = context.run.statistics
+    statistics.attended.add(context.step)
     calls = context.calls_of(host, options)
     if isinstance(calls, str):
-        context.run.statistics.kept_dense[calls] += 1
-        return host.as_it_came()
+        statistics.kept_dense[calls] += 1
+        return None
     outs = [context.run.attend(call) for call in calls]
-    out = outs[0] if len(outs) == 1 else torch.cat(outs)
-    return out if skip_output_reshape else out.transpose(1, 2).flatten(2)
+    return outs[0] if len(outs) == 1 else torch.cat(outs)

@@ -33,10 +33,13 @@ class DenseChoice:
 
     Args:
         allowed: "auto", or "host" to leave every dense step to the host.
+        measures: False takes the host, and our own attention where its LSE is needed: several GPUs
+            of one video must choose alike, and each would measure for itself.
     """
 
-    def __init__(self, allowed: str):
+    def __init__(self, allowed: str, measures: bool = True):
         self.allowed = allowed
+        self.measures = measures
         self.seconds: dict[tuple, dict[str, float]] = {}
 
     def fastest(self, call: Call, candidates: dict[str, Callable]) -> str:
@@ -45,6 +48,8 @@ class DenseChoice:
         Args:
             candidates: by name, the most trusted first: candidate(q, k, v).
         """
+        if not self.measures:
+            return HOST if HOST in candidates else OWN
         shape = *call.q.shape, call.q.dtype, call.q.device
         seconds = self.seconds.setdefault(shape, {})
         # a few heads tell the order of the candidates at a fraction of the time

@@ -45,6 +45,7 @@ HUNYUAN_15 = {
 MODELS = {
     "wan_t2v": (wan, {}, {"num_heads": 2, "text_dim": TEXT_DIM}),
     "wan_h64": (wan, {"num_heads": 4}, {"num_heads": 4, "text_dim": TEXT_DIM}),
+    "wan_h32": (wan, {"num_heads": 8}, {"num_heads": 8, "text_dim": TEXT_DIM}),
     "wan_i2v": (
         wan,
         {"model_type": "i2v", "in_dim": 36},

@@ -144,7 +144,8 @@ def test_borrowed_packages_stay_but_for_exact_versions_that_comfyui_needs():
 
 
 def test_nothing_is_installed_where_nothing_lacks():
-    have = {"torch": "2.9.1", "comfy-kitchen": "0.2.26", **dict.fromkeys(pins.TEST_PACKAGES, "1")}
+    have = {"torch": "2.9.1", "comfy-kitchen": "0.2.26", **pins.ENGINES}
+    have |= dict.fromkeys(pins.TEST_PACKAGES, "1")
     assert names(have=have, device="cuda", needs=[("comfy-kitchen", "==0.2.26")]) == []
 
 
@@ -164,6 +165,7 @@ def test_the_lock_holds_what_tests_and_every_pinned_comfyui_need():
         pins.triton(pins.OLDEST_PYTHON),
         pins.triton(pins.NEWEST_PYTHON),
     }
+    assert {r.name: r.version for r in requirements.locked("engines")} == pins.ENGINES
     (uv,) = requirements.locked("uv")
     assert uv.version.startswith(f"{pins.UV_SERIES}.")
     root = os.environ.get("COMFYUI_PATH")

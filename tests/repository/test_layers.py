@@ -20,7 +20,7 @@ FOLDERS = {
     "sparse_attn/method": {"torch"},
     "sparse_attn/patterns": {"torch", "safetensors"},
     "sparse_attn/run": {"torch"},
-    "sparse_attn/host": {"torch"} | COMFY,
+    "sparse_attn/host": {"torch", "ray"} | COMFY,
     "nodes": {"torch", "numpy", "PIL"} | COMFY,
     ".": set(),
 }

@@ -211,6 +211,7 @@ def to_install(
     if build:
         line = f"torch @ {build.file.resolve().as_uri()} --hash=sha256:{build.sha256}"
         chosen.append(requirements.Pinned("torch", build.version, line))
+    chosen += [engine for engine in requirements.locked("engines") if engine.name not in have]
     if lacks_triton(device, have):
         chosen = [r for r in chosen if r.name != "triton"] + requirements.locked("triton")
     return chosen

@@ -51,6 +51,8 @@ def main() -> None:
         f"triton=={newer} ; python_version >= '3.11'",
     )
     write(installer.uv, "triton", list(triton), "--no-deps")
+    engines = [f"{name}=={version}" for name, version in pins.ENGINES.items()]
+    write(installer.uv, "engines", engines, "--no-deps")
     write(installer.uv, "uv", [f"uv=={pins.UV_SERIES}.*"])
 
 

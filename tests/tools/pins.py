@@ -76,6 +76,10 @@ TEST_PACKAGES = (
     "scikit-image",
 )
 
+# engines that share a video between GPUs, and what sends functions to them. Tests need their
+# attention alone, so what else they ask for is not installed
+ENGINES = {"cloudpickle": "3.1.3", "xfuser": "0.4.5", "yunchang": "0.6.4"}
+
 # what ComfyUI lists but a server, its page and video sampling do not need: official templates
 # (about 300 MB of pictures), help pages of core nodes, and OpenGL for one shader node
 NOT_NEEDED = {

@@ -37,7 +37,7 @@ FAMILIES = {
     # [vision] [byT5] text [reference] video; single blocks count on after double ones
     "HunyuanVideo": Family(
         "HunyuanVideo", joint.hunyuan_video, joint.hunyuan_blocks,
-        lambda model: model.hidden_size // model.num_heads,
+        lambda model: model.hidden_size // model.num_heads, segments=joint.hunyuan_segments,
     ),
     # text video
     "CogVideoXTransformer3DModel": Family(

@@ -37,6 +37,9 @@ class Family:
         head_dim: head_dim(model) -> width of a head of the video's self-attention. Streams beside
             the video may have as many tokens, but have other heads.
         beside: beside(model) -> further blocks by the number of the one that each follows.
+        segments: segments(kind, layout, inputs) -> tokens of the parts of the sequence that an
+            engine for several GPUs cuts each by itself in blocks of a kind; None where it cuts the
+            sequence whole.
     """
 
     name: str
@@ -44,6 +47,7 @@ class Family:
     blocks: Callable[..., dict[str, Collection[torch.nn.Module]]]
     head_dim: Callable[..., int] | None = None
     beside: Callable[..., dict[int, torch.nn.Module]] | None = None
+    segments: Callable[..., tuple[int, ...]] | None = None
 
     def num_layers(self, model) -> int:
         return sum(map(len, self.blocks(model).values()))

@@ -17,11 +17,21 @@ def hunyuan_blocks(model) -> dict:
 def hunyuan_video(model, latent_shape, inputs) -> TokenLayout:
     """vision + byT5 + text, in whatever order, then [reference] + video."""
     frames, height, width = grid(latent_shape, model.patch_size)
-    text = [inputs.get(name) for name in ("c_crossattn", "txt_byt5", "clip_fea")]
-    before = sum(tokens.shape[1] for tokens in text if tokens is not None)
+    before = _text(inputs)
     if inputs.get("ref_latent") is not None:
         before += prod(grid(inputs["ref_latent"].shape, model.patch_size))
     return TokenLayout(before, frames, height, width)
+
+
+def hunyuan_segments(kind, layout: TokenLayout, inputs) -> tuple[int, ...]:
+    """Double blocks keep text and video apart."""
+    text = _text(inputs)
+    return (text, layout.tokens - text) if kind == "double" else (layout.tokens,)
+
+
+def _text(inputs) -> int:
+    given = [inputs.get(name) for name in ("c_crossattn", "txt_byt5", "clip_fea")]
+    return sum(tokens.shape[1] for tokens in given if tokens is not None)
 
 
 def cogvideox(model, latent_shape, inputs) -> TokenLayout:

@@ -1,0 +1,61 @@
+"""AdaSpa for Raylight: the settings of AdaSpa Attention for a video that several GPUs share."""
+
+import importlib.util
+from pathlib import Path
+
+from comfy_api.latest import io
+
+from ..sparse_attn.host.raylight import install_on
+from .settings import answer, check, config_of, setting_inputs
+from .sockets import AdaSpaRun
+
+RayActors = io.Custom("RAY_ACTORS")
+
+
+def is_installed() -> bool:
+    """Whether Raylight is among the custom nodes, loaded already or not."""
+    import folder_paths
+
+    if importlib.util.find_spec("raylight") is not None:
+        return True
+    folders = map(Path, folder_paths.get_folder_paths("custom_nodes"))
+    return any(
+        (pack / "src" / "raylight").is_dir()
+        for folder in folders
+        if folder.is_dir()
+        for pack in folder.iterdir()
+    )
+
+
+class AdaSpaRaylight(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="AdaSpaRaylight",
+            display_name="AdaSpa for Raylight",
+            category="model/patch",
+            description=(
+                "AdaSpa for a video that several GPUs share. Place it between Raylight's loader "
+                "and its sampler."
+            ),
+            search_aliases=["AdaSpa several GPUs", "multi GPU", "ulysses", "raylight"],
+            inputs=[
+                RayActors.Input("ray_actors", tooltip="From Raylight's loader, after its LoRAs."),
+                *setting_inputs(),
+            ],
+            outputs=[
+                RayActors.Output("ray_actors", display_name="ray_actors"),
+                AdaSpaRun.Output("adaspa", display_name="adaspa"),
+            ],
+            not_idempotent=True,
+        )
+
+    @classmethod
+    def validate_inputs(cls, ray_actors=None, **settings) -> bool:
+        return check(settings)
+
+    @classmethod
+    def execute(cls, ray_actors, **settings) -> io.NodeOutput:
+        config = config_of(**settings)
+        handle = install_on(ray_actors["workers"], config)
+        return io.NodeOutput(ray_actors, handle, ui=answer(config, settings, ""))

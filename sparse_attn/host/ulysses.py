@@ -1,0 +1,244 @@
+"""One video on several GPUs: serves between the all-to-alls of an Ulysses engine.
+
+A rank of the engine holds a slice of the tokens of all heads. An all-to-all gives it all tokens of
+its share of the heads, the engine calls `ring_attn_fn` on them, and a second all-to-all gives the
+slice back (DeepSpeed Ulysses, arXiv 2309.14509). In place of that function a rank sees a model of
+fewer heads, which the run serves as on one GPU. Nothing in here waits for another rank, and whatever
+fails in here is answered by the engine's own function: a rank that gave up would leave the others
+waiting.
+"""
+
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial, wraps
+
+import torch
+import torch.distributed
+import torch.nn.functional as F
+
+from . import status
+from .calling_block import calling_block
+from .host_call import HostCall
+from .model_call import CONTEXT, ModelCall
+from .override import serve
+from .sampling import SAMPLING
+
+# modules of the engines and their attention classes; none is imported here
+ENGINES = {
+    "yunchang": "LongContextAttention",
+    "xfuser.core.long_ctx_attention": "xFuserLongContextAttention",
+}
+GUIDANCE = "xfuser.core.distributed"
+RING = "ring attention splits the keys between GPUs: choose an Ulysses degree, not a ring degree"
+JOINT = "the engine joins text to the video inside its attention"
+CAUSAL = "causal attention"
+FAILED = "a GPU of several failed in this call, and the engine's own attention ran it"
+
+
+@dataclass(frozen=True)
+class Shards:
+    """How a sequence of segments lies on the ranks.
+
+    Each segment is padded with zeros to a multiple of the ranks and cut; a rank holds its part of
+    every segment, one behind the other. Gathered, the sequence reads text 0, video 0, text 1,
+    video 1 where text and video are segments of their own.
+
+    Args:
+        lengths: tokens of each segment.
+    """
+
+    lengths: tuple[int, ...]
+    ranks: int
+
+    @property
+    def parts(self) -> list[int]:
+        """Tokens of each segment on one rank."""
+        return [-(-length // self.ranks) for length in self.lengths]
+
+    @property
+    def gathered(self) -> int:
+        """Tokens of the gathered sequence, padding included."""
+        return sum(self.parts) * self.ranks
+
+    def in_order(self, x: torch.Tensor) -> torch.Tensor:
+        """The gathered sequence [B, L, H, D] in the model's order and without padding."""
+        if len(self.lengths) == 1:
+            return x[:, : self.lengths[0]]
+        by_rank = [part.split(self.parts, 1) for part in x.chunk(self.ranks, 1)]
+        return torch.cat(
+            [
+                torch.cat(parts, 1)[:, :length]
+                for length, parts in zip(self.lengths, zip(*by_rank, strict=True), strict=True)
+            ],
+            1,
+        )
+
+    def gather(self, x: torch.Tensor) -> torch.Tensor:
+        """The way back: the model's sequence as the ranks hold it, zeros for padding."""
+        if x.shape[1] == self.gathered and len(self.lengths) == 1:
+            return x
+        padded = [
+            F.pad(segment, (0, 0, 0, 0, 0, part * self.ranks - segment.shape[1])).chunk(
+                self.ranks, 1
+            )
+            for segment, part in zip(x.split(self.lengths, 1), self.parts, strict=True)
+        ]
+        return torch.cat([part for rank in zip(*padded, strict=True) for part in rank], 1)
+
+
+@dataclass(frozen=True)
+class _Model:
+    """The model call that this thread is inside of."""
+
+    call: ModelCall
+    options: dict
+
+
+class _Thread(threading.local):
+    model: _Model | None = None
+
+
+_thread = _Thread()
+
+
+def sequence_parallel(executor, *args, **kwargs):
+    """Innermost wrapper of the diffusion model: serve its attention between the all-to-alls."""
+    named = [x for x in (*args, *kwargs.values()) if isinstance(x, dict) and CONTEXT in x]
+    if not named:
+        return executor(*args, **kwargs)
+    options = _of_these_rows(named[0], args[0])
+    if options is not named[0]:
+        args = [options if x is named[0] else x for x in args]
+        kwargs = {name: options if x is named[0] else x for name, x in kwargs.items()}
+    call = options[CONTEXT]
+    if not isinstance(call, ModelCall):
+        return executor(*args, **kwargs)
+    before, _thread.model = _thread.model, _Model(call, options)
+    try:
+        with _seams():
+            return executor(*args, **kwargs)
+    finally:
+        _thread.model = before
+
+
+def _of_these_rows(options: dict, x) -> dict:
+    """Options whose conditionings are those of the rows at hand.
+
+    Guidance parallelism gives each rank one part of the batch and leaves the names of all.
+    """
+    names = ("uuids", "cond_or_uncond")
+    sampling, groups = options.get(SAMPLING), sys.modules.get(GUIDANCE)
+    if sampling is None or groups is None or not options.get("uuids"):
+        return options
+    rows = len(x[0] if isinstance(x, list) else x)
+    whole = sampling.shape[0] * len(options["uuids"])
+    ranks = groups.get_classifier_free_guidance_world_size()
+    if rows == whole or rows * ranks != whole or len(options["uuids"]) % ranks:
+        return options
+    rank, part = groups.get_classifier_free_guidance_rank(), len(options["uuids"]) // ranks
+    mine = slice(rank * part, (rank + 1) * part)
+    return {**options, **{name: options[name][mine] for name in names if name in options}}
+
+
+@contextmanager
+def _seams() -> Iterator[None]:
+    """Exchange the local attention of every engine that is loaded, while a model runs."""
+    with ExitStack() as stack:
+        for module, name in ENGINES.items():
+            engine = getattr(sys.modules.get(module), name, None)
+            if isinstance(engine, type):
+                stack.enter_context(_seam(engine))
+        yield
+
+
+@contextmanager
+def _seam(engine: type) -> Iterator[None]:
+    forward = engine.forward
+    if hasattr(forward, "served"):
+        # a model inside a model, or another thread's
+        yield
+        return
+
+    @wraps(forward)
+    def with_seam(self, *args, **kwargs):
+        if _thread.model is None:
+            return forward(self, *args, **kwargs)
+        own = self.ring_attn_fn
+        if isinstance(own, partial) and own.func is _attend:
+            return forward(self, *args, **kwargs)
+        joint = any(kwargs.get(name) is not None for name in kwargs if "joint_tensor" in name)
+        self.ring_attn_fn = partial(_attend, own, self.ulysses_pg, self.ring_pg, joint)
+        try:
+            return forward(self, *args, **kwargs)
+        finally:
+            self.ring_attn_fn = own
+
+    vars(with_seam)["served"] = True
+    engine.forward = with_seam
+    try:
+        yield
+    finally:
+        engine.forward = forward
+
+
+def _attend(own: Callable, ulysses, ring, joint: bool, q, k, v, *args, **named):
+    """What stands in `ring_attn_fn`: all tokens of this rank's heads, [B, L, H / P, D]."""
+    model, out = _thread.model, None
+    if model is not None:
+        statistics = model.call.run.statistics
+        ranks = _size(ulysses)
+        try:
+            if _size(ring) > 1:
+                reason = RING
+            elif joint:
+                reason = JOINT
+            elif named.get("causal"):
+                reason = CAUSAL
+            else:
+                reason, out = _served(model, partial(own, *args), ranks, q, k, v, named)
+            if reason:
+                statistics.kept_dense[reason] += 1
+        except BaseException:
+            # an interrupt too: on one rank alone it would leave the others waiting
+            status.log.warning("AdaSpa: %s", FAILED, exc_info=True)
+            statistics.warn(FAILED)
+            statistics.kept_dense[FAILED] += 1
+    return own(q, k, v, *args, **named) if out is None else out
+
+
+def _served(model: _Model, own: Callable, ranks: int, q, k, v, named: dict):
+    """("", the output as the ranks hold it), or (why not, None)."""
+    call = model.call
+    found = calling_block(call.callers)
+    lengths: Sequence[int] = (call.layout.tokens,)
+    if found is not None and call.family.segments is not None:
+        lengths = call.family.segments(found[1].kind, call.layout, call.inputs)
+    if len(lengths) > 1 and any(length % ranks for length in lengths[:-1]):
+        # the engine then counts its padding in the positions of what comes behind
+        return f"{lengths[0]:,} text tokens cannot be shared evenly by {ranks} GPUs", None
+    shards = Shards(tuple(lengths), ranks)
+    if q.shape == k.shape == v.shape:
+        if q.shape[1] != shards.gathered:
+            return f"{q.shape[1]:,} tokens are not the {shards.gathered:,} of the video", None
+        q, k, v = (shards.in_order(x) for x in (q, k, v))
+
+    def engine(q, k, v, heads, mask=None, **_):
+        out = own(*(x.transpose(1, 2) for x in (q, k, v)), **named)
+        return (out[0] if isinstance(out, tuple) else out).transpose(1, 2)
+
+    more = {"transformer_options": model.options}
+    if named.get("softmax_scale") is not None:
+        more["scale"] = named["softmax_scale"]
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    host = HostCall(engine, q, k, v, q.shape[1], None, True, True, more)
+    out = serve(call, host, model.options)
+    return "", None if out is None else shards.gather(out.transpose(1, 2).contiguous())
+
+
+def _size(group) -> int:
+    if group is None or not torch.distributed.is_initialized():
+        return 1
+    return torch.distributed.get_world_size(group)

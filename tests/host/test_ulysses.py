@@ -1,0 +1,269 @@
+"""One video on several ranks is the video of one: between an engine's all-to-alls."""
+
+import importlib.util
+from dataclasses import dataclass, field, replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from sparse_attn.config import AdaSpaConfig
+from sparse_attn.host import ulysses
+from sparse_attn.host.ulysses import CAUSAL, FAILED, JOINT, RING, Shards
+from sparse_attn.run.statistics import RunStatistics
+from sparse_attn.schedule import Schedule
+from tests.host import ranks
+from tests.host.host_fixtures import VIDEO, assert_other_video, assert_same_video, sample
+from tests.tools import comfy_inprocess
+
+FIELDS = {
+    "min_tokens": 64, "sparsity": 0.6, "warmup": 0.0, "search_points": (0.6,), "precision": "bf16",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Case:
+    """A sampling on several ranks.
+
+    Args:
+        texts: tokens of the prompts. fields: settings.
+        engine: yunchang or xfuser; empty shares the guidance and not the tokens.
+        change: what a rank changes before it samples: change(rank, monkeypatch).
+    """
+
+    model: str = "wan_h64"
+    shape: tuple[int, ...] = VIDEO
+    texts: tuple[int, int] = (7, 9)
+    fields: dict = field(default_factory=lambda: {"tail": "none"})
+    engine: str = "yunchang"
+    change: str = ""
+
+
+POSITION = {"token_order": "position"}
+CASES = {
+    "wan": Case(),
+    "wan, padded": Case(shape=(1, 16, 3, 10, 14), fields=POSITION),
+    "wan, recall": Case(fields={"recall": 0.8, "tail": "none"}),
+    "wan, similarity": Case(fields={}),
+    "wan, xfuser": Case(engine="xfuser", fields=POSITION),
+    "wan, batch of prompts": Case(texts=(7, 7)),
+    "hunyuan": Case("hunyuan", texts=(8, 8)),
+    "guidance": Case(texts=(7, 7), engine=""),
+}
+OTHERS = {
+    "hunyuan, odd text": Case("hunyuan", texts=(7, 7)),
+    "text and video in the wrong order": Case("hunyuan", texts=(8, 8), change="disorder"),
+    "out of memory": Case(change="out_of_memory"),
+    "kernel": Case(change="kernel"),
+    "interrupt": Case(change="interrupt"),
+    "not a number": Case(change="not_a_number"),
+}
+
+
+def on_rank(rank, world, folder, paths, cases):
+    comfy_inprocess.start()
+    found = {}
+    for name, case in cases.items():
+        with pytest.MonkeyPatch.context() as monkeypatch:
+            found[name] = one(rank, world, paths[case.model], case, monkeypatch)
+    return found
+
+
+def one(rank, world, path, case, monkeypatch):
+    """Latents and packed runs of one rank."""
+    import comfy.ldm.flux.math
+    import comfy.ldm.wan.model
+    import comfy.sd
+
+    for module in (comfy.ldm.flux.math, comfy.ldm.wan.model):
+        monkeypatch.setattr(module, "optimized_attention", module.optimized_attention)
+    model = comfy.sd.load_diffusion_model(path)
+    if case.engine:
+        engine = ranks.engine_of(case.engine, rank, world)
+        ranks.share(model.model.diffusion_model, engine, world, rank)
+    else:
+        ranks.share_guidance(model, rank, world)
+    if case.change:
+        globals()[case.change](rank, monkeypatch)
+    return video(model, case)
+
+
+def video(model, case):
+    from sparse_attn.host.raylight import packed, patched
+
+    model = patched(model, {**vars(AdaSpaConfig()), **FIELDS, **case.fields})
+    return sample(model, case.shape, texts=case.texts, steps=5), packed(model)
+
+
+def runs_of(data):
+    from sparse_attn.host.raylight import unpacked
+
+    return unpacked(data)
+
+
+def joined(runs):
+    from sparse_attn.host.raylight import joined
+
+    return joined(runs)
+
+
+# ---- what a rank changes
+
+
+def disorder(rank, monkeypatch):
+    monkeypatch.setattr(Shards, "in_order", lambda self, x: x)
+    monkeypatch.setattr(Shards, "gather", lambda self, x: x)
+
+
+def _fails(rank, monkeypatch, error):
+    from sparse_attn.run.state import RunState
+
+    attend, calls = RunState.attend, []
+
+    def failing(run, call):
+        calls.append(call)
+        # each kind of step, one layer of each
+        if rank == 1 and len(calls) % 3 == 0:
+            raise error
+        return attend(run, call)
+
+    monkeypatch.setattr(RunState, "attend", failing)
+
+
+def out_of_memory(rank, monkeypatch):
+    _fails(rank, monkeypatch, torch.OutOfMemoryError("of a test"))
+
+
+def kernel(rank, monkeypatch):
+    _fails(rank, monkeypatch, RuntimeError("a kernel that does not compile"))
+
+
+def interrupt(rank, monkeypatch):
+    _fails(rank, monkeypatch, KeyboardInterrupt())
+
+
+def not_a_number(rank, monkeypatch):
+    from sparse_attn.run.state import RunState
+
+    attend = RunState.attend
+
+    def spoiled(run, call):
+        if rank == 1 and call.layer == 1:
+            call = replace(call, k=call.k * float("nan"))
+        return attend(run, call)
+
+    monkeypatch.setattr(RunState, "attend", spoiled)
+
+
+# ---- tests
+
+
+@pytest.fixture(scope="session")
+def of_two_ranks(comfyui, model_paths, tmp_path_factory):
+    """By case, latents and runs of two ranks."""
+    if importlib.util.find_spec("yunchang") is None:
+        pytest.skip("yunchang is not installed; `python run.py test` installs it")
+    paths = {name: str(path) for name, path in model_paths.items()}
+    folder = tmp_path_factory.mktemp("ranks")
+    by_rank = ranks.run(on_rank, 2, folder, paths, {**CASES, **OTHERS})
+    return {
+        name: [(out, runs_of(data)[-1]) for out, data in (found[name] for found in by_rank)]
+        for name in by_rank[0]
+    }
+
+
+@pytest.mark.parametrize("lengths", [(12,), (13,), (7, 12), (6, 13), (1, 1)])
+@pytest.mark.parametrize("world", [1, 2, 3, 4])
+def test_what_is_gathered_comes_into_order_and_goes_back(lengths, world):
+    shards = Shards(lengths, world)
+    x = torch.randn(2, sum(lengths), 3, 4)
+    there = shards.gather(x)
+    assert there.shape[1] == shards.gathered
+    assert torch.equal(shards.in_order(there), x)
+    # what one rank holds of each segment, one behind the other
+    mine = there.chunk(world, 1)[0]
+    for segment, part in zip(x.split(lengths, 1), mine.split(shards.parts, 1), strict=True):
+        assert torch.equal(part[:, : segment.shape[1]], segment[:, : part.shape[1]])
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_two_ranks_give_the_video_of_one(name, of_two_ranks, load):
+    case = CASES[name]
+    expected, data = video(load(case.model), case)
+    alone = runs_of(data)[-1]
+    for out, _ in of_two_ranks[name]:
+        assert_same_video(out, expected)
+    runs = [run for _, run in of_two_ranks[name]]
+    if case.engine:
+        whole = joined(runs)
+        found = {key: (p.density, p.recall) for key, p in whole.patterns.items()}
+        assert "2 GPUs" in whole.backend
+    else:
+        # each rank has its own conditioning
+        found = {key: (p.density, p.recall) for run in runs for key, p in run.patterns.items()}
+    assert found.keys() == alone.patterns.keys() and found
+    for key, pattern in alone.patterns.items():
+        density, recall = found[key]
+        assert density == pattern.density
+        assert recall == pytest.approx(pattern.recall, abs=1e-4)
+    assert all(run.timing.sparse and not run.warnings for run in runs)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("world", [4, 8])
+def test_more_ranks_give_the_video_of_one(world, comfyui, model_paths, load, tmp_path):
+    pytest.importorskip("yunchang")
+    model = "wan_h64" if world == 4 else "wan_h32"
+    cases = {"none": Case(model), "tail": Case(model, fields=POSITION)}
+    paths = {model: str(model_paths[model])}
+    for found in ranks.run(on_rank, world, tmp_path, paths, cases):
+        for name, case in cases.items():
+            assert_same_video(found[name][0], video(load(model), case)[0])
+
+
+def test_a_text_that_ranks_cannot_share_evenly_runs_by_the_engine(of_two_ranks):
+    for _, run in of_two_ranks["hunyuan, odd text"]:
+        assert "7 text tokens cannot be shared evenly by 2 GPUs" in run.kept_dense
+
+
+def test_a_wrong_order_is_seen(of_two_ranks, load):
+    """The control: were the order of the ranks read as the model's, the video would be another."""
+    case = OTHERS["text and video in the wrong order"]
+    expected, _ = video(load(case.model), case)
+    for out, run in of_two_ranks["text and video in the wrong order"]:
+        assert run.timing.sparse
+        assert_other_video(out, expected)
+
+
+@pytest.mark.parametrize("name", ["out of memory", "kernel", "interrupt"])
+def test_a_rank_that_fails_leaves_nobody_waiting(name, of_two_ranks):
+    (first, _), (second, failed) = of_two_ranks[name]
+    assert torch.equal(first, second) and torch.isfinite(first).all()
+    assert failed.kept_dense[FAILED] and failed.timing.sparse
+    whole = joined([run for _, run in of_two_ranks[name]])
+    assert f"GPU 1: {FAILED}" in whole.warnings
+
+
+@pytest.mark.parametrize(
+    ("ring", "joint", "named", "reason"),
+    [(2, False, {}, RING), (1, True, {}, JOINT), (1, False, {"causal": True}, CAUSAL)],
+)
+def test_what_is_not_ours_runs_by_the_engine(ring, joint, named, reason, monkeypatch):
+    statistics = RunStatistics(AdaSpaConfig(), Schedule((), 0, 0, ()))
+    call = SimpleNamespace(run=SimpleNamespace(statistics=statistics))
+    monkeypatch.setattr(ulysses._thread, "model", ulysses._Model(call, {}))
+    monkeypatch.setattr(ulysses, "_size", lambda group: ring if group == "ring" else 2)
+    q = torch.ones(1, 4, 2, 8)
+    out = ulysses._attend(lambda q, k, v, **_: q + 1, "ulysses", "ring", joint, q, q, q, **named)
+    assert torch.equal(out, q + 1) and statistics.kept_dense == {reason: 1}
+
+
+def test_a_number_that_is_none_on_one_rank_leaves_the_other_sparse(of_two_ranks):
+    (first, sound), (second, spoiled) = of_two_ranks["not a number"]
+    assert torch.equal(first, second) and torch.isfinite(first).all()
+    assert len(spoiled.timing.sparse) < len(sound.timing.sparse)
+    whole = joined([sound, spoiled])
+    half = len(whole.patterns[1, "positive"].density) // 2
+    # the rank that ran dense has all its blocks
+    assert whole.patterns[1, "positive"].density[half:] == [1.0] * half
+    assert whole.patterns[0, "positive"].density[half:] != [1.0] * half
