@@ -128,24 +128,29 @@ def hopper_block_masses(int8: bool, has_bias: bool) -> HopperTile:
 # ---- Triton kernels, on every card
 
 
-# on an H200 instead of the Gluon kernels: sparse, 128 rows, pairs of 64 keys, 8 warps 79.4, pairs of
-# 32 keys 102.6; 64 rows, 4 warps, pairs of 32 keys 100.5, of 64 103.1
-# other cards were compiled for, not measured: their tiles fit shared memory without spilling
-def attention(card: Card, block_q: int) -> Tile:
-    """The tile of attention over pairs of key tiles."""
+# with wgmma off (DISABLE_MMA_V3, as on every card but Hopper's), 2026-11-30; torch's flash attention took
+# 496 in the same process. Dense: 128 rows, pairs of 16 keys, 4 warps, 3 stages 504, 2 stages 519; pairs
+# of 32 keys 678 and 805, since registers spill; 64 rows, pairs of 16 keys 560. Sparse at density 0.2: 128 rows
+# 109, pairs of 32 keys 146 and 159; 64 rows 116, pairs of 32 keys 129, with 4 warps 124. Dense with masses:
+# 128 rows, 3 stages 547, 2 stages 596; 64 rows 639
+# two stages leave room for two programs in the 100 KB of a multiprocessor of RTX cards
+def attention(card: Card, block_q: int, head_dim: int) -> Tile:
+    """The tile of attention over pairs of key tiles; a warp has 32 rows."""
     if isinstance(card, str):
         return _amd_attention(card, block_q)
-    warps = 4 if block_q == 64 else 8
-    if card[0] in (9, 10) and block_q == 128:
-        return Tile(block_q, 64, warps, 2)
-    return Tile(block_q, 32, warps, 3 if card[0] in (9, 10) else 2)
+    return Tile(block_q, 2048 // head_dim, block_q // 32, _stages(card))
+
+
+def _stages(card: Card) -> int:
+    room = 0 if isinstance(card, str) else SHARED_MEMORY.get(card, 0)
+    return 3 if room > SHARED_MEMORY[8, 9] else 2
 
 
 # AMD cards were compiled for only: gfx942 takes the tiles of other cards without a spill; on gfx1100
 # those spill up to 1,374 registers, these at most 107, and that in the search with blocks of 128 alone
 def _amd_attention(card: str, block_q: int) -> Tile:
     if card.startswith("gfx9"):
-        return attention(ANY_CARD, block_q)
+        return attention(ANY_CARD, block_q, 128)
     return Tile(block_q, 16, 8 if block_q == 64 else 16, 1)
 
 
@@ -156,13 +161,12 @@ def quantised_attention(block_q: int) -> Tile:
     return Tile(block_q, 64, 4 if block_q == 64 else 8, 2)
 
 
-# on an H200 instead of the Gluon kernels, by TMA: 128 x 64 197.6, 64 x 128 194.6, 128 x 128 235.4,
-# 64 x 256 389.9; by pointers and on other cards not measured
-def block_masses(card: Card, block_q: int, block_k: int) -> Tile:
-    """The tile of block masses; both sides are whole blocks."""
-    if isinstance(card, str) and not card.startswith("gfx9"):
-        return Tile(block_q, block_k, 16, 1)
-    return Tile(128, block_k, 8, 3 if card[0] in (9, 10) else 2)
+# with wgmma off: 128 rows, 4 warps, 3 stages 284, 2 stages 380; of INT8 261 and 214
+def block_masses(card: Card) -> Tile:
+    """The tile of block masses."""
+    if isinstance(card, str):
+        return Tile(128, 64, 8 if card.startswith("gfx9") else 16, 1)
+    return Tile(128, 64, 4, _stages(card))
 
 
 # 64 rows: 5.6; others not measured. A warp owns sixteen rows, the height of a matrix instruction

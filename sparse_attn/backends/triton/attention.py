@@ -21,10 +21,23 @@ from .. import tiles
 from . import launch
 from .mass_granularity import empty_masses, to_granularity
 from .operands import Operands, operands_of
-from .softmax import LOG2_E, load_rows, mask_scores, matmul, raw_scores, store_rows, weights
+from .softmax import (
+    LOG2_E,
+    gather_masses,
+    load_tile,
+    mask_scores,
+    matmul,
+    neighbours,
+    raw_scores,
+    store_lse,
+    store_tile,
+    weights,
+)
 
 # a row whose LSE fell by more than this (in log2) must not swamp its block row
 MAX_DRIFT = tl.constexpr(16.0)
+# rows and keys of a block whose mass is found on the way
+MASS_BLOCK = 64
 
 SIZES = [
     "stride_qb", "stride_qh", "stride_ql", "stride_kb", "stride_kh", "stride_kl",
@@ -35,23 +48,25 @@ SIZES = [
 
 @triton.jit
 def _attend_pair(
-    b_acc, b_max, b_sum, b_q, k, v, key_bias, bits, i_b, i_h, k0, k1,
+    b_acc0, b_acc1, b_max, b_sum, b_q, k, v, key_bias, bits, i_b, i_h, k0, k1,
     stride_kb, stride_kh, stride_kl, stride_vb, stride_vh, stride_vl, L, scale_log2,
     D: tl.constexpr, TILE_K: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_BITS: tl.constexpr, RAGGED: tl.constexpr,
 ):  # fmt: skip
     """Online softmax over the key tiles that start at k0 and k1.
 
-    The pair shares one maximum and one rescale of the accumulator. A tile that starts at L or past
+    The pair shares one maximum and one rescale of the accumulators. A tile that starts at L or past
     it counts for nothing, if the other one holds a key.
 
     Returns:
-        b_acc, b_max, b_sum, and the row sums of both tiles relative to the new b_max.
+        b_acc0, b_acc1, b_max, b_sum, and the row sums of both tiles relative to the new b_max.
     """
+    COLS: tl.constexpr = b_acc0.shape[1]
+    o_k = tl.arange(0, TILE_K)
     # [TILE_K, D]
-    b_k0 = load_rows(k, i_b, i_h, k0, stride_kb, stride_kh, stride_kl, L, TILE_K, D, RAGGED)
-    b_k1 = load_rows(k, i_b, i_h, k1, stride_kb, stride_kh, stride_kl, L, TILE_K, D, RAGGED)
-    # [BLOCK_Q, TILE_K]
+    b_k0 = load_tile(k, i_b, i_h, k0, o_k, 0, stride_kb, stride_kh, stride_kl, L, D, RAGGED)
+    b_k1 = load_tile(k, i_b, i_h, k1, o_k, 0, stride_kb, stride_kh, stride_kl, L, D, RAGGED)
+    # [TILE_Q, TILE_K]
     b_s0 = raw_scores(b_q, b_k0)
     b_s1 = raw_scores(b_q, b_k1)
     b_s0 = mask_scores(
@@ -75,39 +90,40 @@ def _attend_pair(
     b_sum0 = tl.sum(b_p0, 1)
     b_sum1 = tl.sum(b_p1, 1)
     b_sum = b_sum * b_rescale + (b_sum0 + b_sum1)
-    b_acc = b_acc * b_rescale[:, None]
 
-    b_v0 = load_rows(v, i_b, i_h, k0, stride_vb, stride_vh, stride_vl, L, TILE_K, D, RAGGED)
-    b_acc = matmul(b_p0.to(b_v0.dtype), b_v0, b_acc)
-    b_v1 = load_rows(v, i_b, i_h, k1, stride_vb, stride_vh, stride_vl, L, TILE_K, D, RAGGED)
-    b_acc = matmul(b_p1.to(b_v1.dtype), b_v1, b_acc)
-    return b_acc, b_new, b_sum, b_sum0, b_sum1
+    b_p0, b_p1 = b_p0.to(v.dtype.element_ty), b_p1.to(v.dtype.element_ty)
+    # [TILE_K, COLS]
+    b_v0 = load_tile(v, i_b, i_h, k0, o_k, 0, stride_vb, stride_vh, stride_vl, L, COLS, RAGGED)
+    b_acc0 = matmul(b_p0, b_v0, b_acc0 * b_rescale[:, None])
+    b_v1 = load_tile(v, i_b, i_h, k1, o_k, 0, stride_vb, stride_vh, stride_vl, L, COLS, RAGGED)
+    b_acc0 = matmul(b_p1, b_v1, b_acc0)
+    if D > COLS:
+        b_v0 = load_tile(
+            v, i_b, i_h, k0, o_k, COLS, stride_vb, stride_vh, stride_vl, L, COLS, RAGGED
+        )  # fmt: skip
+        b_acc1 = matmul(b_p0, b_v0, b_acc1 * b_rescale[:, None])
+        b_v1 = load_tile(
+            v, i_b, i_h, k1, o_k, COLS, stride_vb, stride_vh, stride_vl, L, COLS, RAGGED
+        )  # fmt: skip
+        b_acc1 = matmul(b_p1, b_v1, b_acc1)
+    return b_acc0, b_acc1, b_new, b_sum, b_sum0, b_sum1
 
 
 @triton.jit
-def _store_masses(
-    p_masses, k0, Nk, b_max, b_previous, b_sum0, b_sum1, TILE_K: tl.constexpr, BLOCK_K: tl.constexpr
+def _pair(
+    p_list, t, num_blocks, past, BLOCK_K: tl.constexpr, TILE_K: tl.constexpr, LISTED: tl.constexpr
 ):  # fmt: skip
-    """Masses of the key blocks that a pair of tiles makes up, the first of which starts at k0."""
-    b_share = tl.exp2(tl.minimum(b_max - b_previous, MAX_DRIFT))
-    i_k = k0 // BLOCK_K
-    if BLOCK_K == TILE_K:
-        # both columns at once: one reduction across warps instead of two
-        b_mass = tl.sum(tl.join(b_sum0 * b_share, b_sum1 * b_share), 0)
-        o_k = i_k + tl.arange(0, 2)
-        tl.store(p_masses + o_k, b_mass, mask=o_k < Nk)
-    else:
-        tl.store(p_masses + i_k, tl.sum((b_sum0 + b_sum1) * b_share, 0))
-
-
-@triton.jit
-def _tile_first(p_list, t, BLOCK_K: tl.constexpr, TILE_K: tl.constexpr, LISTED: tl.constexpr):
-    """First key of the t-th tile, of all or of a list of key blocks."""
-    first = t * TILE_K
+    """First keys of tiles t and t + 1, t even, of all or of a list of key blocks; `past` its end."""
+    k0 = t * TILE_K
+    k1 = k0 + TILE_K
     if LISTED:
         PARTS: tl.constexpr = BLOCK_K // TILE_K
-        first = tl.load(p_list + t // PARTS) * BLOCK_K + (t % PARTS) * TILE_K
-    return first
+        i = t // PARTS
+        k0 = tl.load(p_list + i, mask=i < num_blocks, other=past) * BLOCK_K + t % PARTS * TILE_K
+        k1 = k0 + TILE_K
+        if PARTS == 1:
+            k1 = tl.load(p_list + i + 1, mask=i + 1 < num_blocks, other=past) * BLOCK_K
+    return k0, k1
 
 
 @triton.jit(
@@ -126,7 +142,7 @@ def _attention_kernel(
     H, Lq, Lk, Nq, Nk, num_pooled,
     scale_log2,
     D: tl.constexpr,
-    BLOCK_Q: tl.constexpr,
+    TILE_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
     TILE_K: tl.constexpr,
     LISTED: tl.constexpr,
@@ -135,15 +151,20 @@ def _attention_kernel(
     HAS_POOLED: tl.constexpr,
     HAS_ORDER: tl.constexpr,
 ):  # fmt: skip
+    # no wider than high, or the warps would not own whole rows of scores
+    COLS: tl.constexpr = D if D < TILE_Q else TILE_Q
     pid = tl.program_id(0)
     i_bh, i_q = pid // Nq, pid % Nq
     i_b, i_h = i_bh // H, i_bh % H
     row = i_bh.to(tl.int64) * Nq + i_q
-    first_q = i_q * BLOCK_Q
-    o_q = first_q + tl.arange(0, BLOCK_Q)
+    o_tile = tl.arange(0, TILE_Q)
+    if HAS_MASSES:
+        o_tile = neighbours(TILE_Q)
+    o_q = i_q * TILE_Q + o_tile
     if HAS_BIAS:
         key_bias += i_b.to(tl.int64) * Lk
     p_list = kv_indices
+    num_blocks = 0
     num_tiles = tl.cdiv(Lk, TILE_K)
     num_whole = Lk // TILE_K
     if LISTED:
@@ -156,60 +177,85 @@ def _attention_kernel(
         num_whole = num_tiles - tl.where((last + 1) * BLOCK_K > Lk, PARTS, 0)
     p_masses = masses
     b_previous = None
+    # the blocks of masses are as high as wide
+    i_mass = i_q * (TILE_Q // BLOCK_K)
+    num_masses = tl.cdiv(Lq, BLOCK_K)
     if HAS_MASSES:
-        p_masses += row * Nk
+        p_masses += (i_bh.to(tl.int64) * num_masses + i_mass) * Nk
         b_previous = tl.load(
             previous_lse + i_bh.to(tl.int64) * Lq + o_q, mask=o_q < Lq, other=float("inf")
         )
         # a row that had no key then, or lies past Lq, has no share
         b_previous = tl.where(b_previous == float("-inf"), float("inf"), b_previous) * LOG2_E
 
-    # [BLOCK_Q, D]
-    b_q = load_rows(
-        q, i_b, i_h, first_q, stride_qb, stride_qh, stride_ql, Lq, BLOCK_Q, D, RAGGED=True
+    # [TILE_Q, D]
+    b_q = load_tile(
+        q, i_b, i_h, i_q * TILE_Q, o_tile, 0, stride_qb, stride_qh, stride_ql, Lq, D, RAGGED=True
     )
-    b_acc = tl.zeros([BLOCK_Q, D], dtype=tl.float32)
-    b_max = tl.full([BLOCK_Q], float("-inf"), dtype=tl.float32)
-    b_sum = tl.zeros([BLOCK_Q], dtype=tl.float32)
+    b_acc0 = tl.zeros([TILE_Q, COLS], dtype=tl.float32)
+    b_acc1 = tl.zeros([TILE_Q, COLS], dtype=tl.float32)
+    b_max = tl.full([TILE_Q], float("-inf"), dtype=tl.float32)
+    b_sum = tl.zeros([TILE_Q], dtype=tl.float32)
+    HELD: tl.constexpr = 32
+    b_held = tl.zeros([TILE_Q // 32, HELD], dtype=tl.float32)
+    past = Lk // BLOCK_K + 1
+    # known a turn ahead, or no load of keys could run ahead of the turn that uses them
+    next0, next1 = _pair(p_list, 0, num_blocks, past, BLOCK_K, TILE_K, LISTED)
     for t in tl.range(0, num_whole // 2 * 2, 2):
-        k0 = _tile_first(p_list, t, BLOCK_K, TILE_K, LISTED)
-        k1 = _tile_first(p_list, t + 1, BLOCK_K, TILE_K, LISTED)
-        b_acc, b_max, b_sum, b_sum0, b_sum1 = _attend_pair(
-            b_acc, b_max, b_sum, b_q, k, v, key_bias, bits, i_b, i_h, k0, k1,
+        k0, k1 = next0, next1
+        next0, next1 = _pair(p_list, t + 2, num_blocks, past, BLOCK_K, TILE_K, LISTED)
+        b_acc0, b_acc1, b_max, b_sum, b_sum0, b_sum1 = _attend_pair(
+            b_acc0, b_acc1, b_max, b_sum, b_q, k, v, key_bias, bits, i_b, i_h, k0, k1,
             stride_kb, stride_kh, stride_kl, stride_vb, stride_vh, stride_vl, Lk, scale_log2,
             D, TILE_K, HAS_BIAS, False, RAGGED=False,
         )  # fmt: skip
         if HAS_MASSES:
-            _store_masses(p_masses, k0, Nk, b_max, b_previous, b_sum0, b_sum1, TILE_K, BLOCK_K)
+            b_shares = (b_sum0 + b_sum1) * tl.exp2(tl.minimum(b_max - b_previous, MAX_DRIFT))
+            end = (t + 2) * TILE_K
+            b_held = gather_masses(
+                b_held, b_shares, p_masses, t * TILE_K // BLOCK_K,
+                (end % (HELD * BLOCK_K) == 0) | (t + 2 >= num_tiles), i_mass, num_masses, Nk,
+                TILE_Q, HELD,
+            )  # fmt: skip
     # an odd tile, and those of a block that runs past Lk
     for t in tl.range(num_whole // 2 * 2, num_tiles, 2, num_stages=1):
-        k0 = _tile_first(p_list, t, BLOCK_K, TILE_K, LISTED)
-        k1 = Lk
-        if t + 1 < num_tiles:
-            k1 = _tile_first(p_list, t + 1, BLOCK_K, TILE_K, LISTED)
-        b_acc, b_max, b_sum, b_sum0, b_sum1 = _attend_pair(
-            b_acc, b_max, b_sum, b_q, k, v, key_bias, bits, i_b, i_h, k0, k1,
+        k0, k1 = _pair(p_list, t, num_blocks, past, BLOCK_K, TILE_K, LISTED)
+        b_acc0, b_acc1, b_max, b_sum, b_sum0, b_sum1 = _attend_pair(
+            b_acc0, b_acc1, b_max, b_sum, b_q, k, v, key_bias, bits, i_b, i_h, k0, k1,
             stride_kb, stride_kh, stride_kl, stride_vb, stride_vh, stride_vl, Lk, scale_log2,
             D, TILE_K, HAS_BIAS, False, RAGGED=True,
         )  # fmt: skip
         if HAS_MASSES:
-            _store_masses(p_masses, k0, Nk, b_max, b_previous, b_sum0, b_sum1, TILE_K, BLOCK_K)
+            b_shares = (b_sum0 + b_sum1) * tl.exp2(tl.minimum(b_max - b_previous, MAX_DRIFT))
+            end = (t + 2) * TILE_K
+            b_held = gather_masses(
+                b_held, b_shares, p_masses, t * TILE_K // BLOCK_K,
+                (end % (HELD * BLOCK_K) == 0) | (t + 2 >= num_tiles), i_mass, num_masses, Nk,
+                TILE_Q, HELD,
+            )  # fmt: skip
     if HAS_POOLED:
         p_bits = bits + row * tl.cdiv(num_pooled, 8)
         p_sizes = log_sizes + i_b.to(tl.int64) * num_pooled
         # strides of contiguous means, in units of 8 elements
         stride_h = num_pooled.to(tl.int64) * (D // 8)
-        for t in tl.range(0, tl.cdiv(num_pooled, TILE_K), 2):
-            k0 = t * TILE_K
-            b_acc, b_max, b_sum, _, _ = _attend_pair(
-                b_acc, b_max, b_sum, b_q, k_mean, v_mean, p_sizes, p_bits, i_b, i_h, k0, k0 + TILE_K,
+        for k0 in tl.range(0, num_pooled, 2 * TILE_K):
+            b_acc0, b_acc1, b_max, b_sum, _, _ = _attend_pair(
+                b_acc0, b_acc1, b_max, b_sum, b_q, k_mean, v_mean, p_sizes, p_bits, i_b, i_h,
+                k0, k0 + TILE_K,
                 H * stride_h, stride_h, D // 8, H * stride_h, stride_h, D // 8, num_pooled,
                 scale_log2, D, TILE_K, True, True, RAGGED=True,
             )  # fmt: skip
 
     if HAS_ORDER:
         order += i_b.to(tl.int64) * stride_ob + i_h.to(tl.int64) * stride_oh
-    store_rows(out, lse, b_acc, b_max, b_sum, i_b, i_h, H, Lq, o_q, order, D, HAS_ORDER)
+    # a row without a key has sum 0: its output is zero
+    b_share = 1 / tl.where(b_sum == 0.0, 1.0, b_sum)
+    store_tile(out, b_acc0 * b_share[:, None], i_b, i_h, H, Lq, o_q, 0, order, D, COLS, HAS_ORDER)
+    if D > COLS:
+        store_tile(
+            out, b_acc1 * b_share[:, None], i_b, i_h, H, Lq, o_q, COLS, order, D, COLS, HAS_ORDER
+        )
+    store_lse(lse, b_max, b_sum, i_b, i_h, H, Lq, o_q)
 
 
 def _launch(x: Operands, scale, tile: tiles.Tile, block_k: int, previous_lse=None, masses=None):
@@ -224,7 +270,7 @@ def _launch(x: Operands, scale, tile: tiles.Tile, block_k: int, previous_lse=Non
             *x.order_strides, H, Lq, Lk, Nq, triton.cdiv(Lk, block_k), x.num_pooled,
             float(scale) * LOG2_E.value,
             D=D,
-            BLOCK_Q=tile.tile_q,
+            TILE_Q=tile.tile_q,
             BLOCK_K=block_k,
             TILE_K=tile.tile_k,
             LISTED=x.mask is not None,
@@ -257,9 +303,12 @@ def attention(
         A row without a key is zero, its lse -inf.
     """
     x = operands_of(q, k, v, key_bias=key_bias, mask=mask, pooled=pooled, order=order)
-    block_q, block_k = (64, 64) if mask is None else (mask.block_q, mask.block_k)
+    # without lists the larger one is faster
+    block_q, block_k = (128, 64) if mask is None else (mask.block_q, mask.block_k)
     if x.out.numel():
-        _launch(x, scale, tile or tiles.attention(tiles.card_of(q.device), block_q), block_k)
+        _launch(
+            x, scale, tile or tiles.attention(tiles.card_of(q.device), block_q, q.shape[3]), block_k
+        )
     return x.out, x.lse
 
 
@@ -277,10 +326,12 @@ def attention_with_masses(
     """
     x = operands_of(q, k, v, key_bias=key_bias)
     previous_lse = launch.checked(previous_lse, "previous_lse", q.shape[:3])
-    tile = tile or tiles.attention(tiles.card_of(q.device), block_q)
-    yields = tile.tile_q, min(block_k, 2 * tile.tile_k)
-    masses = empty_masses(q, k, *yields)
+    # a bias takes registers, which spill with 128 rows
+    rows = 128 if key_bias is None else 64
+    tile = tile or tiles.attention(tiles.card_of(q.device), rows, q.shape[3])
+    found = (MASS_BLOCK, MASS_BLOCK)
+    masses = empty_masses(q, k, *found).zero_()
     if x.out.numel():
-        _launch(x, scale, tile, yields[1], previous_lse, masses)
-    masses = to_granularity(masses, q.shape[2], yields, (block_q, block_k), renormalise=True)
+        _launch(x, scale, tile, MASS_BLOCK, previous_lse, masses)
+    masses = to_granularity(masses, q.shape[2], found, (block_q, block_k), renormalise=True)
     return x.out, x.lse, masses

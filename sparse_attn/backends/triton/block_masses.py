@@ -14,49 +14,51 @@ import triton.language as tl
 
 from .. import tiles
 from . import launch
-from .mass_granularity import empty_masses, renormalised
+from .mass_granularity import empty_masses, to_granularity
 from .quantise import TILE, quantise_qk
-from .softmax import LOG2_E, int8_scores, load_rows, mask_scores, raw_scores, weights
+from .softmax import (
+    LOG2_E,
+    gather_masses,
+    int8_scores,
+    load_rows,
+    load_tile,
+    mask_scores,
+    neighbours,
+    raw_scores,
+    weights,
+)
 
 SIZES = [
     "stride_qb", "stride_qh", "stride_ql", "stride_kb", "stride_kh", "stride_kl",
     "H", "Lq", "Lk", "Nk", "num_rows",
 ]  # fmt: skip
 
-# keys that share a scale
-SCALED = tl.constexpr(TILE)
 # keeps a hopelessly stale LSE from turning a whole row into inf / inf
 MAX_MASS = tl.constexpr(1e30)
 
 
 @triton.jit
-def _store_block(
-    b_q, b_scale, k, p_scale, p_masses, key_bias, b_lse, i_b, i_h, first, i_q, Nq, Nk,
+def _gather_block(
+    b_held, b_q, b_scale, k, k_scale, p_masses, key_bias, b_lse, i_b, i_h, i_k, i_q, Nq, Nk,
     stride_kb, stride_kh, stride_kl, Lk, scale_log2,
-    D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, TILE_Q: tl.constexpr,
+    D: tl.constexpr, BLOCK: tl.constexpr, TILE_Q: tl.constexpr, HELD: tl.constexpr,
     HAS_BIAS: tl.constexpr, INT8: tl.constexpr, RAGGED: tl.constexpr,
 ):  # fmt: skip
-    """Masses of one key block."""
-    ROWS: tl.constexpr = TILE_Q // BLOCK_Q
-    # [BLOCK_K, D]
-    b_k = load_rows(k, i_b, i_h, first, stride_kb, stride_kh, stride_kl, Lk, BLOCK_K, D, RAGGED)
-    # [TILE_Q, BLOCK_K]
+    """`gather_masses` of one block of keys."""
+    first = i_k * BLOCK
+    # [BLOCK, D]
+    b_k = load_rows(k, i_b, i_h, first, stride_kb, stride_kh, stride_kl, Lk, BLOCK, D, RAGGED)
+    # [TILE_Q, BLOCK]
     if INT8:
-        o_tile = (first + tl.arange(0, BLOCK_K)) // SCALED
-        b_factor = tl.load(p_scale + o_tile, mask=o_tile < tl.cdiv(Lk, SCALED), other=0.0)
-        b_s = int8_scores(b_q, b_k) * b_scale[:, None] * b_factor[None, :]
+        b_factor = b_scale * tl.load(k_scale + i_k)
+        b_s = int8_scores(b_q, b_k) * b_factor[:, None]
     else:
         b_s = raw_scores(b_q, b_k)
-    b_s = mask_scores(
-        b_s, scale_log2, key_bias, None, first, Lk, BLOCK_K, HAS_BIAS, False, RAGGED
-    )  # fmt: skip
-    b_p = weights(b_s, b_lse, scale_log2, HAS_BIAS)
-    # [ROWS]
-    b_mass = tl.sum(tl.reshape(tl.sum(b_p, 1), [ROWS, BLOCK_Q]), 1)
-    b_mass = tl.where(b_mass > MAX_MASS, MAX_MASS, b_mass)
-    o_row = tl.arange(0, ROWS)
-    p_out = p_masses + o_row.to(tl.int64) * Nk + first // BLOCK_K
-    tl.store(p_out, b_mass, mask=i_q + o_row < Nq)
+    b_s = mask_scores(b_s, scale_log2, key_bias, None, first, Lk, BLOCK, HAS_BIAS, False, RAGGED)
+    b_shares = tl.sum(weights(b_s, b_lse, scale_log2, HAS_BIAS), 1)
+    b_shares = tl.where(b_shares > MAX_MASS, MAX_MASS, b_shares)
+    full = ((i_k + 1) % HELD == 0) | (i_k + 1 == Nk)
+    return gather_masses(b_held, b_shares, p_masses, i_k, full, i_q, Nq, Nk, TILE_Q, HELD)
 
 
 @triton.jit(
@@ -70,8 +72,7 @@ def _block_masses_kernel(
     H, Lq, Lk, Nk, num_rows,
     scale_log2,
     D: tl.constexpr,
-    BLOCK_Q: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    BLOCK: tl.constexpr,
     TILE_Q: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     INT8: tl.constexpr,
@@ -81,11 +82,12 @@ def _block_masses_kernel(
     i_bh, i_tile = pid // num_q_tiles, pid % num_q_tiles
     i_b, i_h = i_bh // H, i_bh % H
     first_q = i_tile * TILE_Q
-    o_q = first_q + tl.arange(0, TILE_Q)
+    o_tile = neighbours(TILE_Q)
+    o_q = first_q + o_tile
     if HAS_BIAS:
         key_bias += i_b.to(tl.int64) * Lk
-    Nq = tl.cdiv(Lq, BLOCK_Q)
-    i_q = first_q // BLOCK_Q
+    Nq = tl.cdiv(Lq, BLOCK)
+    i_q = first_q // BLOCK
     p_masses = masses + (i_bh.to(tl.int64) * Nq + i_q) * Nk
 
     # rows past Lq and rows without a key have no mass
@@ -95,25 +97,27 @@ def _block_masses_kernel(
         row = i_bh.to(tl.int64) * num_rows + o_q
         b_lse -= tl.load(q_shift + row, mask=o_q < Lq, other=0.0)
         b_scale = tl.load(q_scale + row, mask=o_q < Lq, other=0.0)
-        k_scale += i_bh.to(tl.int64) * tl.cdiv(Lk, SCALED)
+        k_scale += i_bh.to(tl.int64) * Nk
     b_lse = tl.where(b_lse == float("-inf"), float("inf"), b_lse) * LOG2_E
     # [TILE_Q, D]
-    b_q = load_rows(
-        q, i_b, i_h, first_q, stride_qb, stride_qh, stride_ql, Lq, TILE_Q, D, RAGGED=True
+    b_q = load_tile(
+        q, i_b, i_h, first_q, o_tile, 0, stride_qb, stride_qh, stride_ql, Lq, D, RAGGED=True
     )
-    whole = Lk // BLOCK_K * BLOCK_K
-    for first in tl.range(0, whole, BLOCK_K):
-        _store_block(
-            b_q, b_scale, k, k_scale, p_masses, key_bias, b_lse, i_b, i_h, first, i_q, Nq, Nk,
+    HELD: tl.constexpr = 32
+    b_held = tl.zeros([TILE_Q // 32, HELD], dtype=tl.float32)
+    whole = Lk // BLOCK
+    for i_k in tl.range(0, whole):
+        b_held = _gather_block(
+            b_held, b_q, b_scale, k, k_scale, p_masses, key_bias, b_lse, i_b, i_h, i_k, i_q, Nq, Nk,
             stride_kb, stride_kh, stride_kl, Lk, scale_log2,
-            D, BLOCK_Q, BLOCK_K, TILE_Q, HAS_BIAS, INT8, RAGGED=False,
+            D, BLOCK, TILE_Q, HELD, HAS_BIAS, INT8, RAGGED=False,
         )  # fmt: skip
     # at most one turn
-    for first in tl.range(whole, Lk, BLOCK_K, num_stages=1):
-        _store_block(
-            b_q, b_scale, k, k_scale, p_masses, key_bias, b_lse, i_b, i_h, first, i_q, Nq, Nk,
+    for i_k in tl.range(whole, Nk, num_stages=1):
+        b_held = _gather_block(
+            b_held, b_q, b_scale, k, k_scale, p_masses, key_bias, b_lse, i_b, i_h, i_k, i_q, Nq, Nk,
             stride_kb, stride_kh, stride_kl, Lk, scale_log2,
-            D, BLOCK_Q, BLOCK_K, TILE_Q, HAS_BIAS, INT8, RAGGED=True,
+            D, BLOCK, TILE_Q, HELD, HAS_BIAS, INT8, RAGGED=True,
         )  # fmt: skip
 
 
@@ -174,24 +178,23 @@ def block_masses(
     Returns:
         [B, H, Nq, Nk] float32.
     """
-    masses = empty_masses(q, k, block_q, block_k)
-    if masses.numel() == 0:
-        return masses
-    tile = tile or tiles.block_masses(tiles.card_of(q.device), block_q, block_k)
-    with launch.on_device(q):
-        x = MassOperands.of(q, k, lse, scale, key_bias, int8)
-        B, H, Lq, Lk, D = x.sizes
-        _block_masses_kernel[(B * H * triton.cdiv(Lq, tile.tile_q),)](
-            x.q, x.k, x.lse, x.key_bias, x.q_scale, x.q_shift, x.k_scale, masses,
-            *launch.row_strides(x.q), *launch.row_strides(x.k),
-            H, Lq, Lk, masses.shape[-1], x.q.shape[2],
-            x.scale * LOG2_E.value,
-            D=D,
-            BLOCK_Q=block_q,
-            BLOCK_K=block_k,
-            TILE_Q=tile.tile_q,
-            HAS_BIAS=x.key_bias is not None,
-            INT8=int8,
-            **tile.options,
-        )  # fmt: skip
-    return renormalised(masses, Lq, block_q) if renormalise else masses
+    found = TILE, TILE
+    masses = empty_masses(q, k, *found).zero_()
+    if masses.numel():
+        tile = tile or tiles.block_masses(tiles.card_of(q.device))
+        with launch.on_device(q):
+            x = MassOperands.of(q, k, lse, scale, key_bias, int8)
+            B, H, Lq, Lk, D = x.sizes
+            _block_masses_kernel[(B * H * triton.cdiv(Lq, tile.tile_q),)](
+                x.q, x.k, x.lse, x.key_bias, x.q_scale, x.q_shift, x.k_scale, masses,
+                *launch.row_strides(x.q), *launch.row_strides(x.k),
+                H, Lq, Lk, masses.shape[-1], x.q.shape[2],
+                x.scale * LOG2_E.value,
+                D=D,
+                BLOCK=TILE,
+                TILE_Q=tile.tile_q,
+                HAS_BIAS=x.key_bias is not None,
+                INT8=int8,
+                **tile.options,
+            )  # fmt: skip
+    return to_granularity(masses, q.shape[2], found, (block_q, block_k), renormalise)

@@ -11,7 +11,16 @@ from .. import tiles
 from . import launch
 from .operands import operands_of
 from .quantise import TILE, quantise, to_fp8
-from .softmax import INTERPRETED, LOG2_E, int8_scores, load_rows, mask_scores, matmul, store_rows
+from .softmax import (
+    INTERPRETED,
+    LOG2_E,
+    int8_scores,
+    load_rows,
+    mask_scores,
+    matmul,
+    store_lse,
+    store_tile,
+)
 
 # log2(448): the largest weight of a row becomes the largest number of FP8 (e4m3)
 WEIGHT_SHIFT = tl.constexpr(8.807354922057604)
@@ -162,7 +171,10 @@ def _quantised_attention_kernel(
     b_max += tl.load(q_shift + row) * LOG2_E - WEIGHT_SHIFT
     if HAS_ORDER:
         order += i_b.to(tl.int64) * stride_ob + i_h.to(tl.int64) * stride_oh
-    store_rows(out, lse, b_acc, b_max, b_sum, i_b, i_h, H, Lq, o_q, order, D, HAS_ORDER)
+    # a row without a key has sum 0: its output is zero
+    b_acc /= tl.where(b_sum == 0.0, 1.0, b_sum)[:, None]
+    store_tile(out, b_acc, i_b, i_h, H, Lq, o_q, 0, order, D, D, HAS_ORDER)
+    store_lse(lse, b_max, b_sum, i_b, i_h, H, Lq, o_q)
 
 
 def quantised_attention(

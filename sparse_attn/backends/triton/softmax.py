@@ -11,6 +11,9 @@ import triton.language as tl
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
+# 1.5 * 2^23, and its bits
+MAGIC = tl.constexpr(12582912.0)
+MAGIC_BITS = tl.constexpr(0x4B400000)
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 # float32 products on tensor cores, as precise as float32: each number in three parts
 FLOAT32 = tl.constexpr("ieee" if torch.version.hip else "tf32x3")
@@ -35,12 +38,41 @@ def raw_scores(b_q, b_k):
 @triton.jit
 def int8_scores(b_q, b_k):
     """[Q, K] products of int8 in float32."""
-    b_k = tl.trans(b_k)
+    b_zero = tl.full([b_q.shape[0], b_k.shape[0]], MAGIC_BITS, tl.int32)
+    return int8_matmul(b_q, tl.trans(b_k), b_zero) - MAGIC
+
+
+@triton.jit
+def int8_matmul(b_x, b_y, b_bits):
+    """MAGIC + b_x @ b_y in float32, of int8; b_bits is MAGIC's bits plus what comes on top.
+
+    A whole number n below 2^22 rides in the bits of the float32 1.5 * 2^23 + n: no instruction makes
+    floats of integers, which are few a clock.
+    """
     if INTERPRETED:
-        b_s = tl.dot(b_q.to(tl.float32), b_k.to(tl.float32))
+        b_sum = tl.dot(b_x.to(tl.float32), b_y.to(tl.float32)).to(tl.int32) + b_bits
     else:
-        b_s = tl.dot(b_q, b_k, out_dtype=tl.int32).to(tl.float32)
-    return b_s
+        b_sum = tl.dot(b_x, b_y, b_bits, out_dtype=tl.int32)
+    return b_sum.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def load_tile(
+    src, i_b, i_h, first, o_l, column, stride_b, stride_h, stride_l, L,
+    COLS: tl.constexpr, RAGGED: tl.constexpr,
+):  # fmt: skip
+    """Rows first + o_l, COLS of them from `column`; past L zeros. Strides are in units of 8 elements."""
+    base = i_b.to(tl.int64) * stride_b + i_h.to(tl.int64) * stride_h
+    # the interpreter counts loops in Python's integers
+    base += tl.full([], first, tl.int64) * stride_l
+    # the factor 8 tells the compiler that every row starts on 16 bytes
+    p_x = src + base * 8 + column
+    p_x += (o_l * stride_l)[:, None] * 8 + tl.arange(0, COLS)[None, :]
+    if RAGGED:  # noqa: SIM108
+        b_x = tl.load(p_x, mask=(first + o_l < L)[:, None], other=0.0)
+    else:
+        b_x = tl.load(p_x)
+    return b_x
 
 
 @triton.jit
@@ -49,15 +81,8 @@ def load_rows(
     ROWS: tl.constexpr, D: tl.constexpr, RAGGED: tl.constexpr,
 ):  # fmt: skip
     """[ROWS, D] tile from row `first`; rows past L are zero. Strides are in units of 8 elements."""
-    o_l = first + tl.arange(0, ROWS)
-    base = i_b.to(tl.int64) * stride_b + i_h.to(tl.int64) * stride_h
-    # the factor 8 tells the compiler that every row starts on 16 bytes
-    p_x = src + (base + o_l.to(tl.int64) * stride_l)[:, None] * 8 + tl.arange(0, D)[None, :]
-    if RAGGED:  # noqa: SIM108
-        b_x = tl.load(p_x, mask=(o_l < L)[:, None], other=0.0)
-    else:
-        b_x = tl.load(p_x)
-    return b_x
+    o_l = tl.arange(0, ROWS)
+    return load_tile(src, i_b, i_h, first, o_l, 0, stride_b, stride_h, stride_l, L, D, RAGGED)
 
 
 @triton.jit
@@ -93,19 +118,63 @@ def weights(b_s, b_pivot, scale_log2, HAS_BIAS: tl.constexpr):
 
 
 @triton.jit
-def store_rows(
-    out, lse, b_acc, b_max, b_sum, i_b, i_h, H, Lq, o_q, order, D: tl.constexpr,
+def store_tile(
+    out, b_out, i_b, i_h, H, Lq, o_q, column, order, D: tl.constexpr, COLS: tl.constexpr,
     HAS_ORDER: tl.constexpr,
 ):  # fmt: skip
-    """Divide, and store output rows [B, Lq, H, D], row o_q at order[o_q], and natural-log LSE."""
+    """Store COLS columns of output rows [B, Lq, H, D] from `column`, row o_q at order[o_q]."""
     m_q = o_q < Lq
-    # a row without a key has sum 0: its output is zero and its LSE -inf
-    b_out = b_acc / tl.where(b_sum == 0.0, 1.0, b_sum)[:, None]
-    b_lse = (b_max + tl.log2(b_sum)) * LN_2
     o_to = o_q
     if HAS_ORDER:
         o_to = tl.load(order + o_q, mask=m_q, other=0)
     row = (i_b.to(tl.int64) * Lq + o_to) * H + i_h
-    p_out = out + row[:, None] * D + tl.arange(0, D)[None, :]
+    p_out = out + row[:, None] * D + (column + tl.arange(0, COLS))[None, :]
     tl.store(p_out, b_out.to(out.dtype.element_ty), mask=m_q[:, None])
-    tl.store(lse + (i_b.to(tl.int64) * H + i_h) * Lq + o_q, b_lse, mask=m_q)
+
+
+@triton.jit
+def store_lse(lse, b_max, b_sum, i_b, i_h, H, Lq, o_q):
+    """Store the natural-log LSE; -inf for a row without a key."""
+    b_lse = (b_max + tl.log2(b_sum)) * LN_2
+    tl.store(lse + (i_b.to(tl.int64) * H + i_h) * Lq + o_q, b_lse, mask=o_q < Lq)
+
+
+@triton.jit
+def neighbours(TILE_Q: tl.constexpr):
+    """Rows of a tile in the order in which each of four warps holds neighbours.
+
+    A matrix instruction is sixteen rows high, and four warps take turns at them.
+    """
+    o = tl.arange(0, TILE_Q)
+    return (o // 16 % 4) * (TILE_Q // 4) + o // 64 * 16 + o % 16
+
+
+@triton.jit
+def gather_masses(
+    b_held, b_shares, p_masses, i_k, full, i_q, Nq, Nk, TILE_Q: tl.constexpr, HELD: tl.constexpr
+):  # fmt: skip
+    """Gather masses of 64 x 64 from rows in the order of `neighbours`, and write them when `full`.
+
+    A sum over 32 rows stays within a warp. Two such sums make up a mass: whichever is added first,
+    the mass is the same.
+
+    Args:
+        b_held: [TILE_Q / 32, HELD], the sums of the last key blocks.
+        b_shares: [TILE_Q] shares of key block i_k, or of a part of it.
+
+    Returns:
+        b_held, zeros after it was written.
+    """
+    GROUPS: tl.constexpr = TILE_Q // 32
+    b_shares = tl.reshape(b_shares, [GROUPS // 2, GROUPS, 4 // GROUPS, 16])
+    b_sums = tl.sum(tl.reshape(tl.permute(b_shares, [1, 0, 2, 3]), [GROUPS, 32]), 1)
+    o_held = tl.arange(0, HELD)
+    b_held += tl.where((o_held == i_k % HELD)[None, :], b_sums[:, None], 0.0)
+    if full:
+        o_row = tl.arange(0, GROUPS) // 2
+        o_k = i_k - i_k % HELD + o_held
+        p_out = p_masses + o_row.to(tl.int64)[:, None] * Nk + o_k[None, :]
+        m_out = (i_q + o_row < Nq)[:, None] & (o_k <= i_k)[None, :]
+        tl.atomic_add(p_out, b_held, mask=m_out, sem="relaxed")
+        b_held = tl.zeros_like(b_held)
+    return b_held
