@@ -58,16 +58,22 @@ def test_long_tests_are_skipped_with_a_reason_and_run_when_asked(run, tmp_path):
     said = run("--long")
     assert "1 failed, 1 passed, 1 deselected" in said
     found = json.loads((tmp_path / "results.json").read_text())
-    outcomes = {name.partition("::")[2]: test["outcome"] for name, test in found["tests"].items()}
+    outcomes = {name.partition("::")[2]: test["outcome"] for name, test in found.items()}
     assert outcomes == {"test_slow": "passed", "test_broken": "failed"}
-    assert re.match(r"[0-9a-f]{40}|unknown", found["commit"])
-    assert f"passed at {found['commit'][:7]}" in run()
+    commit = found["test_some.py::test_slow"]["commit"]
+    assert re.match(r"[0-9a-f]{40}|unknown", commit)
+    assert f"passed at {commit[:7]}" in run()
+    # some of them again: the others keep theirs
+    (tmp_path / "test_some.py").write_text(FILE.replace("raise ValueError", "pass"))
+    run("--long", "-k", "broken")
+    found = json.loads((tmp_path / "results.json").read_text())
+    assert [test["outcome"] for test in found.values()] == ["passed", "passed"]
 
 
 def test_every_test_marked_long_has_passed_and_its_result_is_committed():
     mark = "pytest.mark." + "long"
     files = [file for file in (ROOT / "tests").rglob("test_*.py") if file != Path(__file__)]
     marked = {str(f.relative_to(ROOT).as_posix()) for f in files if mark in f.read_text("utf-8")}
-    results = long_tests.latest()["tests"]
+    results = long_tests.latest()
     assert {name.partition("::")[0] for name in results} == marked
     assert all(test["outcome"] == "passed" for test in results.values())

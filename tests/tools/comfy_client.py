@@ -57,17 +57,26 @@ class ComfyClient:
         """Fetch an output file by its entry in a history entry: filename, subfolder, type."""
         return self.request("/view?" + urllib.parse.urlencode(file))
 
-    def interrupt(self) -> None:
-        """Ask the running prompt to stop."""
-        self.request("/interrupt", {})
+    def interrupt(self, prompt_id: str | None = None) -> None:
+        """Ask the running prompt to stop, if it is the one that is meant."""
+        self.request("/interrupt", {"prompt_id": prompt_id} if prompt_id else {})
 
-    def submit(self, prompt: dict, extra_data: dict | None = None) -> str:
+    def queue(self) -> dict[str, list[str]]:
+        """Ids of the prompts that are "running" and "pending"."""
+        found = self.get("/queue")
+        return {
+            kind: [entry[1] for entry in found[f"queue_{kind}"]] for kind in ("running", "pending")
+        }
+
+    def submit(
+        self, prompt: dict, extra_data: dict | None = None, client_id: str | None = None
+    ) -> str:  # fmt: skip
         """Queue an API-format prompt and return its id.
 
         Raises:
             PromptFailed: ComfyUI refused it; the message holds every node's complaint.
         """
-        body = {"prompt": prompt, "client_id": uuid.uuid4().hex}
+        body = {"prompt": prompt, "client_id": client_id or uuid.uuid4().hex}
         if extra_data:
             body["extra_data"] = extra_data
         try:

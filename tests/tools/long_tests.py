@@ -1,7 +1,7 @@
 """pytest's part of `run.py test --long`: tests marked `long` take longer than the others all together.
 
 Elsewhere they are skipped, and the reason says what their latest run gave: its results are
-committed, with the commit that it tested.
+committed, with the commit that it tested. A run of some of them leaves the results of the others.
 """
 
 from __future__ import annotations
@@ -19,10 +19,8 @@ _reports: dict[str, list] = {}
 
 
 def latest() -> dict:
-    """The committed results: the commit, the machine, and outcome and seconds of every test."""
-    if not RESULTS.is_file():
-        return {"tests": {}}
-    return json.loads(RESULTS.read_text(encoding="utf-8"))
+    """The committed results by test: outcome, seconds, commit and machine."""
+    return json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.is_file() else {}
 
 
 def pytest_addoption(parser):
@@ -42,8 +40,8 @@ def pytest_collection_modifyitems(config, items):
     results = latest()
     for item in items:
         if item.get_closest_marker("long"):
-            then = results["tests"].get(item.nodeid)
-            said = f"{then['outcome']} at {results['commit'][:7]}" if then else "never run"
+            then = results.get(item.nodeid)
+            said = f"{then['outcome']} at {then['commit'][:7]}" if then else "never run"
             reason = f"long, {said}: python run.py test --long"
             item.add_marker(pytest.mark.skip(reason=reason))
 
@@ -59,23 +57,23 @@ def pytest_sessionfinish(session):
         return
     import torch
 
-    tests = {
-        name: {
-            # setup, call and teardown each say passed, failed or skipped
-            "outcome": min((report.outcome for report in reports), key=_ORDER.index),
-            "seconds": round(sum(report.duration for report in reports), 1),
-        }
-        for name, reports in sorted(_reports.items())
-    }
     changed = _git("status", "--porcelain", "--untracked-files=no") != ""
     facts = {
         "commit": _git("rev-parse", "HEAD") + (" with changes" if changed else ""),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "machine": f"{platform.system()} {platform.machine()}",
-        "tests": tests,
     }
-    RESULTS.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+    results = latest()
+    for name, reports in _reports.items():
+        results[name] = {
+            # setup, call and teardown each say passed, failed or skipped
+            "outcome": min((report.outcome for report in reports), key=_ORDER.index),
+            "seconds": round(sum(report.duration for report in reports), 1),
+            **facts,
+        }
+    text = json.dumps(dict(sorted(results.items())), indent=1)
+    RESULTS.write_text(text + "\n", encoding="utf-8")
 
 
 _ORDER = ("failed", "skipped", "passed")
