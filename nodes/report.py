@@ -1,23 +1,12 @@
 """AdaSpa Report: what the last run did, as text and as a picture."""
 
-from math import isclose
-
 import numpy as np
 import torch
 from comfy_api.latest import io, ui
 
-from ..sparse_attn.host.install import latent_sum
+from ..sparse_attn.host.install import fingerprint
 from .report_picture import draw
 from .sockets import AdaSpaRun
-
-
-def came_from(samples, statistics) -> bool:
-    """Whether a latent is what the run returned; True where that cannot be told."""
-    seen = latent_sum(samples)
-    known = statistics.result_sum
-    if seen is None or known is None:
-        return True
-    return isclose(seen, known, rel_tol=1e-4, abs_tol=1e-2)
 
 
 class AdaSpaReport(io.ComfyNode):
@@ -57,15 +46,18 @@ class AdaSpaReport(io.ComfyNode):
 
     @classmethod
     def execute(cls, samples, layer, head, adaspa=None) -> io.NodeOutput:
-        statistics = None if adaspa is None else adaspa.latest()
-        runs = [] if adaspa is None else adaspa.recent()
+        runs, told = [], True
+        if adaspa is not None:
+            runs, told = adaspa.runs_behind(fingerprint(samples["samples"]))
         off = adaspa is not None and not adaspa.config.enabled
         lines = [line for run in runs for line in run.lines()]
         lines = lines or ["AdaSpa is off." if off else "AdaSpa has not run yet."]
-        if runs and not any(came_from(samples["samples"], run) for run in runs):
+        if runs and not told:
             lines.insert(0, "These samples are not the result of the run below.")
         text = "\n".join(lines)
-        picture = np.asarray(draw(statistics, layer, head, lines), dtype=np.float32) / 255
+        picture = (
+            np.asarray(draw(runs[-1] if runs else None, layer, head, lines), dtype=np.float32) / 255
+        )
         image = torch.from_numpy(picture)[None]
         shown = {**ui.PreviewImage(image, cls=cls).as_dict(), **ui.PreviewText(text).as_dict()}
         if runs:

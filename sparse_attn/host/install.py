@@ -5,12 +5,12 @@ import threading
 import comfy.model_management
 import comfy.model_prefetch
 import comfy.patcher_extension
-import torch
 
 from ..config import AdaSpaConfig
 from ..run.estimate import why_not_worth
 from ..run.handle import RunHandle
 from ..run.state import RunState
+from ..run.statistics import Fingerprint
 from ..schedule import plan
 from . import pattern_requests, status
 from .families import family_of
@@ -57,9 +57,9 @@ def why_not(model) -> str:
     return family_of(model.get_model_object("diffusion_model"))[1]
 
 
-def latent_sum(latent) -> float | None:
-    """A number that tells one run's latent from another's, or None for a latent of several parts."""
-    return float(latent.cpu().double().sum()) if type(latent) is torch.Tensor else None
+def fingerprint(latent) -> Fingerprint:
+    """Tells one run's latent from another's, also where it has several parts."""
+    return Fingerprint.of(*(latent.unbind() if latent.is_nested else [latent]))
 
 
 def _outer_sample(handle: RunHandle, node_id):
@@ -73,8 +73,12 @@ def _outer_sample(handle: RunHandle, node_id):
         handle.runs.append(run.statistics)
         sampling = Sampling(run, tuple(noise.shape), executor.class_obj)
 
+        denoised = None
+
         def spoken(*said, **more):
+            nonlocal denoised
             run.steps.spoken()
+            denoised = said[1] if len(said) > 1 else None
             if callback is not None:
                 callback(*said, **more)
 
@@ -91,7 +95,11 @@ def _outer_sample(handle: RunHandle, node_id):
             raise
         else:
             pattern_requests.end(run, patcher, handle)
-            run.statistics.result_sum = latent_sum(out)
+            run.statistics.results.append(fingerprint(out))
+            if denoised is not None:
+                # as the sampler's second output has it
+                denoised = patcher.model.process_latent_out(denoised.cpu())
+                run.statistics.results.append(fingerprint(denoised))
             status.log.info("AdaSpa: %s", run.statistics.summary())
             last = len(run.schedule.kinds) - 1
             status.send(node_id, run.statistics, "\n".join(run.statistics.lines()), last, True)
@@ -152,6 +160,7 @@ def _apply_model(node_id):
         line = status.progress_line(run.statistics, step) if run.enter_step(step) else ""
         model = executor.class_obj.diffusion_model
         # a compiled model is a wrapper of another class
+        is_compiled = hasattr(model, "_orig_mod")
         model = getattr(model, "_orig_mod", model)
         given = {**inputs, "c_crossattn": c_crossattn}
         known = {**given, "transformer_options": options}
@@ -168,18 +177,43 @@ def _apply_model(node_id):
             announce = _announcer(run, layout, node_id) if first else None
             call = ModelCall(
                 run, step, previous, model, family, layout, sampling.callers(family, model),
-                place, unplaced, announce, given,
+                place, unplaced, announce, given, attention_override,
             )  # fmt: skip
         if line and announce is None:
             status.send(node_id, run.statistics, line, step, False)
         options[CONTEXT] = call
+        entered = [] if is_compiled else _noting_entry(options)
         out = executor(x, t, c_concat, c_crossattn, control, options, **inputs)
+        sampling.tells_entry |= bool(entered)
+        # a cache may answer without the model, but not in a run's first call
+        if entered or not sampling.tells_entry:
+            run.statistics.entered.add(step)
+            call.count_unseen(entered[0] if entered else options)
         if announce is not None:
             # said here if no attention call was ours
             announce(None)
         return out
 
     return wrapper
+
+
+def _noting_entry(options: dict) -> list[dict]:
+    """Let the model, if it is entered, leave its `transformer_options` in the list returned.
+
+    Where it is compiled this would break its graph.
+    """
+    kind, entered = comfy.patcher_extension.WrappersMP.DIFFUSION_MODEL, []
+
+    def noted(executor, *args, **inputs):
+        given = [x for x in (*args, *inputs.values()) if isinstance(x, dict) and CONTEXT in x]
+        entered.append(given[0] if given else options)
+        return executor(*args, **inputs)
+
+    wrappers = dict(options.get("wrappers") or {})
+    # the last one is the innermost
+    wrappers[kind] = {**wrappers.get(kind, {}), KEY: [noted]}
+    options["wrappers"] = wrappers
+    return entered
 
 
 def _announcer(run: RunState, layout, node_id):

@@ -14,12 +14,14 @@ from ..token_layout import TokenLayout
 from .calling_block import calling_block
 from .families.family import Block, Family
 from .host_call import HostCall, key_bias_of
+from .replaced import replaced_by
 from .sampling import UNKNOWN_WINDOW, UNNAMED
 
 # under this key a model call travels through transformer_options
 CONTEXT = "adaspa"
 UNKNOWN_LAYER = "the model does not tell which of its layers calls"
 GRADIENTS = "gradients are asked for, and only the host's own attention has them"
+GUIDES = "an attention mask of guide frames, which splits the queries"
 CAPTURED = "a CUDA graph is being captured, and its replays would all repeat one step"
 
 
@@ -40,9 +42,12 @@ class Declined:
     def __deepcopy__(self, memo):
         return self
 
-    def calls_of(self, host: HostCall, options: dict) -> str:
-        """The reason why an attention call is not ours."""
-        return self.reason
+    def calls_of(self, host: HostCall, options: dict) -> None:
+        """Count an attention call that is not ours."""
+        self.run.statistics.kept_dense[self.reason] += 1
+
+    def count_unseen(self, entered: dict) -> None:
+        """Which calls there should have been is not known."""
 
 
 class Caller(NamedTuple):
@@ -74,6 +79,7 @@ class ModelCall:
             why it is not known.
         announce: announce(estimate), told of every call that is ours, or None.
         inputs: what the family's rules read beside the model.
+        override: ours.
     """
 
     run: RunState
@@ -87,21 +93,29 @@ class ModelCall:
     unplaced: str = ""
     announce: Callable[[Estimate], None] | None = None
     inputs: Mapping = field(default_factory=dict)
-    # calls of each block so far
+    override: Callable | None = None
+    # calls of each block so far, and the blocks whose self-attention came in whatever form
     met: Counter = field(default_factory=Counter)
+    seen: set[Block] = field(default_factory=set)
 
     def __deepcopy__(self, memo):
         # options are copied by nodes that change some of them, for the same call of the model
         return self
 
-    def calls_of(self, host: HostCall, options: dict) -> list[Call] | str:
-        """What the run has to serve for an attention call, or why it is not ours.
+    def calls_of(self, host: HostCall, options: dict) -> list[Call] | None:
+        """What the run has to serve for an attention call.
 
         Returns:
-            One call of each conditioning, or one of all in a plainly dense step; or the reason.
+            One call of each conditioning, or one of all in a plainly dense step; or None where the
+            call is not ours, for a reason that is counted.
         """
         if reason := self._why_not_the_video(host):
-            return reason
+            self.run.statistics.beside[reason] += 1
+            return None
+        if host.q.shape[-2] != self.layout.tokens:
+            self.caller(options)
+            self.run.statistics.kept_dense[GUIDES] += 1
+            return None
         q, k, v = host.in_heads()
         caller = self.caller(options)
         bias, not_a_bias = key_bias_of(host.mask, len(q), k.shape[-2])
@@ -111,7 +125,8 @@ class ModelCall:
         elif host.wants_gradients():
             reason = GRADIENTS
         if reason or caller is None:
-            return reason
+            self.run.statistics.kept_dense[reason] += 1
+            return None
         scale = host.named.get("scale") or q.shape[-1] ** -0.5
         low_precision = False not in (
             host.named.get("low_precision_attention"), options.get("low_precision_attention")
@@ -140,11 +155,24 @@ class ModelCall:
         if found is None:
             return None
         key, block = found
+        self.seen.add(block)
         before = self.met[key]
         self.met[key] += 1
         occurrence = block.follows + before
         layer = block.number + occurrence * self.family.num_layers(self.model)
         return Caller((key, before), block.number, layer, (block.kind, block.index, occurrence))
+
+    def count_unseen(self, entered: dict) -> None:
+        """Count the blocks whose self-attention did not come, each with what took its place.
+
+        Args:
+            entered: `transformer_options` as the model got them.
+        """
+        for module, _ in self.family.listed(self.model):
+            block = self.callers[id(module)][1]
+            if block not in self.seen:
+                why = replaced_by(module, block, entered, self.override)
+                self.run.statistics.unseen[why] += 1
 
     @property
     def dense_layers(self) -> frozenset[int]:
@@ -156,7 +184,7 @@ class ModelCall:
         q, k, v, layout = host.q, host.k, host.v, self.layout
         tokens = q.shape[-2]
         if tokens != layout.tokens == k.shape[-2] and host.mask is not None:
-            return "an attention mask of guide frames, which splits the queries"
+            return ""
         if q.shape != k.shape or k.shape != v.shape:
             return "cross-attention or grouped heads"
         if tokens != layout.tokens:

@@ -36,11 +36,9 @@ def serve(context: Declined | ModelCall, host: HostCall, options: dict) -> torch
     Returns:
         [B, H, L, D], or None where the call is not ours; the reason is counted.
     """
-    statistics = context.run.statistics
-    statistics.attended.add(context.step)
+    context.run.statistics.entered.add(context.step)
     calls = context.calls_of(host, options)
-    if isinstance(calls, str):
-        statistics.kept_dense[calls] += 1
+    if calls is None:
         return None
     outs = [context.run.attend(call) for call in calls]
     return outs[0] if len(outs) == 1 else torch.cat(outs)

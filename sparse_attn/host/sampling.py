@@ -38,6 +38,8 @@ class Sampling:
     run: RunState
     shape: tuple[int, ...]
     guider: Any
+    # whether the model has shown that it tells when it is entered
+    tells_entry: bool = False
     _wrapper: Callable = _apply
     _callers: dict[int, tuple[int, Block]] = field(default_factory=dict)
     # keeps every `id` above taken

@@ -5,7 +5,7 @@ from collections import deque
 from ..config import AdaSpaConfig
 from ..patterns.pattern import CarriedPattern
 from .dense import DenseChoice
-from .statistics import RunStatistics
+from .statistics import Fingerprint, RunStatistics
 
 RUNS_KEPT = 4
 
@@ -37,12 +37,25 @@ class RunHandle:
     def latest(self) -> RunStatistics | None:
         return self.runs[-1] if self.runs else None
 
-    def recent(self) -> list[RunStatistics]:
-        """The latest run of each part, newest last."""
+    def runs_behind(self, latent: Fingerprint) -> tuple[list[RunStatistics], bool]:
+        """The run that made a latent, and of every other part the latest before it.
+
+        Returns:
+            One run of each part, newest last, and False where none of the runs kept has made the
+            latent; then they are the latest.
+        """
+        runs = list(self.runs)
+        made = [(i, found) for i, run in enumerate(runs) for found in run.results]
+        made = [(i, found) for i, found in made if found.is_of(latent)]
+        if made:
+            # of runs that made the same the latest
+            newest, _ = min(reversed(made), key=lambda one: one[1].distance(latent))
+            runs = runs[: newest + 1]
         parts: dict[str, RunStatistics] = {}
-        for run in reversed(self.runs):
+        for run in reversed(runs):
             parts.setdefault(run.part, run)
-        return list(parts.values())[::-1]
+        told = bool(made) or any(run.finished and not run.results for run in runs)
+        return list(parts.values())[::-1], told
 
     def carried(self) -> CarriedPattern | None:
         """The pattern that the next run begins with."""

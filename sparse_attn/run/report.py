@@ -1,8 +1,7 @@
 """What the node, the log and the report say of a run; `run` is its `RunStatistics`."""
 
+from collections import Counter
 from statistics import fmean, median
-
-UNREACHED = "no attention call reached it; another node may have replaced the model's attention"
 
 
 def summary(run) -> str:
@@ -16,9 +15,8 @@ def summary(run) -> str:
 
 def _what_it_did(run) -> str:
     if not run.patterns:
-        why = ", ".join(f"{reason} ({n})" for reason, n in run.kept_dense.most_common(2))
-        if run.model and run.finished and not run.attended:
-            why = UNREACHED
+        reasons = run.kept_dense + Counter({f"not seen, {x}": n for x, n in run.unseen.items()})
+        why = ", ".join(f"{reason} ({n})" for reason, n in reasons.most_common(2))
         ran = run.schedule.describe() if run.layout else "no sparse attention"
         return "AdaSpa: every call ran dense" + (f": {why}" if why else f" ({ran})")
     mean, worst = run.patterns.recall()
@@ -92,6 +90,10 @@ def lines(run) -> list[str]:
         text.append(f"Not in {precision}: {count} calls, {reason}")
     for reason, count in run.kept_dense.most_common():
         text.append(f"Kept dense: {count} calls, {reason}")
+    for reason, count in run.unseen.most_common():
+        text.append(f"Video's self-attention not seen: {count} calls, {reason}")
+    for reason, count in run.beside.most_common():
+        text.append(f"Not the video's self-attention: {count} calls, {reason}")
     return text + [f"Note: {warning}" for warning in run.warnings]
 
 

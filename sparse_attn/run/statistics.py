@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Hashable
 from dataclasses import dataclass, field
+from math import isclose
 from statistics import median
 
 import torch
@@ -127,6 +128,31 @@ class Reuse:
     kept: list[str] = field(default_factory=list)
 
 
+@dataclass(frozen=True)
+class Fingerprint:
+    """Sum and sum of squares of a latent, which tell one run's from another's."""
+
+    total: float
+    squares: float
+
+    @classmethod
+    def of(cls, *parts: torch.Tensor) -> "Fingerprint":
+        """Of a latent of one or several parts, in any order of their elements."""
+        values = [part.detach().cpu().double() for part in parts]
+        return cls(
+            sum(float(x.sum()) for x in values), sum(float(x.square().sum()) for x in values)
+        )
+
+    def distance(self, other: "Fingerprint") -> float:
+        """By how much the sums differ, in units of what random signs would give."""
+        return abs(self.total - other.total) / (max(self.squares, other.squares) ** 0.5 or 1.0)
+
+    def is_of(self, other: "Fingerprint") -> bool:
+        """Whether both are of one latent, which may have been in half precision on the way."""
+        alike = isclose(self.squares, other.squares, rel_tol=1e-3)
+        return alike and self.distance(other) < 1e-3
+
+
 @dataclass
 class RunStatistics:
     """One sampler run.
@@ -140,9 +166,13 @@ class RunStatistics:
         backend, dense_choice: who computes sparse and dense attention, for people.
         expected: what was said before the run.
         steps: kind and seconds of each finished step of the whole model.
-        attended: numbers, within the run, of the steps in which the model called its attention.
-        kept_dense: why calls ran dense, counted.
-        result_sum: sum of the latent that the run returned, or None.
+        entered: numbers, within the run, of the steps in which the diffusion model was entered, or
+            may have been.
+        kept_dense: why calls of the video's self-attention ran dense, counted; where the model's
+            calls cannot be told apart, of all its attention.
+        beside: why calls are not the video's self-attention, counted.
+        unseen: what stood in the place of self-attention of the video that never came, counted.
+        results: of the latents that the run returned, its samples and the last denoised ones.
         stopped_at: number of the step in the whole schedule at which the run was interrupted.
     """
 
@@ -156,14 +186,16 @@ class RunStatistics:
     expected: str = ""
     timing: Timing = field(default_factory=Timing)
     steps: list[tuple[StepKind, float]] = field(default_factory=list)
-    attended: set[int] = field(default_factory=set)
+    entered: set[int] = field(default_factory=set)
     patterns: Patterns = field(default_factory=Patterns)
     memory: Memory = field(default_factory=Memory)
     low_precision: LowPrecisionCalls = field(default_factory=LowPrecisionCalls)
     reuse: Reuse = field(default_factory=Reuse)
     kept_dense: Counter[str] = field(default_factory=Counter)
+    beside: Counter[str] = field(default_factory=Counter)
+    unseen: Counter[str] = field(default_factory=Counter)
     warnings: list[str] = field(default_factory=list)
-    result_sum: float | None = None
+    results: list[Fingerprint] = field(default_factory=list)
     finished: bool = False
     stopped_at: int | None = None
 
@@ -176,14 +208,14 @@ class RunStatistics:
         return self.layout.tokens if self.layout else 0
 
     def was_skipped(self, step: int) -> bool:
-        """Whether a step of the run called no attention, as under EasyCache, where others did."""
-        return bool(self.attended) and step not in self.attended
+        """Whether a step of the run left the model out, as under EasyCache, where others did not."""
+        return bool(self.entered) and step not in self.entered
 
     def skipped(self) -> list[int]:
         """Steps that a cache skipped, by their numbers in the whole schedule."""
         first, passed = self.schedule.first_step, len(self.schedule.kinds)
         if not self.finished:
-            passed = max(self.attended, default=-1) + 1
+            passed = max(self.entered, default=-1) + 1
         return [first + step for step in range(passed) if self.was_skipped(step)]
 
     def step_seconds(self) -> dict[str, float]:
@@ -238,5 +270,7 @@ class RunStatistics:
             "carried": self.reuse.masks,
             "not_carried": dict(self.reuse.refused),
             "kept_dense": dict(self.kept_dense),
+            "not_self_attention": dict(self.beside),
+            "not_seen": dict(self.unseen),
             "warnings": list(self.warnings),
         }

@@ -101,6 +101,7 @@ def test_keeping_every_block_equals_dense(patcher, case, monkeypatch):
     assert layouts == {case.layout}
     assert calls(handle) == {"search": case.taken, "sparse": case.taken * (STEPS - 1)}
     assert kept_dense(handle) == per_run(case.declined)
+    assert not handle.latest().unseen
 
 
 @pytest.mark.any_comfyui

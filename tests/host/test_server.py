@@ -91,7 +91,8 @@ def test_whole_graph_runs_and_reports(comfy_server):
     entry = comfy_server.post(graph())
     text = text_of(entry, "report")
     assert text.startswith("288 tokens, steps 0-1 dense, 2 search, 3 sparse, density 0.40")
-    assert "Kept dense: 16 calls, cross-attention or grouped heads" in text
+    assert "Not the video's self-attention: 16 calls, cross-attention or grouped heads" in text
+    assert "Kept dense" not in text
     (file,) = entry["outputs"]["report"]["images"]
     picture = Image.open(io.BytesIO(comfy_server.view(file)))
     assert picture.size[0] == 1120 and picture.size[1] > 400

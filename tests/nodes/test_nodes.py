@@ -1,9 +1,11 @@
 """The nodes as ComfyUI sees them: their schema, what they refuse, what they show."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 
-from tests.host.host_fixtures import VIDEO, assert_same_video, sample
+from tests.host.host_fixtures import VIDEO, assert_same_video, conditioning, sample
 from tests.tools import comfy_inprocess
 
 SOCKETS = {"AdaSpaAttention": ["model"], "AdaSpaReport": ["samples", "adaspa"]}
@@ -249,7 +251,7 @@ def test_report_of_a_run_shows_text_and_patterns(load, attention, report):
     image, text = assert_picture(report(latent, handle))
     assert text == "\n".join(handle.latest().lines())
     assert "295 tokens, steps 0 search, 1-3 sparse" in text or "297 tokens" in text
-    assert "Kept dense: 8 calls" in text
+    assert "Not the video's self-attention: 8 calls" in text
     assert image.shape[1] > 400 and image.shape[2] == 1120
     # other heads have other patterns; numbers past the last are the last
     other, _ = assert_picture(report(latent, handle, layer=2, head=1))
@@ -283,6 +285,65 @@ def test_report_says_when_the_samples_are_not_the_run_s(load, attention, report)
     assert "not the result" not in report({"samples": out}, handle).args[2]
     text = report({"samples": out + 1}, handle).args[2]
     assert text.startswith("These samples are not the result of the run below.")
+
+
+def two_runs(load, attention):
+    """One patched model in two samplers of other steps: their samples, and the handle."""
+    settings = {"preset": "Custom", "sparsity": 0.6, "warmup": 0.0, "min_tokens": 64}
+    model, handle = attention(load("wan_h64"), **settings).args
+    return [{"samples": sample(model, steps=steps)} for steps in (3, 5)], handle
+
+
+def test_each_of_two_samplers_of_one_model_has_its_own_report(load, attention, report):
+    latents, handle = two_runs(load, attention)
+    pictures = []
+    for latent, run in zip(latents, handle.runs, strict=True):
+        for layer in (0, 1):
+            image, text = assert_picture(report(latent, handle, layer=layer))
+            assert text == "\n".join(run.lines())
+            pictures.append(image)
+    assert not any(torch.equal(a, b) for a, b in pairwise(pictures))
+    # samples that went through half precision are still the run's
+    half = {"samples": latents[0]["samples"].half().float()}
+    assert report(half, handle).args[2] == "\n".join(handle.runs[0].lines())
+    # of one that is kept no more nothing is claimed
+    handle.runs.popleft()
+    assert report(latents[0], handle).args[2].startswith("These samples are not the result of")
+
+
+@pytest.mark.parametrize("last", [2, 10000], ids=["noise is left", "to the end"])
+def test_the_denoised_output_has_the_report_of_its_run(load, attention, report, last):
+    import comfy.samplers
+    from comfy_extras.nodes_custom_sampler import (
+        BasicGuider,
+        KSamplerSelect,
+        RandomNoise,
+        SamplerCustomAdvanced,
+    )
+
+    settings = {"preset": "Custom", "sparsity": 0.6, "warmup": 0.0, "min_tokens": 64}
+    model, handle = attention(load("wan_h64"), **settings).args
+    sigmas = comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), "simple", 4)
+    with torch.no_grad():
+        both = SamplerCustomAdvanced.execute(
+            RandomNoise.execute(1).args[0],
+            BasicGuider.execute(model, conditioning(7, 0)).args[0],
+            KSamplerSelect.execute("euler").args[0],
+            sigmas[: last + 1],
+            {"samples": torch.zeros(VIDEO)},
+        ).args
+    sample(model, seed=2)
+    for latent in both:
+        assert report(latent, handle).args[2] == "\n".join(handle.runs[0].lines())
+
+
+def test_a_latent_of_several_parts_is_told_from_another(load, attention, report):
+    from comfy.nested_tensor import NestedTensor
+
+    latents, handle = two_runs(load, attention)
+    for latent, run in zip(latents, handle.runs, strict=True):
+        parts = NestedTensor(list(latent["samples"].chunk(2, dim=1)))
+        assert report({"samples": parts}, handle).args[2] == "\n".join(run.lines())
 
 
 def test_report_says_that_adaspa_is_off(load, attention, report):
