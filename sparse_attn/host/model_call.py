@@ -97,6 +97,8 @@ class ModelCall:
     # calls of each block so far, and the blocks whose self-attention came in whatever form
     met: Counter = field(default_factory=Counter)
     seen: set[Block] = field(default_factory=set)
+    # calls of blocks that nobody knows
+    nameless: int = 0
 
     def __deepcopy__(self, memo):
         # options are copied by nodes that change some of them, for the same call of the model
@@ -153,6 +155,7 @@ class ModelCall:
             block = self.family.published(self.model, kind, options["block_index"])
             found = (id(self.model), block), block
         if found is None:
+            self.nameless += 1
             return None
         key, block = found
         self.seen.add(block)
@@ -168,11 +171,11 @@ class ModelCall:
         Args:
             entered: `transformer_options` as the model got them.
         """
-        for module, _ in self.family.listed(self.model):
-            block = self.callers[id(module)][1]
-            if block not in self.seen:
-                why = replaced_by(module, block, entered, self.override)
-                self.run.statistics.unseen[why] += 1
+        blocks = [(x, self.callers[id(x)][1]) for x, _ in self.family.listed(self.model)]
+        unseen = [(module, block) for module, block in blocks if block not in self.seen]
+        for module, block in unseen[self.nameless :]:
+            why = replaced_by(module, block, entered, self.override)
+            self.run.statistics.unseen[why] += 1
 
     @property
     def dense_layers(self) -> frozenset[int]:

@@ -104,9 +104,9 @@ class Dense:
             candidates = {HOST: lambda *few: call.dense(PROBE_HEADS), **self._candidates(call)}
             with until_out_of_memory():
                 name = self.choice.fastest(call, candidates)
-        self.statistics.dense_choice = FOREIGN if call.foreign else self.choice.describe(name)
         if name != HOST:
             found = self._attempt(name, candidates, call)
+        self._say(call, HOST if found is None else name)
         return self.by_host(call) if found is None else found[0]
 
     def serve_with_lse(self, call: Call) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -121,12 +121,13 @@ class Dense:
             with until_out_of_memory():
                 name = self.choice.fastest(call, candidates)
         if name == OWN_INT8:
-            # it may be the run's only dense step
-            self.statistics.dense_choice = self.choice.describe(name)
             found = self._attempt(name, candidates, call)
         if found is None:
             with self.timer.attempt("dense", call.q):
-                found = self._exact(call)
+                name, found = self._exact(call)
+        # it may be the run's only dense step, else others tell more of what serves them
+        if name == OWN_INT8 or not self.statistics.dense_choice:
+            self._say(call, HOST if found is None else name)
         if found is None:
             self.statistics.warn(HOST_SERVED)
             return self.by_host(call), None
@@ -135,7 +136,7 @@ class Dense:
     def exact(self, call: Call) -> tuple[torch.Tensor, torch.Tensor]:
         """Run the dense pass of a search: out [B, H, L, D], lse [B, H, L] float32."""
         with self.timer.measure("search_dense", call.q):
-            return self._exact(call)
+            return self._exact(call)[1]
 
     def by_host(self, call: Call) -> torch.Tensor:
         """Run the host's own attention; [B, H, L, D]."""
@@ -159,10 +160,15 @@ class Dense:
                 found[OWN_INT8] = partial(quantised, scale=call.scale)
         return found
 
-    def _exact(self, call: Call) -> tuple[torch.Tensor, torch.Tensor]:
+    def _say(self, call: Call, name: str) -> None:
+        foreign = call.foreign and name == HOST
+        self.statistics.dense_choice = FOREIGN if foreign else self.choice.describe(name)
+
+    def _exact(self, call: Call) -> tuple[str, tuple[torch.Tensor, torch.Tensor]]:
+        """Who serves, and (out, lse)."""
         candidates = self._candidates(call, exact=True)
         name = self.choice.fastest(call, candidates) if len(candidates) > 1 else OWN
-        return candidates[name](call.q, call.k, call.v)
+        return name, candidates[name](call.q, call.k, call.v)
 
     def _attempt(self, name: str, candidates: dict[str, Callable], call: Call):
         """(out, lse) of a candidate, or None where memory runs out."""

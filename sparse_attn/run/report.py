@@ -42,9 +42,10 @@ def lines(run) -> list[str]:
     text = [part + summary(run)]
     if run.model:
         text.append(f"Model: {run.model}" + (f", {run.layout.describe()}" if run.layout else ""))
-    if run.backend:
+    if run.patterns:
         text.append(f"Sparse attention by: {run.backend}")
-    text.append(f"Dense steps by: {run.dense_choice}")
+    if run.dense_choice:
+        text.append(f"Dense steps by: {run.dense_choice}")
     if timing.spent():
         text.append(
             f"Attention: {seconds(timing.spent())} spent ({seconds(sum(timing.dense))} dense, "
@@ -52,7 +53,7 @@ def lines(run) -> list[str]:
         )
     dense = timing.dense_call()
     if dense and timing.sparse:
-        source = "its own dense steps" if timing.dense else "the dense pass of its searches"
+        source = "its own dense calls" if timing.dense else "the dense pass of its searches"
         text.append(
             f"One call: {milliseconds(dense)} dense, {milliseconds(median(timing.sparse))} "
             f"sparse ({dense / median(timing.sparse):.1f}x), measured against {source}"
@@ -75,7 +76,7 @@ def lines(run) -> list[str]:
         searched = f"; searched at step {found}" if found else ""
         text.append(f"Skipped by a cache: {len(skipped)} steps, {ranges(skipped)}{searched}")
     text += reuse_lines(run)
-    if run.config.pooled:
+    if run.config.pooled and run.patterns:
         text.append("Tail: pooled, the average of every skipped block stands in for it")
     if (share := run.patterns.similar()) is not None:
         text.append(f"Token order: by similarity in {share:.0%} of the heads, else by position")

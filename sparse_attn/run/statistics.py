@@ -163,7 +163,7 @@ class RunStatistics:
         part: which of several models, for people.
         model: name of the model family, or why there is none.
         layout: of the sequences that AdaSpa serves, or None before the first.
-        backend, dense_choice: who computes sparse and dense attention, for people.
+        backend, dense_choice: who computes sparse attention, and serves dense steps, for people.
         expected: what was said before the run.
         steps: kind and seconds of each finished step of the whole model.
         entered: numbers, within the run, of the steps in which the diffusion model was entered, or
@@ -182,7 +182,7 @@ class RunStatistics:
     model: str = ""
     layout: TokenLayout | None = None
     backend: str = ""
-    dense_choice: str = "host"
+    dense_choice: str = ""
     expected: str = ""
     timing: Timing = field(default_factory=Timing)
     steps: list[tuple[StepKind, float]] = field(default_factory=list)

@@ -268,7 +268,7 @@ def test_summary_names_tokens_steps_density_and_time(load):
     assert " of attention" in text
     lines = "\n".join(handle.latest().lines())
     assert "Model: HunyuanVideo, 295 tokens (3x8x12 video, 7 other)" in lines
-    assert "Kept dense: 8 calls, 7 tokens are not the 295" in lines
+    assert "Not the video's self-attention: 8 calls, 7 tokens are not the 295" in lines
 
 
 # ---- who runs the dense steps

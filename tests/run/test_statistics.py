@@ -131,9 +131,8 @@ def test_the_report_line_by_line():
     assert statistics.lines()[1:] == [
         "Model: Wan, 75,600 tokens (21x45x80 video)",
         "Sparse attention by: Triton kernels",
-        "Dense steps by: host",
         "Attention: 82.0 s spent (20.0 s dense, 11.0 s search, 51.0 s sparse)",
-        "One call: 10000 ms dense, 3000 ms sparse (3.3x), measured against its own dense steps",
+        "One call: 10000 ms dense, 3000 ms sparse (3.3x), measured against its own dense calls",
         "One step of the whole model: 25.0 s dense, 8.2 s sparse",
         "Memory held: 1.00 GiB on the GPU for 2 conditioning(s), predicted 0.50 GiB each",
         "Kept dense: 3 calls, listed in `dense_layers`",
