@@ -15,7 +15,7 @@ from .mask_search import Found, Masses, search_mask
 def lse_cached_search(
     backend: Backend, call: Call, config: AdaSpaConfig, lse: torch.Tensor, int8: bool
 ) -> Found:
-    """Search with the `lse` [B, H, L] float32 of an earlier step, or of this one.
+    """Search with the `lse` [B, H, L] of an earlier step, float16, or of this one, float32.
 
     Args:
         int8: measure with INT8 q and k, where the backend can.
@@ -23,7 +23,7 @@ def lse_cached_search(
     rows = rows_of(call.layout.tokens, config.block_q, lse.device)[:, None]
 
     def measure(call, heads, order):
-        some = lse[:, heads]
+        some = lse[:, heads].float()
         if order is not None:
             some = some.gather(-1, order.long())
         masses = backend.block_masses(

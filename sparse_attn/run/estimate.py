@@ -119,7 +119,7 @@ def cache_size(
 ) -> CacheSize:
     """Predict the cache of one conditioning.
 
-    A mask takes one bit per block pair, an LSE and the orders four bytes per token, head and layer.
+    A mask takes one bit per block pair, the orders four bytes per token, head and layer, an LSE two.
     The LSE of the last warm-up step gives way to the masks layer by layer, so both are whole at once
     only when a later search needs the LSE again. What lives within a call alone, such as the permuted
     copies of q, k and v, is not counted.
@@ -129,8 +129,8 @@ def cache_size(
         return CacheSize()
     rows, blocks = (work.layout.num_blocks(size) for size in config.blocks.values())
     heads = work.sparse_calls * work.batch * work.heads
-    mask, lse = heads * rows * -(-blocks // 8), heads * work.layout.tokens * 4
-    order = lse if config.by_similarity else 0
+    mask, lse = heads * rows * -(-blocks // 8), heads * work.layout.tokens * 2
+    order = 2 * lse if config.by_similarity else 0
     # where a recall is asked for, every search measures its own LSE
     if config.recall:
         return CacheSize(mask, 0, order)

@@ -51,7 +51,8 @@ class Layer:
     """One layer of one conditioning. It has no pattern yet, or one, or runs dense for a reason.
 
     Args:
-        lse: [B, H, L] float32 in q's order, kept while a later search needs it.
+        lse: [B, H, L] float16 in q's order, kept while a later search needs it: what rounding takes
+            from it is far less than what an LSE changes from step to step.
         served: whether a sparse step has used its pattern. unused: steps in a row without a call.
     """
 

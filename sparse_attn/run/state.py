@@ -297,7 +297,7 @@ class RunState:
     def _keep_lse(self, layer: Layer, lse: torch.Tensor | None) -> None:
         """Keep an LSE while memory has room; without it the next search measures its own."""
         with until_out_of_memory(), self.outlives_block():
-            layer.lse = None if lse is None else self.cache.keep(lse)
+            layer.lse = None if lse is None else self.cache.keep(lse.half())
         self.layers.count_held()
 
     def _checked(self, call, layer, out, probed):

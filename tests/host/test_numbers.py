@@ -91,14 +91,16 @@ def test_lse_kept_for_a_search_in_one_pass_is_predicted(load, most_held, one_pas
     model, handle = sparse(load("wan_h64"), warmup=0.5, **fields)
     sample(model, (1, 16, 8, 16, 24), cfg=1.0)
     statistics = handle.latest()
-    assert statistics.memory.held_bytes == most_held[0] >= 2 * 4 * 768 * 4
+    assert statistics.memory.held_bytes == most_held[0] >= 2 * 4 * 768 * 2
     assert statistics.memory.predicted_bytes == pytest.approx(most_held[0], rel=0.05)
     assert calls(handle)["dense"] == 4
 
 
 @pytest.mark.parametrize("name", ["wan_h64", "hunyuan"])
 def test_search_in_one_pass_gives_the_same_video(load, request, name):
-    fields = {"warmup": 0.5, "search_points": (0.75,)}
+    # one pass attends the tokens in another order than two do, and rounding moves tokens that are
+    # alike into another block
+    fields = {"warmup": 0.5, "search_points": (0.75,), "token_order": "position"}
     expected = sample(sparse(load(name), **fields)[0])
     request.getfixturevalue("one_pass")
     model, handle = sparse(load(name), **fields)

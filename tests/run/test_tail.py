@@ -246,7 +246,9 @@ def test_a_kept_lse_is_in_the_order_of_the_tokens(token_order):
         q, k, v = tensors(step)
         run.attend(step, (q, k, v))
         exact = reference.scaled_logits(q, k, SCALE).logsumexp(-1)
-        assert_within("lse", run.layer().lse, exact.double(), 1e-4)
+        # kept in half precision
+        rounding_of_half = exact.abs().max().item() * 2**-11
+        assert_within("lse", run.layer().lse, exact.double(), 1e-4 + rounding_of_half)
 
 
 def test_a_search_takes_the_heads_that_similarity_serves_better():
