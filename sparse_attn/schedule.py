@@ -115,7 +115,7 @@ def plan(
     steps = len(sigmas) - 1
     if steps < 1:
         return Schedule((), 0, 0, ())
-    first, total = _place(sigmas, progress_of)
+    first, total = place(sigmas, progress_of)
     warm = nearest(config.warmup * total)
     # a pattern found at the very first step misses most of what the video becomes
     if config.warmup and total >= STEPS_FOR_A_DENSE_ONE:
@@ -141,8 +141,12 @@ def plan(
     return Schedule(tuple(kinds), first, total, sigmas, last_searches=keeps_pattern)
 
 
-def _place(sigmas: tuple[float, ...], progress_of) -> tuple[int, int]:
-    """The number of a run's first step in the whole schedule, and the steps of that."""
+def place(sigmas: tuple[float, ...], progress_of) -> tuple[int, int]:
+    """The number of a run's first step in the whole schedule, and the steps of that.
+
+    Args:
+        sigmas, progress_of: as `plan` takes them; at least one step.
+    """
     steps = len(sigmas) - 1
     falls, rises = (all(sign * (a - b) >= 0 for a, b in pairwise(sigmas)) for sign in (1, -1))
     if not falls and not rises:

@@ -9,14 +9,20 @@ log = logging.getLogger("adaspa")
 
 def send(node_id: str | None, statistics: RunStatistics, text: str, step: int, done: bool) -> None:
     """Show a line on the node of a run. Raises nothing."""
+    show_steps(node_id, text, statistics.step_kinds(), statistics.schedule.first_step, step, done)
+
+
+def show_steps(
+    node_id: str | None, text: str, kinds: list[str], first: int, step: int, done: bool
+) -> None:
+    """Show a line and the strip of steps on a node. Raises nothing.
+
+    Args:
+        kinds: what each step does. first: number of the run's first step in the whole schedule.
+    """
     data = {
-        "node": node_id,
-        "text": text,
-        "steps": [kind.value for kind in statistics.schedule.kinds],
-        "first": statistics.schedule.first_step,
-        "step": step,
-        "done": done,
-    }
+        "node": node_id, "text": text, "steps": kinds, "first": first, "step": step, "done": done
+    }  # fmt: skip
     _tell(node_id, text, data)
 
 

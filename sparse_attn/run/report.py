@@ -25,6 +25,7 @@ def _what_it_did(run) -> str:
         f"{run.tokens:,} tokens",
         run.schedule.describe(),
         *([f"{len(skipped)} of them skipped by a cache"] if (skipped := run.skipped()) else []),
+        *([f"{len(run.forecast.forecast)} of them forecast"] if run.forecast.forecast else []),
         f"density {run.patterns.density():.2f}",
         f"recall {mean:.2f}{f' ({label})' if label else ''}, worst head {worst:.2f}",
     ]
@@ -75,6 +76,8 @@ def lines(run) -> list[str]:
         found = ranges(sorted({pattern.step for pattern in run.patterns.values()}))
         searched = f"; searched at step {found}" if found else ""
         text.append(f"Skipped by a cache: {len(skipped)} steps, {ranges(skipped)}{searched}")
+    if run.forecast.steps:
+        text += forecast_lines(run.forecast)
     text += reuse_lines(run)
     if run.config.pooled and run.patterns:
         text.append("Tail: pooled, the average of every skipped block stands in for it")
@@ -107,6 +110,32 @@ def _recall(run) -> str:
         steps = ranges(sorted({step for step, _ in run.patterns.samples.values()}))
         mean, worst = sampled
         text += f"; in step {steps} {mean:.2f} is left, worst head {worst:.2f} (sampled)"
+    return text
+
+
+def forecast_lines(told) -> list[str]:
+    """What Skip Steps did in a run; `told` is its `ForecastStatistics`."""
+    if not told.forecast:
+        why = told.why_not or ("the forecasts were too far off" if told.withheld else "")
+        text = ["Skip Steps: every step was computed" + (f": {why}" if why else "")]
+    else:
+        saved = told.saved()
+        text = [
+            f"Skip Steps: {len(told.forecast)} of {told.steps} steps forecast, "
+            f"{ranges(told.numbers(told.forecast))}"
+            + (f"; saved about {seconds(saved)}" if saved else "")
+        ]
+        if told.why_not:
+            text.append(f"Skip Steps stopped: {told.why_not}")
+    if told.errors:
+        errors = told.errors.values()
+        text.append(
+            f"Forecasts of computed steps were off by {fmean(errors):.1%}, at most {max(errors):.1%}"
+        )
+    if told.withheld and told.forecast:
+        text.append(
+            f"Computed after all, as forecasts had drifted: {ranges(told.numbers(told.withheld))}"
+        )
     return text
 
 

@@ -94,6 +94,7 @@ class RunState:
         self.steps = StepCounter(schedule.sigmas)
         self._dense_layers: dict[int, frozenset[int]] = {}
         self._in_vain = 0
+        self._attended: set[int] = set()
         self.step = -1
         self._step_began = 0.0
         self._lock = threading.Lock()
@@ -106,6 +107,7 @@ class RunState:
         Returns:
             [B, H, L, D].
         """
+        self._attended.add(call.step)
         if call.key is None:
             return self.dense.serve(call)
         self._reserve(len(call.q))
@@ -371,7 +373,9 @@ class RunState:
         self.end_step()
         self._let_go()
         now = time.perf_counter()
-        if step >= 0 and not self.statistics.was_skipped(step):
+        # another node may stand in for the blocks of a model that is entered
+        stood_in = bool(self._attended) and step not in self._attended
+        if step >= 0 and not stood_in and not self.statistics.was_skipped(step):
             self.statistics.steps.append((self.schedule.kind(step), now - self._step_began))
         self._step_began = now
 

@@ -9,6 +9,7 @@ from statistics import median
 import torch
 
 from ..config import AdaSpaConfig
+from ..forecast.statistics import ForecastStatistics
 from ..schedule import Schedule, StepKind
 from ..token_layout import TokenLayout
 from . import report
@@ -168,6 +169,7 @@ class RunStatistics:
         steps: kind and seconds of each finished step of the whole model.
         entered: numbers, within the run, of the steps in which the diffusion model was entered, or
             may have been.
+        forecast: of the steps that Skip Steps forecast, if it is beside.
         kept_dense: why calls of the video's self-attention ran dense, counted; where the model's
             calls cannot be told apart, of all its attention.
         beside: why calls are not the video's self-attention, counted.
@@ -187,6 +189,7 @@ class RunStatistics:
     timing: Timing = field(default_factory=Timing)
     steps: list[tuple[StepKind, float]] = field(default_factory=list)
     entered: set[int] = field(default_factory=set)
+    forecast: ForecastStatistics = field(default_factory=ForecastStatistics)
     patterns: Patterns = field(default_factory=Patterns)
     memory: Memory = field(default_factory=Memory)
     low_precision: LowPrecisionCalls = field(default_factory=LowPrecisionCalls)
@@ -211,12 +214,22 @@ class RunStatistics:
         """Whether a step of the run left the model out, as under EasyCache, where others did not."""
         return bool(self.entered) and step not in self.entered
 
+    def owes_search(self, step: int) -> bool:
+        """Whether a search that was planned up to `step` has not taken place, as under a cache."""
+        due = self.schedule.search_due(step)
+        return due >= 0 and bool(self.entered) and self.entered.isdisjoint(range(due, step + 1))
+
     def skipped(self) -> list[int]:
-        """Steps that a cache skipped, by their numbers in the whole schedule."""
+        """Steps that another node skipped, by their numbers in the whole schedule."""
         first, passed = self.schedule.first_step, len(self.schedule.kinds)
         if not self.finished:
             passed = max(self.entered, default=-1) + 1
-        return [first + step for step in range(passed) if self.was_skipped(step)]
+        steps = (step for step in range(passed) if step not in self.forecast.forecast)
+        return [first + step for step in steps if self.was_skipped(step)]
+
+    def step_kinds(self) -> list[str]:
+        """What each step of the run does, or did instead."""
+        return self.forecast.kinds([kind.value for kind in self.schedule.kinds])
 
     def step_seconds(self) -> dict[str, float]:
         """Median seconds of a step by kind; a first step also pays for what is set up once."""
@@ -243,6 +256,8 @@ class RunStatistics:
             "tokens": self.tokens,
             "steps": self.schedule.describe(),
             "steps_skipped": self.skipped(),
+            "steps_forecast": self.forecast.numbers(self.forecast.forecast),
+            "forecast_seconds_saved": self.forecast.saved(),
             "expected": self.expected,
             "density": self.patterns.density(),
             "recall": mean,

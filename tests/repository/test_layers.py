@@ -1,4 +1,4 @@
-"""Imports point one way: words <- backends <- orders <- method <- patterns <- run <- host <- nodes."""
+"""Imports point one way, from what stands below to what stands above; see FOLDERS."""
 
 import ast
 import subprocess
@@ -19,6 +19,7 @@ FOLDERS = {
     "sparse_attn/orders": {"torch"},
     "sparse_attn/method": {"torch"},
     "sparse_attn/patterns": {"torch", "safetensors"},
+    "sparse_attn/forecast": {"torch"},
     "sparse_attn/run": {"torch"},
     "sparse_attn/host": {"torch", "ray"} | COMFY,
     "nodes": {"torch", "numpy", "PIL"} | COMFY,
@@ -98,6 +99,7 @@ def test_imports_only_what_stands_above(path):
         ("sparse_attn/method/selection.py", "from ..backends.triton import attention"),
         ("sparse_attn/method/selection.py", "from ..run import cache"),
         ("sparse_attn/patterns/pattern.py", "from ..run import layers"),
+        ("sparse_attn/forecast/plan.py", "from ..run import report"),
         ("sparse_attn/run/state.py", "import comfy.sd"),
         ("sparse_attn/run/state.py", "from ..host import override"),
         ("sparse_attn/host/override.py", "from ...nodes import settings"),

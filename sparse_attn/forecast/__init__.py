@@ -1,0 +1,1 @@
+"""Steps whose result is forecast from earlier ones instead of being computed."""

@@ -1,0 +1,75 @@
+"""How boldly to forecast, and which steps of a run may be."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import ceil
+
+from ..schedule import Schedule, StepKind
+
+# shorter schedules have too little between the first fifth and the last step
+LEAST_STEPS = 12
+# in which the composition forms
+COMPUTED_SHARE = 0.2
+
+
+@dataclass(frozen=True)
+class Level:
+    """How boldly to forecast.
+
+    Args:
+        degree: of the polynomial in sigma, which goes through one point more.
+        in_row: steps that are forecast between two computed ones, at most.
+        limit: error of a forecast, as a share of what the model returned, above which fewer are.
+    """
+
+    degree: int
+    in_row: int
+    limit: float
+
+
+LEVELS = {"careful": Level(1, 1, 0.05), "fast": Level(1, 2, 0.05)}
+
+
+@dataclass(frozen=True)
+class ForecastPlan:
+    """Which steps of a run may be forecast.
+
+    Args:
+        sigmas: noise levels at which the steps begin, and at which the last one ends.
+        first_step, total_steps: the run's place within the whole schedule.
+        allowed: numbers, within the run, of those that may be.
+    """
+
+    sigmas: tuple[float, ...]
+    first_step: int
+    total_steps: int
+    allowed: frozenset[int]
+
+    @property
+    def why_not(self) -> str:
+        """Why no step of the run is forecast, or an empty string."""
+        if self.total_steps < LEAST_STEPS:
+            return f"{self.total_steps} steps are too few, {LEAST_STEPS} are needed"
+        return ""
+
+
+def plan_forecasts(
+    sigmas: Sequence[float], first_step: int, total_steps: int, schedule: Schedule | None = None
+) -> ForecastPlan:
+    """Decide which steps may be forecast: none of the first fifth of the schedule, not the last.
+
+    Args:
+        schedule: what AdaSpa does in these steps, or None without it. Its searches are computed,
+            and so are the steps whose LSE they need.
+    """
+    last = len(sigmas) - 2
+    begin = max(ceil(COMPUTED_SHARE * total_steps) - first_step, 0)
+    allowed = set(range(begin, last)) if total_steps >= LEAST_STEPS else set()
+    if schedule is not None:
+        kept = {
+            step
+            for step in allowed
+            if schedule.kind(step) is StepKind.SEARCH or schedule.wants_lse(step)
+        }
+        allowed -= kept
+    return ForecastPlan(tuple(sigmas), first_step, total_steps, frozenset(allowed))

@@ -1,0 +1,47 @@
+"""Polynomials through predictions, and how far off a forecast is."""
+
+import pytest
+import torch
+
+from sparse_attn.forecast.forecaster import relative_error
+from sparse_attn.forecast.polynomial import extrapolate, weights
+
+SIGMAS = (1.0, 0.94, 0.83, 0.71)
+
+
+@pytest.mark.parametrize("degree", range(4))
+def test_a_polynomial_of_the_degree_is_met_exactly(degree):
+    factors = torch.randn(degree + 1, 2, 3, 4, dtype=torch.float64)
+
+    def truth(sigma):
+        return sum(factor * sigma**i for i, factor in enumerate(factors)).float()
+
+    points = [(sigma, truth(sigma)) for sigma in SIGMAS[: degree + 1]]
+    # a fit in float64 of values that float32 has rounded
+    bound = 2**-23 * sum(abs(w) for w in weights(SIGMAS[: degree + 1], 0.5)) * 8
+    assert (extrapolate(points, 0.5) - truth(0.5)).abs().max() < bound
+
+
+def test_weights_sum_to_one_and_pick_a_point_at_itself():
+    assert sum(weights(SIGMAS, 0.3)) == pytest.approx(1)
+    assert weights(SIGMAS, SIGMAS[2]) == pytest.approx([0, 0, 1, 0])
+    assert weights([0.7], 0.1) == [1]
+
+
+def test_a_forecast_keeps_the_type_of_the_predictions():
+    points = [(1.0, torch.ones(2, dtype=torch.bfloat16)), (0.5, torch.zeros(2).bfloat16())]
+    assert torch.equal(extrapolate(points, 0.25), torch.full((2,), -0.5, dtype=torch.bfloat16))
+
+
+def test_the_error_is_that_of_the_worst_video_and_part():
+    truth = torch.ones(2, 1, 10)
+    found = truth.clone()
+    # 2 of 8 values of the video, 1 of 2 of the sound
+    found[1, 0, :2] = 1.5
+    assert relative_error(found, truth) == pytest.approx((0.5 / 10) ** 0.5)
+    found[0, 0, 9] = 1.5
+    assert relative_error(found, truth, (8, 2)) == pytest.approx((0.25 / 2) ** 0.5)
+
+
+def test_silence_that_is_forecast_as_silence_is_no_error():
+    assert relative_error(torch.zeros(1, 4), torch.zeros(1, 4)) == 0
