@@ -1,5 +1,6 @@
 """Nodes and help in other languages: as much as English has, with the same numbers and names."""
 
+import importlib
 import json
 import re
 
@@ -18,7 +19,11 @@ NAMES = (
 
 @pytest.fixture(scope="module")
 def schemas(comfyui):
-    nodes = comfy_inprocess.nodes_of(comfy_inprocess.load_pack())
+    pack = comfy_inprocess.load_pack()
+    nodes = comfy_inprocess.nodes_of(pack)
+    # listed only where Raylight is installed
+    raylight = importlib.import_module(f"{pack.__name__}.nodes.raylight").AdaSpaRaylight
+    nodes |= {"AdaSpaRaylight": raylight}
     return {name: node.GET_SCHEMA() for name, node in nodes.items()}
 
 
