@@ -215,10 +215,10 @@ def add_bias(b_s, p_bias, first, o_k, L, scale_log2):
 
 
 @gluon.jit
-def is_biased(p_flags, first0, first1, L):
-    """Whether a key of these two tiles has a bias; the second may lie past the end."""
-    flag = gl.load(p_flags + first1 // TILE, mask=first1 < L, other=1)
-    return gl.load(p_flags + first0 // TILE) | flag
+def is_biased(p_flags, first0, first1, L, needed):
+    """Whether a key of these two tiles has a bias, if that is `needed`; the second may lie past L."""
+    flag0 = gl.load(p_flags + first0 // TILE, mask=needed, other=0)
+    return flag0 | gl.load(p_flags + first1 // TILE, mask=needed & (first1 < L), other=needed)
 
 
 @gluon.jit
@@ -248,6 +248,21 @@ def store_masses(p_masses, b_mass, first, begin, end):
     b_mass = gl.where(b_mass > MAX_MASS, MAX_MASS, b_mass)
     o_t = first + gl.arange(0, STRIP, layout=b_mass.type.layout)
     gl.store(p_masses + o_t, b_mass, mask=(o_t >= begin) & (o_t < end))
+
+
+@gluon.jit
+def store_output(x, work, first_q, b_out, D: gl.constexpr):
+    """Store the rows [64, D] from `first_q` on, each where `x.order`, if there is one, has it from."""
+    o_row = first_q + gl.arange(0, TILE, layout=gl.SliceLayout(1, b_out.type.layout))
+    o_d = gl.arange(0, D, layout=gl.SliceLayout(0, b_out.type.layout))
+    o_to = o_row
+    if x.order is not None:
+        p_order = x.order + work.i_b.to(gl.int64) * x.stride_ob
+        p_order += work.i_h.to(gl.int64) * x.stride_oh
+        o_to = gl.load(p_order + o_row, mask=o_row < x.Lq, other=0)
+    row = (work.i_b.to(gl.int64) * x.Lq + o_to) * x.H + work.i_h
+    p_out = x.out + row[:, None] * D + o_d[None, :]
+    gl.store(p_out, b_out.to(x.out.dtype.element_ty), mask=(o_row < x.Lq)[:, None])
 
 
 def source(x: torch.Tensor | None, rows: int = TILE.value) -> TensorDescriptor | None:

@@ -31,16 +31,17 @@ from .pipeline import (
     TILE,
     aggregate,
     bias_flags,
-    is_listed,
     load_words,
     make_queries,
     make_ring,
     make_work,
     mask_words,
     source,
+    store_output,
     uneven_flags,
 )
 from .quantised_ops import (
+    WEIGHT_SHIFT,
     biased_scores,
     first_biased,
     halves,
@@ -51,15 +52,14 @@ from .quantised_ops import (
     load_bias,
     of_pair,
     operand,
-    rescaled,
+    scores_with_bias,
     start_pair,
     start_values,
+    take_turn,
     tile_pair,
     weights,
 )
 
-# log2(448): the largest weight of a row becomes the largest number of FP8 (e4m3)
-WEIGHT_SHIFT = gl.constexpr(8.807354922057604)
 # a maximum that any score exceeds
 LOWEST = gl.constexpr(-1e30)
 # renamed after Triton 3.6
@@ -128,57 +128,6 @@ def _produce(
 
 
 @gluon.jit
-def _turn(
-    b_new, b_max, b_sum, b_x0, b_x1, b_factor0, b_factor1, b_top, weight, words,
-    q_tile, k_pairs, k_ring, v_ring, n, turns, D: gl.constexpr, LANES: gl.constexpr,
-    POOLED: gl.constexpr,
-):  # fmt: skip
-    """Turn n: exponentiate its scores b_x, start its P V, and form the scores of turn n + 1.
-
-    b_top, [64, 4], is the largest score of each lane, b_new the P V that was started last. Keys of a
-    POOLED turn count `weight` more, and those of listed blocks, by the bits in `words`, not at all.
-    """
-    SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 32])
-    S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 32])
-    OUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 32])
-    OPERAND: gl.constexpr = gl.DotOperandLayout(0, OUT, 4)
-    OUT_ROWS: gl.constexpr = gl.SliceLayout(1, OUT)
-
-    # meanwhile the tensor cores form P V of the turn before
-    b_top = gl.max(b_top, 1)
-    if POOLED:
-        # means of listed blocks count here: with its weight, such a mean lies below the log of what
-        # its block has added already
-        b_top += weight
-    b_top = gl.maximum(b_max, b_top)
-    b_shift = WEIGHT_SHIFT - b_top
-    if POOLED:
-        b_shift = (WEIGHT_SHIFT + weight) - b_top
-    b_e0 = weights(b_x0, b_factor0, b_shift, S)
-    b_e1 = weights(b_x1, b_factor1, b_shift, S)
-    if POOLED:
-        o_k = gl.arange(0, TILE, layout=gl.SliceLayout(0, S))
-        b_e0 = gl.where(is_listed(words[0], words[1], o_k)[None, :], 0.0, b_e0)
-        b_e1 = gl.where(is_listed(words[2], words[3], o_k)[None, :], 0.0, b_e1)
-    b_rescale = gl.exp2(b_max - b_top)
-    b_sum = b_sum * b_rescale[:, None] + lane_sum(b_e0 + b_e1, LANES)
-    b_w0 = operand(b_e0, OPERAND)
-    b_w1 = operand(b_e1, OPERAND)
-
-    # this wait's branch keeps the exponentials above the wait for P V, where they cost nothing
-    k_ring.wait(n + 1, n + 1 < turns)
-    b_acc = warpgroup_mma_wait(0, deps=(b_new,))
-    b_s = start_pair(q_tile, k_pairs, n + 1, SCORES, k_ring.STAGES)
-    v_ring.release(n - 1)
-    b_acc = rescaled(b_acc, gl.convert_layout(b_rescale, OUT_ROWS, assert_trivial=True))
-    v_ring.wait(n)
-    b_new = start_values(in_order(b_w0), in_order(b_w1), b_acc, v_ring, n, D)
-    b_s = warpgroup_mma_wait(2, deps=(b_s,))
-    k_ring.release(n + 1)
-    return b_new, b_top, b_sum, b_s
-
-
-@gluon.jit
 def _consume(queries, k_ring, v_ring, work, x, CONSUMER: gl.constexpr, D: gl.constexpr):
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 32])
     S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 32])
@@ -194,7 +143,6 @@ def _consume(queries, k_ring, v_ring, work, x, CONSUMER: gl.constexpr, D: gl.con
     STAGES: gl.constexpr = k_ring.STAGES
     HAS_BIAS: gl.constexpr = x.key_bias is not None
     HAS_POOLED: gl.constexpr = x.log_sizes is not None
-    dtype: gl.constexpr = x.out.dtype.element_ty
 
     first_q = work.first_q + CONSUMER * TILE
     i_bh = work.i_bh.to(gl.int64)
@@ -232,12 +180,11 @@ def _consume(queries, k_ring, v_ring, work, x, CONSUMER: gl.constexpr, D: gl.con
     b_x1 = b_s_b.to(gl.float32)
     b_factor_a = b_scale * scale_a
     b_factor_b = b_scale * scale_b
-    b_one = gl.full([TILE], 1.0, gl.float32, ROWS)
     if HAS_BIAS:
         b_x0 = biased_scores(b_x0, b_factor_a, load_bias(p_bias, tile_a, Lk), S)
         b_x1 = biased_scores(b_x1, b_factor_b, load_bias(p_bias, tile_b, Lk), S)
-        b_factor_a = b_one
-        b_factor_b = b_one
+        b_factor_a = gl.full([TILE], 1.0, gl.float32, ROWS)
+        b_factor_b = b_factor_a
     b_m0 = (tile_a * TILE + o_k < Lk)[None, :]
     b_m1 = (tile_b * TILE + o_k < Lk)[None, :]
     b_top_a = gl.max(lane_max(gl.where(b_m0, b_x0, float("-inf")), LANES), 1)
@@ -280,7 +227,7 @@ def _consume(queries, k_ring, v_ring, work, x, CONSUMER: gl.constexpr, D: gl.con
         b_x0 = b_s0.to(gl.float32)
         b_x1 = b_s1.to(gl.float32)
         b_top = largest(b_s0, b_s1, b_factor0, b_factor1, LANES)
-        b_new, b_max, b_sum, b_s = _turn(
+        b_new, b_max, b_sum, b_s = take_turn(
             b_new, b_max, b_sum, b_x0, b_x1, b_factor0, b_factor1, b_top, 0.0, (),
             q_tile, k_pairs, k_ring, v_ring, n, turns, D, LANES, False,
         )  # fmt: skip
@@ -302,18 +249,10 @@ def _consume(queries, k_ring, v_ring, work, x, CONSUMER: gl.constexpr, D: gl.con
             scale0, scale1 = of_pair(p_scale, tile0, tile1, Nk, 0.0)
             flag0, flag1 = of_pair(p_flags, tile0, tile1, Nk, 1)
             next0, next1 = tile_pair(work, n + 1)
-            b_s0, b_s1 = halves(b_s, S)
-            b_x0 = b_s0.to(gl.float32)
-            b_x1 = b_s1.to(gl.float32)
-            if biased:
-                b_x0 = biased_scores(b_x0, b_factor0, load_bias(p_bias, here0, Lk), S)
-                b_x1 = biased_scores(b_x1, b_factor1, load_bias(p_bias, here1, Lk), S)
-                b_factor0 = b_one
-                b_factor1 = b_one
-                b_top = gl.maximum(lane_max(b_x0, LANES), lane_max(b_x1, LANES))
-            else:
-                b_top = largest(b_s0, b_s1, b_factor0, b_factor1, LANES)
-            b_new, b_max, b_sum, b_s = _turn(
+            b_x0, b_x1, b_factor0, b_factor1, b_top = scores_with_bias(
+                b_s, b_factor0, b_factor1, biased, p_bias, here0, here1, Lk, S, LANES
+            )  # fmt: skip
+            b_new, b_max, b_sum, b_s = take_turn(
                 b_new, b_max, b_sum, b_x0, b_x1, b_factor0, b_factor1, b_top, 0.0, (),
                 q_tile, k_pairs, k_ring, v_ring, n, turns, D, LANES, False,
             )  # fmt: skip
@@ -332,20 +271,10 @@ def _consume(queries, k_ring, v_ring, work, x, CONSUMER: gl.constexpr, D: gl.con
             flag0, flag1 = of_pair(p_uneven, 2 * i, 2 * i + 1, Np, 1)
             uneven = flag0 | flag1
             words = load_words(p_words, i, 2 * Np)
-            b_s0, b_s1 = halves(b_s, S)
-            b_x0 = b_s0.to(gl.float32)
-            b_x1 = b_s1.to(gl.float32)
-            if uneven:
-                bias0 = load_bias(p_sizes, 2 * i, x.num_pooled)
-                bias1 = load_bias(p_sizes, 2 * i + 1, x.num_pooled)
-                b_x0 = biased_scores(b_x0, b_factor0, bias0, S)
-                b_x1 = biased_scores(b_x1, b_factor1, bias1, S)
-                b_factor0 = b_one
-                b_factor1 = b_one
-                b_top = gl.maximum(lane_max(b_x0, LANES), lane_max(b_x1, LANES))
-            else:
-                b_top = largest(b_s0, b_s1, b_factor0, b_factor1, LANES)
-            b_new, b_max, b_sum, b_s = _turn(
+            b_x0, b_x1, b_factor0, b_factor1, b_top = scores_with_bias(
+                b_s, b_factor0, b_factor1, uneven, p_sizes, 2 * i, 2 * i + 1, x.num_pooled, S, LANES
+            )  # fmt: skip
+            b_new, b_max, b_sum, b_s = take_turn(
                 b_new, b_max, b_sum, b_x0, b_x1, b_factor0, b_factor1, b_top,
                 gl.where(uneven == 0, LOG2_TILE, 0.0), words,
                 q_tile, k_pairs, k_ring, v_ring, num_pairs + i, turns, D, LANES, True,
@@ -366,16 +295,7 @@ def _consume(queries, k_ring, v_ring, work, x, CONSUMER: gl.constexpr, D: gl.con
     b_v_scale = gl.load(x.v_scale + i_bh * D + o_d)
     b_v_mean = gl.load(x.v_mean + i_bh * D + o_d)
     b_acc = b_acc * b_norm[:, None] * b_v_scale[None, :] + b_any[:, None] * b_v_mean[None, :]
-    o_row = first_q + gl.arange(0, TILE, layout=OUT_ROWS)
-    o_to = o_row
-    if x.order is not None:
-        p_order = (
-            x.order + work.i_b.to(gl.int64) * x.stride_ob + work.i_h.to(gl.int64) * x.stride_oh
-        )
-        o_to = gl.load(p_order + o_row, mask=o_row < x.Lq, other=0)
-    row = (work.i_b.to(gl.int64) * x.Lq + o_to) * x.H + work.i_h
-    p_out = x.out + row[:, None] * D + o_d[None, :]
-    gl.store(p_out, b_acc.to(dtype), mask=(o_row < x.Lq)[:, None])
+    store_output(x, work, first_q, b_acc, D)
 
 
 @gluon.jit(

@@ -1,12 +1,14 @@
-"""Pieces of `quantised_attention`: products of eight-bit tiles, their scores and weights."""
+"""Pieces of `quantised_attention`: products of eight-bit tiles, their scores and weights, a turn."""
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma
+from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma, warpgroup_mma_wait
 
 from ..triton.softmax import LOG2_E
-from .pipeline import TILE
+from .pipeline import TILE, is_listed
 
+# log2(448): the largest weight of a row becomes the largest number of FP8 (e4m3)
+WEIGHT_SHIFT = gl.constexpr(8.807354922057604)
 PACK = gl.constexpr("""{
 .reg .b16 low, high;
 cvt.rn.satfinite.e4m3x2.f32 low, $2, $1;
@@ -164,3 +166,76 @@ def rescaled(b_acc, b_rescale):
         RESCALE, RESCALE_OPERANDS, [b_acc, b_rescale[:, None]], dtype=gl.float32,
         is_pure=False, pack=RESCALED,
     )  # fmt: skip
+
+
+@gluon.jit
+def scores_with_bias(
+    b_s, b_factor0, b_factor1, biased, p_bias, tile0, tile1, L, S: gl.constexpr, LANES: gl.constexpr
+):  # fmt: skip
+    """Scores of both tiles, what scales them, and the largest scaled one of each lane, [64, 4].
+
+    Where they are `biased`, scores come back scaled.
+    """
+    b_s0, b_s1 = halves(b_s, S)
+    b_x0 = b_s0.to(gl.float32)
+    b_x1 = b_s1.to(gl.float32)
+    if biased:
+        b_x0 = biased_scores(b_x0, b_factor0, load_bias(p_bias, tile0, L), S)
+        b_x1 = biased_scores(b_x1, b_factor1, load_bias(p_bias, tile1, L), S)
+        b_factor0 = gl.full([TILE], 1.0, gl.float32, gl.SliceLayout(1, LANES))
+        b_factor1 = b_factor0
+        b_top = gl.maximum(lane_max(b_x0, LANES), lane_max(b_x1, LANES))
+    else:
+        b_top = largest(b_s0, b_s1, b_factor0, b_factor1, LANES)
+    return b_x0, b_x1, b_factor0, b_factor1, b_top
+
+
+@gluon.jit
+def take_turn(
+    b_new, b_max, b_sum, b_x0, b_x1, b_factor0, b_factor1, b_top, weight, words,
+    q_tile, k_pairs, k_ring, v_ring, n, turns, D: gl.constexpr, LANES: gl.constexpr,
+    POOLED: gl.constexpr,
+):  # fmt: skip
+    """Turn n: exponentiate its scores b_x, start its P V, and form the scores of turn n + 1.
+
+    b_top, [64, 4], is the largest score of each lane, b_new the P V that was started last. Keys of a
+    POOLED turn count `weight` more, and those of listed blocks, by the bits in `words`, not at all.
+    """
+    SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 32])
+    S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 32])
+    OUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 32])
+    OPERAND: gl.constexpr = gl.DotOperandLayout(0, OUT, 4)
+    OUT_ROWS: gl.constexpr = gl.SliceLayout(1, OUT)
+
+    # meanwhile the tensor cores form P V of the turn before
+    b_top = gl.max(b_top, 1)
+    if POOLED:
+        # means of listed blocks count here: with its weight, such a mean lies below the log of what
+        # its block has added already
+        b_top += weight
+    b_top = gl.maximum(b_max, b_top)
+    b_shift = WEIGHT_SHIFT - b_top
+    if POOLED:
+        b_shift = (WEIGHT_SHIFT + weight) - b_top
+    b_e0 = weights(b_x0, b_factor0, b_shift, S)
+    b_e1 = weights(b_x1, b_factor1, b_shift, S)
+    if POOLED:
+        o_k = gl.arange(0, TILE, layout=gl.SliceLayout(0, S))
+        b_e0 = gl.where(is_listed(words[0], words[1], o_k)[None, :], 0.0, b_e0)
+        b_e1 = gl.where(is_listed(words[2], words[3], o_k)[None, :], 0.0, b_e1)
+    b_rescale = gl.exp2(b_max - b_top)
+    b_sum = b_sum * b_rescale[:, None] + lane_sum(b_e0 + b_e1, LANES)
+    b_w0 = operand(b_e0, OPERAND)
+    b_w1 = operand(b_e1, OPERAND)
+
+    # this wait's branch keeps the exponentials above the wait for P V, where they cost nothing
+    k_ring.wait(n + 1, n + 1 < turns)
+    b_acc = warpgroup_mma_wait(0, deps=(b_new,))
+    b_s = start_pair(q_tile, k_pairs, n + 1, SCORES, k_ring.STAGES)
+    v_ring.release(n - 1)
+    b_acc = rescaled(b_acc, gl.convert_layout(b_rescale, OUT_ROWS, assert_trivial=True))
+    v_ring.wait(n)
+    b_new = start_values(in_order(b_w0), in_order(b_w1), b_acc, v_ring, n, D)
+    b_s = warpgroup_mma_wait(2, deps=(b_s,))
+    k_ring.release(n + 1)
+    return b_new, b_top, b_sum, b_s
