@@ -106,3 +106,13 @@ def make(B, H, Lq, Lk, D, dtype, device, layout="BHLD", seed=0):
         x = torch.randn(B, Lq, 3, H, D, device=device, generator=g).to(dtype)
         return x.permute(2, 0, 3, 1, 4).unbind(0)
     return one(Lq), one(Lk), one(Lk)
+
+
+def stored_values(v8, tile_scale, D):
+    """[B, H, tokens, D] values in float64 as `quantise` stores them, without their channels' scales."""
+    # place 16 g + 4 t + 2 j + b holds key 16 g + 8 j + 2 t + b
+    tiles = v8.double().unflatten(2, (-1, D)).unflatten(-1, (4, 4, 2, 2)).transpose(-2, -3)
+    tiles = tiles.flatten(-4).transpose(-1, -2)
+    if tile_scale is not None:
+        tiles = tiles * tile_scale[..., None, None].double()
+    return tiles.flatten(2, 3)

@@ -7,19 +7,31 @@ from sparse_attn.backends import reference
 from sparse_attn.backends.triton.quantise import PAD, TILE, key_order, quantise, rotation
 from tests.backends import inputs
 
-
-def run(q, k, v, ordered=False):
-    return quantise(q, k, v, scale=0.1, values=True, ordered=ordered)
+VALUES = pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8], ids=["fp8", "int8"])
 
 
-def values(x, B, H, D):
+def run(q, k, v, dtype=torch.int8, **options):
+    return quantise(q, k, v, scale=0.1, values=dtype, **options)
+
+
+def values(x):
     """[B, H, tokens, D] values as they are stored."""
-    return x.v.view(B, H, -1, D, TILE).double().transpose(-1, -2).flatten(2, 3)
+    return inputs.stored_values(x.v, x.v_tile_scale, x.v_scale.shape[-1])
 
 
-def restored(x, B, H, D):
+def restored(x, stored):
     scale, mean = (y[:, :, None].double() for y in (x.v_scale, x.v_mean))
-    return values(x, B, H, D) * scale + mean
+    return stored * scale + mean
+
+
+def allowed(x, v, tile_scale):
+    """Half a step: 1/16 of e4m3, whose interpreter drops what lies below 2^-6; of int8 its scale."""
+    if tile_scale is None:
+        error = (v.double() - x.v_mean[:, :, None]).abs() / 16 + x.v_scale[:, :, None] * 2**-6
+    else:
+        steps = tile_scale.repeat_interleave(TILE, 2)[:, :, : v.shape[2], None]
+        error = x.v_scale[:, :, None] * steps * 0.501
+    return error + 1e-5
 
 
 @pytest.mark.parametrize("D", [64, 128])
@@ -55,27 +67,26 @@ def test_an_outlying_channel_costs_no_precision(device):
     assert (scores - exact).norm() / exact.norm() < 0.015
 
 
-def test_padding_is_zero(device):
+@VALUES
+def test_padding_is_zero(dtype, device):
     B, H, Lq, Lk, D = 1, 2, 100, 70, 64
     q, k, v = inputs.make(B, H, Lq, Lk, D, torch.float16, device)
-    x = run(q, k + 5, v + 5)
+    x = run(q, k + 5, v + 5, dtype)
     assert x.q.shape == (B, H, PAD, D) and x.k.shape == (B, H, 2 * TILE, D)
     assert (x.q[:, :, Lq:] == 0).all() and (x.k[:, :, Lk:] == 0).all()
-    assert (values(x, B, H, D)[:, :, Lk:] == 0).all()
+    assert (values(x)[:, :, Lk:] == 0).all()
     assert (x.q_scale[:, :, Lq:] == 0).all()
 
 
+@VALUES
 @pytest.mark.parametrize("offset", [0.0, 8.0])
-def test_values_come_back(offset, device):
+def test_values_come_back(offset, dtype, device):
     B, H, L, D = 2, 1, 130, 64
     q, k, v = inputs.make(B, H, L, L, D, torch.bfloat16, device)
     v = v + offset
-    x = run(q, k, v)
-    error = (restored(x, B, H, D)[:, :, :L] - v.double()).abs()
-    # half a step of e4m3 is 1/16; the interpreter drops what lies below 2^-6
-    allowed = (v.double() - x.v_mean[:, :, None]).abs() / 16
-    allowed += x.v_scale[:, :, None] * 2**-6 + 1e-5
-    assert (error <= allowed).all()
+    x = run(q, k, v, dtype)
+    error = (restored(x, values(x))[:, :, :L] - v.double()).abs()
+    assert (error <= allowed(x, v, x.v_tile_scale)).all()
 
 
 def test_only_a_mean_that_matters_is_taken_from_the_values(device):
@@ -90,16 +101,16 @@ def test_only_a_mean_that_matters_is_taken_from_the_values(device):
     assert ((mean - v[0, 0].float().mean(0)).abs() <= step * 0.51).all()
 
 
-def test_key_order_is_how_ordered_values_lie(device):
-    q, k, v = inputs.make(1, 2, 64, 200, 64, torch.bfloat16, device)
-    plain, ordered = (run(q, k, v, ordered=x) for x in (False, True))
-    order = key_order().to(device)
-    assert torch.equal(order.sort().values, torch.arange(TILE, device=device))
-    plain, ordered = (x.v.view(torch.uint8) for x in (plain, ordered))
-    assert torch.equal(plain[..., order], ordered)
+def test_key_order_is_how_values_lie(device):
+    order = key_order()
+    assert torch.equal(order.sort().values, torch.arange(TILE))
     # what a lane holds as scores is what it must hold as weights
     for t in range(4):
         assert order[4 * t : 4 * t + 4].tolist() == [2 * t, 2 * t + 1, 2 * t + 8, 2 * t + 9]
+    q, k, v = inputs.make(1, 1, 64, 64, 64, torch.bfloat16, device)
+    v[:] = torch.arange(64, device=device)[:, None] - 31.5
+    x = run(q, k, v)
+    assert torch.equal(x.v[0, 0, 5].argsort().argsort(), order.to(device))
 
 
 def test_a_long_sequence_is_sampled_and_still_exact(device):
@@ -114,22 +125,24 @@ def test_a_long_sequence_is_sampled_and_still_exact(device):
     assert (got - exact).norm() / exact.norm() < 0.015
 
 
-def test_equal_keys_and_values_give_no_nan(device):
+@VALUES
+def test_equal_keys_and_values_give_no_nan(dtype, device):
     q = torch.ones(1, 1, 64, 64, device=device, dtype=torch.bfloat16)
-    x = run(q, q, q)
+    x = run(q, q, q, dtype)
     for y in (x.q_scale, x.q_shift, x.k_scale, x.v_scale, x.v_mean):
         assert torch.isfinite(y).all()
-    assert torch.allclose(restored(x, 1, 1, 64), q.double())
+    assert torch.allclose(restored(x, values(x)), q.double())
 
 
-def test_what_a_bias_hides_is_zero_and_not_counted(device):
+@VALUES
+def test_what_a_bias_hides_is_zero_and_not_counted(dtype, device):
     B, H, L, D = 2, 1, 200, 64
     q, k, v = inputs.make(B, H, L, L, D, torch.bfloat16, device)
     bias = torch.zeros(B, L, device=device)
     bias[1, 20:150] = float("-inf")
     k[1, :, 20:150] = v[1, :, 20:150] = float("nan")
-    x = quantise(q, k + 3, v + 9, scale=0.1, values=True, ordered=False, key_bias=bias)
-    assert (x.k[1, :, 20:150] == 0).all() and (values(x, B, H, D)[1, :, 20:150] == 0).all()
+    x = run(q, k + 3, v + 9, dtype, key_bias=bias)
+    assert (x.k[1, :, 20:150] == 0).all() and (values(x)[1, :, 20:150] == 0).all()
     seen = torch.cat([v[1:, :, :20], v[1:, :, 150:]], 2).add(9).double()
     # a mean is a whole number of steps of the values, 2^-7 of their largest power of 2
     step = 2.0 ** seen.amax((0, 2)).log2().floor() / 128
@@ -137,15 +150,15 @@ def test_what_a_bias_hides_is_zero_and_not_counted(device):
     assert torch.isfinite(x.k_scale).all() and torch.isfinite(x.q_shift).all()
 
 
-def test_pooled_keys_and_values_are_quantised_as_those_of_tokens(device):
+@VALUES
+def test_pooled_keys_and_values_are_quantised_as_those_of_tokens(dtype, device):
     q, k, v = inputs.make(1, 2, 200, 64 * 65 + 9, 64, torch.bfloat16, device)
     order = inputs.random_orders(1, 2, k.shape[2], device)
     pooled = reference.permute(None, k + 3, v + 9, order).pooled
     pooled.log_sizes[0, 5] = float("-inf")
     pooled.k_mean[0, :, 5] = pooled.v_mean[0, :, 5] = float("nan")
-    options = {"scale": 0.1, "values": True, "ordered": False}
-    x = quantise(q, k + 3, v + 9, pooled=pooled, **options)
-    plain = quantise(q, k + 3, v + 9, **options)
+    x = run(q, k + 3, v + 9, dtype, pooled=pooled)
+    plain = run(q, k + 3, v + 9, dtype)
     assert torch.equal(x.k, plain.k) and torch.equal(x.v_scale, plain.v_scale)
     shown = torch.arange(66, device=device) != 5
     scores = x.q[:, :, :200].double() @ x.pooled_k[:, :, :66].double().mT
@@ -154,9 +167,8 @@ def test_pooled_keys_and_values_are_quantised_as_those_of_tokens(device):
     got = scores * 0.6931471805599453 + x.q_shift[:, :, :200, None]
     exact = 0.1 * q.double() @ pooled.k_mean.double().mT
     assert (got - exact)[..., shown].norm() / exact[..., shown].norm() < 0.015
-    values = x.pooled_v.view(1, 2, -1, 64, TILE).double().transpose(-1, -2).flatten(2, 3)[:, :, :66]
-    values = values * x.v_scale[:, :, None].double() + x.v_mean[:, :, None].double()
-    allowed = (pooled.v_mean.double() - x.v_mean[:, :, None]).abs() / 16
-    allowed += x.v_scale[:, :, None] * 2**-6 + 1e-5
-    assert ((values - pooled.v_mean.double()).abs() <= allowed)[:, :, shown].all()
+    stored = inputs.stored_values(x.pooled_v, x.pooled_v_tile_scale, 64)[:, :, :66]
+    error = (restored(x, stored) - pooled.v_mean.double()).abs()
+    within = error <= allowed(x, pooled.v_mean, x.pooled_v_tile_scale)
+    assert within[:, :, shown].all()
     assert (x.pooled_k[:, :, 5] == 0).all() and torch.isfinite(x.pooled_k_scale).all()

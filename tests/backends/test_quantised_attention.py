@@ -1,4 +1,4 @@
-"""Attention with INT8 scores and FP8 values, against float64."""
+"""Attention with INT8 scores, and values in INT8 or on Hopper in FP8, against float64."""
 
 import pytest
 import torch
@@ -25,10 +25,13 @@ CASES = [
     (1, 1, 200, 290, 128, 64, 128),  # a last key block of one tile
     (1, 1, 300, 450, 64, 128, 128),  # a ragged key block whose second tile holds keys
 ]
-# on the quantised inputs only the weights err: half a step of e4m3 is 1/16 at most, 0.027 on average
-WEIGHT_ERROR = 0.04
-# on the inputs themselves values err as much again
-ERROR = 0.06
+# on the quantised inputs only the weights err: by half a step of 127 of their tile's largest one, or of
+# e4m3, 1/16 at most, 0.027 on average; on the inputs themselves values err as well
+WEIGHT_ERROR = {"triton": 0.02, "hopper": 0.04}
+ERROR = {"triton": 0.03, "hopper": 0.06}
+# denominators add up rounded weights: 0.040 was the most, of a row of few keys
+LSE_ERROR = {"triton": 0.05, "hopper": 1e-4}
+VALUES = {"triton": torch.int8, "hopper": torch.float8_e4m3fn}
 
 
 def name(case):
@@ -41,19 +44,17 @@ def relative(out, exact):
     return ((out.double() - exact).norm() / exact.norm()).item()
 
 
-def of_quantised(q, k, v, scale, key_bias=None, pooled=None, **options):
+def of_quantised(q, k, v, scale, dtype, key_bias=None, pooled=None, **options):
     """(out, lse) in float64 of the numbers that the kernel multiplies."""
-    B, H, Lq, D = q.shape
-    x = quantise(
-        q, k, v, scale=scale, values=True, ordered=False, key_bias=key_bias, pooled=pooled
-    )  # fmt: skip
+    Lq, D = q.shape[2:]
+    x = quantise(q, k, v, scale=scale, values=dtype, key_bias=key_bias, pooled=pooled)
 
     def keys(x, scales, number):
         found = x.double() * scales.repeat_interleave(TILE, 2)[..., None].double()
         return found[:, :, :number]
 
-    def values(v8, number):
-        found = v8.view(B, H, -1, D, TILE).double().transpose(-1, -2).flatten(2, 3)[:, :, :number]
+    def values(v8, tile_scale, number):
+        found = inputs.stored_values(v8, tile_scale, D)[:, :, :number]
         return found * x.v_scale[:, :, None].double() + x.v_mean[:, :, None].double()
 
     ln_2 = 0.6931471805599453
@@ -61,22 +62,23 @@ def of_quantised(q, k, v, scale, key_bias=None, pooled=None, **options):
     Lk = k.shape[2]
     if pooled is not None:
         N = pooled.k_mean.shape[2]
-        means = keys(x.pooled_k, x.pooled_k_scale, N), values(x.pooled_v, N)
+        means = keys(x.pooled_k, x.pooled_k_scale, N), values(x.pooled_v, x.pooled_v_tile_scale, N)
         pooled = Pooled(*means, pooled.log_sizes.double())
     out, lse = reference.attention(
-        q8, keys(x.k, x.k_scale, Lk), values(x.v, Lk), scale=1.0, key_bias=key_bias, pooled=pooled,
-        **options,
+        q8, keys(x.k, x.k_scale, Lk), values(x.v, x.v_tile_scale, Lk), scale=1.0,
+        key_bias=key_bias, pooled=pooled, **options,
     )  # fmt: skip
     return out, lse + x.q_shift[:, :, :Lq].double()
 
 
 def check(attention, q, k, v, scale=0.125, **options):
     out, lse = attention(q, k, v, scale=scale, **options)
-    exact, exact_lse = of_quantised(q, k, v, scale, **options)
-    assert_within("lse", lse, exact_lse, 1e-4)
-    assert relative(out, exact) < WEIGHT_ERROR
+    folder = attention.args[1]
+    exact, exact_lse = of_quantised(q, k, v, scale, VALUES[folder], **options)
+    assert_within("lse", lse, exact_lse, LSE_ERROR[folder])
+    assert relative(out, exact) < WEIGHT_ERROR[folder]
     exact, _ = inputs.exact_attention(q, k, v, scale, **options)
-    assert relative(out, exact) < ERROR
+    assert relative(out, exact) < ERROR[folder]
     return out, lse
 
 

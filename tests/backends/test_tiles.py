@@ -181,8 +181,6 @@ def compile_only(arch):
                 if name.endswith("_kernel") and kernel.fn.__module__ == module.__name__:
                     stands[name.strip("_")] = Compiled(kernel)
                     setattr(module, name, stands[name.strip("_")])
-    quantised = import_module("sparse_attn.backends.triton.quantised_attention")
-    quantised.has_fp8 = lambda q: not amd and arch >= 89
     return stands
 
 

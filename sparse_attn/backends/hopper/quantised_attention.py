@@ -373,7 +373,7 @@ def quantised_attention(
     Nq = triton.cdiv(Lq, tile.tile_q)
     with launch.on_device(q):
         y = quantise(
-            x.q, x.k, x.v, scale=float(scale), values=True, ordered=True, key_bias=x.key_bias,
+            x.q, x.k, x.v, scale=float(scale), values=torch.float8_e4m3fn, key_bias=x.key_bias,
             pooled=x.pooled,
         )  # fmt: skip
         hopper_quantised_attention_kernel[(B * H * Nq,)](

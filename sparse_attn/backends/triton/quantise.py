@@ -8,7 +8,8 @@ a scale of its own. Pooled keys and values are shifted, rotated and scaled as th
 
 Keys that a bias of -inf hides are zeros to all of this: what they held would only coarsen the rest.
 
-Scales: one per query, one per 64 keys, one per channel of the values. At 24 heads x 119040 tokens x
+Scales: one per query, one per 64 keys, one per channel of the values and, of INT8 ones, one more per
+64 keys. At 24 heads x 119040 tokens x
 128 in bfloat16 all of it took 1.28 ms (NVIDIA H200, torch 2.11, Triton 3.6, 2026-11-23), before
 scales looked for NaN.
 """
@@ -61,12 +62,14 @@ class Quantised(NamedTuple):
     q_shift: torch.Tensor
     k: torch.Tensor
     k_scale: torch.Tensor
-    v: torch.Tensor | None  # [B, H, Nk * D, 64] e4m3: tiles of 64 keys, transposed
-    v_scale: torch.Tensor | None  # [B, H, D]
-    v_mean: torch.Tensor | None  # [B, H, D]
+    v: torch.Tensor  # [B, H, Nk * D, 64] e4m3 or int8: tiles of 64 keys in `key_order`, transposed
+    v_tile_scale: torch.Tensor | None  # [B, H, Nk] of int8
+    v_scale: torch.Tensor  # [B, H, D]
+    v_mean: torch.Tensor  # [B, H, D]
     pooled_k: torch.Tensor | None  # [B, H, Np * TILE, D] int8, rotated
     pooled_k_scale: torch.Tensor | None  # [B, H, Np]
-    pooled_v: torch.Tensor | None  # [B, H, Np * D, 64] e4m3
+    pooled_v: torch.Tensor | None  # [B, H, Np * D, 64], as v
+    pooled_v_tile_scale: torch.Tensor | None  # [B, H, Np]
 
 
 @cache
@@ -81,7 +84,7 @@ def rotation(D: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
 
 
 def key_order() -> torch.Tensor:
-    """[64] which key lies where in a tile of values, for the registers of Hopper's tensor cores.
+    """[64] which key lies where in a tile of values, for the registers of tensor cores.
 
     A lane holds keys 2t, 2t + 1, 2t + 8 and 2t + 9 of sixteen as scores, and must hold 4t to
     4t + 3 as weights.
@@ -179,6 +182,14 @@ def to_fp8(b_x, dtype: tl.constexpr):
 
 
 @triton.jit
+def _largest(b_x):
+    """Largest magnitude of a tile; NaN where it holds one, since integers have none to tell by."""
+    # a maximum passes NaN over
+    spoilt = tl.sum(tl.sum((b_x != b_x).to(tl.int32), 1), 0) > 0
+    return tl.where(spoilt, float("nan"), tl.max(tl.abs(b_x)))
+
+
+@triton.jit
 def _to_int8(b_x, b_largest):
     """b_x as int8, its largest magnitude made 127, and what one step is worth."""
     b_x = b_x * tl.where(b_largest > 0, LARGEST_INT8 / b_largest, 0.0)
@@ -214,10 +225,7 @@ def _rows_kernel(
         if KEYS:
             m_l = _visible(key_bias, i_bh, H, o_l, L, HAS_BIAS)
             b_x = tl.where(m_l[:, None], b_x - b_mean[None, :], 0.0)
-            # a maximum passes NaN over, and integers have none: the scale must tell
-            spoilt = tl.sum(tl.sum((b_x != b_x).to(tl.int32), 1), 0) > 0
-            b_largest = tl.where(spoilt, float("nan"), tl.max(tl.abs(b_x)))
-            b_x, b_scale = _to_int8(b_x, b_largest)
+            b_x, b_scale = _to_int8(b_x, _largest(b_x))
             p_scale = scale_out + i_bh * (num_rows // TILE) + i_l
             tl.store(p_scale, b_scale * scale, mask=i_l * TILE < num_rows)
         else:
@@ -233,17 +241,15 @@ def _rows_kernel(
     do_not_specialize=[*STRIDES, "H", "L"], do_not_specialize_on_alignment=["key_bias"]
 )  # fmt: skip
 def _values_kernel(
-    v, key_bias, v_mean, v_scale, out, stride_b, stride_h, stride_l, H, L,
-    D: tl.constexpr, TILE: tl.constexpr, ORDERED: tl.constexpr, HAS_BIAS: tl.constexpr,
+    v, key_bias, v_mean, v_scale, out, scale_out, stride_b, stride_h, stride_l, H, L,
+    D: tl.constexpr, TILE: tl.constexpr, INT8: tl.constexpr, HAS_BIAS: tl.constexpr,
 ):  # fmt: skip
-    """One tile of 64 values as [D, 64], in the order of `key_order` if ORDERED."""
+    """One tile of 64 values as [D, 64], in `key_order`."""
     i_k, i_bh = tl.program_id(0), tl.program_id(1)
     o_d = tl.arange(0, D)
     o_t = tl.arange(0, TILE)
-    o_key = o_t
-    if ORDERED:
-        # bits g g t t j b of a place are bits g g j t t b of its key
-        o_key = (o_t & 0x31) | ((o_t & 2) << 2) | ((o_t & 0xC) >> 1)
+    # bits g g t t j b of a place are bits g g j t t b of its key
+    o_key = (o_t & 0x31) | ((o_t & 2) << 2) | ((o_t & 0xC) >> 1)
     o_key += i_k * TILE
     base = (i_bh // H).to(tl.int64) * stride_b + (i_bh % H).to(tl.int64) * stride_h
     p_v = v + (base + o_key.to(tl.int64) * stride_l)[:, None] * 8 + o_d[None, :]
@@ -252,9 +258,13 @@ def _values_kernel(
     b_mean = tl.load(v_mean + i_bh * D + o_d)
     b_scale = tl.load(v_scale + i_bh * D + o_d)
     b_v = tl.where(m_l, (b_v - b_mean[None, :]) / b_scale[None, :], 0.0)
-    b_v = tl.trans(to_fp8(b_v, out.dtype.element_ty))
-    row = (i_bh.to(tl.int64) * tl.num_programs(0) + i_k) * D
-    tl.store(out + (row + o_d)[:, None] * TILE + o_t[None, :], b_v)
+    tile = i_bh.to(tl.int64) * tl.num_programs(0) + i_k
+    if INT8:
+        b_v, b_scale = _to_int8(b_v, _largest(b_v))
+        tl.store(scale_out + tile, b_scale)
+    else:
+        b_v = to_fp8(b_v, out.dtype.element_ty)
+    tl.store(out + (tile * D + o_d)[:, None] * TILE + o_t[None, :], tl.trans(b_v))
 
 
 def _sums(x, key_bias, step: int):
@@ -301,16 +311,17 @@ def _quantise_rows(x, k_mean, *, keys: bool, key_bias=None, scale=1.0, shift_sca
     return out, scales, shifts
 
 
-def _quantise_values(v, v_mean, v_scale, ordered: bool, key_bias=None):
-    """Tiles of v [B, H, L, D], transposed, in FP8."""
+def _quantise_values(v, v_mean, v_scale, dtype, key_bias=None):
+    """Tiles of v [B, H, L, D], transposed, and of int8 their scales."""
     B, H, L, D = v.shape
-    num_tiles = triton.cdiv(L, TILE)
-    out = torch.empty((B, H, num_tiles * D, TILE), device=v.device, dtype=torch.float8_e4m3fn)
+    num_tiles, int8 = triton.cdiv(L, TILE), dtype == torch.int8
+    out = torch.empty((B, H, num_tiles * D, TILE), device=v.device, dtype=dtype)
+    scales = torch.empty((B, H, num_tiles), device=v.device) if int8 else None
     _values_kernel[(num_tiles, B * H)](
-        v, key_bias, v_mean, v_scale, out, *launch.row_strides(v), H, L,
-        D=D, TILE=TILE, ORDERED=ordered, HAS_BIAS=key_bias is not None, **tiles.VALUES.options,
+        v, key_bias, v_mean, v_scale, out, scales, *launch.row_strides(v), H, L,
+        D=D, TILE=TILE, INT8=int8, HAS_BIAS=key_bias is not None, **tiles.VALUES.options,
     )  # fmt: skip
-    return out
+    return out, scales
 
 
 def _quantise_qk(q, k, k_mean, scale, key_bias) -> QuantisedScores:
@@ -334,27 +345,27 @@ def quantise_qk(q, k, *, scale: float, key_bias=None) -> QuantisedScores:
 
 
 def quantise(
-    q, k, v, *, scale: float, values: bool, ordered: bool, key_bias=None,
-    pooled: Pooled | None = None,
-) -> Quantised:  # fmt: skip
+    q, k, v, *, scale: float, values: torch.dtype, key_bias=None, pooled: Pooled | None = None
+) -> Quantised:
     """Quantise aligned [B, H, L, D] tensors.
 
     Args:
         scale: factor of the scores.
-        values: whether to quantise the values.
-        ordered: lay the values in `key_order`.
+        values: float8_e4m3fn or int8.
         key_bias: contiguous [B, Lk] float32, or None; keys whose bias is -inf become zeros.
         pooled: contiguous, or None; keys of log size -inf become zeros.
     """
-    k_mean, v_mean, v_scale = _means(k, v if values else None, key_bias)
+    k_mean, v_mean, v_scale = _means(k, v, key_bias)
     scores = _quantise_qk(q, k, k_mean, scale, key_bias)
-    v = _quantise_values(v, v_mean, v_scale, ordered, key_bias) if values else None
-    pooled_k = pooled_k_scale = pooled_v = None
+    v8 = _quantise_values(v, v_mean, v_scale, values, key_bias)
+    pooled_k = pooled_k_scale = None
+    pooled_v8 = None, None
     if pooled is not None:
         sizes = pooled.log_sizes
         pooled_k, pooled_k_scale, _ = _quantise_rows(
             pooled.k_mean, k_mean, keys=True, key_bias=sizes
         )
-        if values:
-            pooled_v = _quantise_values(pooled.v_mean, v_mean, v_scale, ordered, sizes)
-    return Quantised(*scores[:5], v, v_scale, v_mean, pooled_k, pooled_k_scale, pooled_v)
+        pooled_v8 = _quantise_values(pooled.v_mean, v_mean, v_scale, values, sizes)
+    return Quantised(
+        *scores[:5], *v8, v_scale, v_mean, pooled_k, pooled_k_scale, *pooled_v8
+    )  # fmt: skip
