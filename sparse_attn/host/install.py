@@ -5,6 +5,7 @@ import threading
 import comfy.model_management
 import comfy.model_prefetch
 import comfy.patcher_extension
+import torch
 
 from ..config import AdaSpaConfig
 from ..run.estimate import why_not_worth
@@ -15,11 +16,13 @@ from ..schedule import plan
 from . import pattern_requests, status
 from .families import family_of
 from .model_call import CAPTURED, CONTEXT, Declined, ModelCall, captured
-from .override import attention_override
+from .override import attention_override, model_call, options_of_call
 from .sampling import SAMPLING, WRAPPED, Sampling
 from .sigmas import progress_of
 
 KEY = "adaspa"
+# the list of entries of a call of the model, in its options
+ENTERED = "adaspa_entered"
 OVERRIDE = "optimized_attention_override"
 
 
@@ -154,13 +157,13 @@ def _apply_model(node_id):
         if captured(t.device):
             # which step it is lies on the device, and to read it would break the capture
             options[CONTEXT] = Declined(run, max(run.step, 0), previous, CAPTURED)
-            return executor(x, t, c_concat, c_crossattn, control, options, **inputs)
+            with model_call(options):
+                return executor(x, t, c_concat, c_crossattn, control, options, **inputs)
         step = run.steps.of(float(t.flatten()[0]))
         first = run.step < 0
         line = status.progress_line(run.statistics, step) if run.enter_step(step) else ""
         model = executor.class_obj.diffusion_model
         # a compiled model is a wrapper of another class
-        is_compiled = hasattr(model, "_orig_mod")
         model = getattr(model, "_orig_mod", model)
         given = {**inputs, "c_crossattn": c_crossattn}
         known = {**given, "transformer_options": options}
@@ -182,8 +185,9 @@ def _apply_model(node_id):
         if line and announce is None:
             status.send(node_id, run.statistics, line, step, False)
         options[CONTEXT] = call
-        entered = [] if is_compiled else _noting_entry(options)
-        out = executor(x, t, c_concat, c_crossattn, control, options, **inputs)
+        entered = _noting_entry(options)
+        with model_call(options):
+            out = executor(x, t, c_concat, c_crossattn, control, options, **inputs)
         sampling.tells_entry |= bool(entered)
         # a cache may answer without the model, but not in a run's first call
         if entered or not sampling.tells_entry:
@@ -191,38 +195,38 @@ def _apply_model(node_id):
             call.count_unseen(entered[0] if entered else options)
         if announce is not None:
             # said here if no attention call was ours
-            announce(None)
+            announce("")
         return out
 
     return wrapper
 
 
 def _noting_entry(options: dict) -> list[dict]:
-    """Let the model, if it is entered, leave its `transformer_options` in the list returned.
-
-    Where it is compiled this would break its graph.
-    """
-    kind, entered = comfy.patcher_extension.WrappersMP.DIFFUSION_MODEL, []
-
-    def noted(executor, *args, **inputs):
-        given = [x for x in (*args, *inputs.values()) if isinstance(x, dict) and CONTEXT in x]
-        entered.append(given[0] if given else options)
-        return executor(*args, **inputs)
-
+    """Let the model, if it is entered, leave its `transformer_options` in the list returned."""
+    kind = comfy.patcher_extension.WrappersMP.DIFFUSION_MODEL
     wrappers = dict(options.get("wrappers") or {})
     # the last one is the innermost
-    wrappers[kind] = {**wrappers.get(kind, {}), KEY: [noted]}
-    options["wrappers"] = wrappers
-    return entered
+    wrappers[kind] = {**wrappers.get(kind, {}), KEY: [_note_entry]}
+    options["wrappers"], options[ENTERED] = wrappers, []
+    return options[ENTERED]
+
+
+def _note_entry(executor, *args, **inputs):
+    # a graph that holds the model would be parted, or made anew for every call of it
+    if not torch.compiler.is_compiling():
+        options = options_of_call()
+        given = [x for x in (*args, *inputs.values()) if isinstance(x, dict) and CONTEXT in x]
+        options[ENTERED].append(given[0] if given else options)
+    return executor(*args, **inputs)
 
 
 def _announcer(run: RunState, layout, node_id):
-    """Return announce(estimate), which says once, before the first attention, what to expect."""
+    """Return announce(expected), which says once, before the first attention, what to expect."""
     waits, step = threading.Lock(), run.step
 
-    def announce(estimate):
+    def announce(expected):
         if waits.acquire(blocking=False):
-            say("" if estimate is None else estimate.line())
+            say(expected)
 
     def say(expected):
         run.statistics.expected = expected

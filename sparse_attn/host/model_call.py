@@ -19,7 +19,10 @@ from .sampling import UNKNOWN_WINDOW, UNNAMED
 
 # under this key a model call travels through transformer_options
 CONTEXT = "adaspa"
+# in the options of a call from a compiled graph
+IN_GRAPH = "adaspa_graph"
 UNKNOWN_LAYER = "the model does not tell which of its layers calls"
+ONE_GRAPH = "the model is compiled as one graph, which does not tell which of its layers calls"
 GRADIENTS = "gradients are asked for, and only the host's own attention has them"
 GUIDES = "an attention mask of guide frames, which splits the queries"
 CAPTURED = "a CUDA graph is being captured, and its replays would all repeat one step"
@@ -77,7 +80,7 @@ class ModelCall:
         callers: what is known of the model's blocks, by the `id` of their modules.
         place: the part of the video that the call is about, or None for all of it; `unplaced` says
             why it is not known.
-        announce: announce(estimate), told of every call that is ours, or None.
+        announce: announce(line), told at every call what to expect of the run, or None.
         inputs: what the family's rules read beside the model.
         override: ours.
     """
@@ -91,7 +94,7 @@ class ModelCall:
     callers: Mapping[int, tuple[Hashable, Block]]
     place: tuple | None = None
     unplaced: str = ""
-    announce: Callable[[Estimate], None] | None = None
+    announce: Callable[[str], None] | None = None
     inputs: Mapping = field(default_factory=dict)
     override: Callable | None = None
     # calls of each block so far, and the blocks whose self-attention came in whatever form
@@ -127,6 +130,8 @@ class ModelCall:
         elif host.wants_gradients():
             reason = GRADIENTS
         if reason or caller is None:
+            if self.announce is not None and reason in (UNKNOWN_LAYER, ONE_GRAPH, GRADIENTS):
+                self.announce(f"every call runs dense: {reason}")
             self.run.statistics.kept_dense[reason] += 1
             return None
         scale = host.named.get("scale") or q.shape[-1] ** -0.5
@@ -138,7 +143,7 @@ class ModelCall:
         )
         estimate = self._estimate(call, options)
         if self.announce is not None:
-            self.announce(estimate)
+            self.announce(estimate.line())
         if self.run.is_plainly_dense(call):
             return [call]
         return self._by_conditioning(call, host, caller, options)
@@ -205,7 +210,7 @@ class ModelCall:
         if self.unplaced:
             return self.unplaced
         if caller is None:
-            return UNKNOWN_LAYER
+            return ONE_GRAPH if options.get(IN_GRAPH) else UNKNOWN_LAYER
         # a wrapper inside the model may have changed what its call was placed by
         uuids, window = options.get("uuids") or (), options.get("context_window")
         if not uuids or len(uuids) != len(options.get("cond_or_uncond") or ()) or rows % len(uuids):

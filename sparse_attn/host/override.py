@@ -1,19 +1,74 @@
 """The hook in ComfyUI's attention: what is ours goes to the run, all else goes on as it came."""
 
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 import torch
 
 from .host_call import HostCall
-from .model_call import CONTEXT, Declined, ModelCall
+from .model_call import CONTEXT, IN_GRAPH, Declined, ModelCall
+
+_thread = threading.local()
+# ComfyUI's attention functions that compiled graphs hold, by number
+_functions: list[Callable] = []
+# what the operator below takes, besides the arguments that have names in the hook itself
+_TAKEN = {
+    "transformer_options", "_inside_attn_wrapper", "scale", "enable_gqa",
+    "low_precision_attention",
+}  # fmt: skip
 
 
-@torch.compiler.disable
 def attention_override(
     func, q, k, v, heads, mask=None, attn_precision=None, skip_reshape=False,
     skip_output_reshape=False, **kwargs,
 ):  # fmt: skip
-    """Serve ComfyUI's attention call, or hand it on with every argument as it came."""
+    """Serve ComfyUI's attention call, or hand it on with every argument as it came.
+
+    A module compiled as one graph holds an operator instead, which serves when the graph runs. Any
+    other compiled module parts its graph here.
+    """
+    if torch.compiler.is_compiling() and _is_one_graph():
+        wants_gradients = torch.is_grad_enabled() and (
+            q.requires_grad or k.requires_grad or v.requires_grad
+        )
+        if wants_gradients or not _TAKEN.issuperset(kwargs):
+            return func(
+                q, k, v, heads, mask=mask, attn_precision=attn_precision,
+                skip_reshape=skip_reshape, skip_output_reshape=skip_output_reshape, **kwargs,
+            )  # fmt: skip
+        options = kwargs.get("transformer_options") or {}
+        return _operator(
+            q, k, v, heads, mask, attn_precision, skip_reshape, skip_output_reshape,
+            kwargs.get("scale"), kwargs.get("enable_gqa", False),
+            kwargs.get("low_precision_attention", True), options.get("block_type", ""),
+            options.get("block_index", -1), _number_of(func),
+        )  # fmt: skip
+    return _serve(
+        func, q, k, v, heads, mask, attn_precision, skip_reshape, skip_output_reshape, **kwargs
+    )
+
+
+@contextmanager
+def model_call(options: dict) -> Iterator[None]:
+    """Let the operators that this thread runs in a call of the model know its options."""
+    outer, _thread.options = options_of_call(), options
+    try:
+        yield
+    finally:
+        _thread.options = outer
+
+
+def options_of_call() -> dict:
+    """The options of the call of the model that this thread is in; empty outside."""
+    return getattr(_thread, "options", None) or {}
+
+
+def _served(
+    func, q, k, v, heads, mask, attn_precision, skip_reshape, skip_output_reshape, **kwargs
+):  # fmt: skip
     options = kwargs.get("transformer_options") or {}
     context = options.get(CONTEXT)
     previous = None if context is None else context.previous
@@ -30,6 +85,9 @@ def attention_override(
     return out if skip_output_reshape else out.transpose(1, 2).flatten(2)
 
 
+_serve: Any = torch.compiler.disable(_served)
+
+
 def serve(context: Declined | ModelCall, host: HostCall, options: dict) -> torch.Tensor | None:
     """Serve an attention call of a model call.
 
@@ -42,3 +100,76 @@ def serve(context: Declined | ModelCall, host: HostCall, options: dict) -> torch
         return None
     outs = [context.run.attend(call) for call in calls]
     return outs[0] if len(outs) == 1 else torch.cat(outs)
+
+
+# ---- modules that are compiled as one graph
+
+
+@torch.compiler.assume_constant_result
+def _is_one_graph() -> bool:
+    """Whether the graph that is traced may not be parted."""
+    try:
+        from torch._dynamo.symbolic_convert import InstructionTranslator
+
+        traced = InstructionTranslator.current_tx()
+        return bool(traced.one_graph or traced.error_on_graph_break)
+    except (ImportError, AttributeError):
+        # not every torch tells; the operator serves both kinds
+        return True
+
+
+@torch.compiler.assume_constant_result
+def _number_of(func: Callable) -> int:
+    if func not in _functions:
+        _functions.append(func)
+    return _functions.index(func)
+
+
+def _attend_in_graph(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, heads: int, mask: torch.Tensor | None,
+    attn_precision: torch.dtype | None, skip_reshape: bool, skip_output_reshape: bool,
+    scale: float | None, enable_gqa: bool, low_precision_attention: bool, block_type: str,
+    block_index: int, number: int,
+) -> torch.Tensor:  # fmt: skip
+    """Attention in a compiled graph; `number` is of ComfyUI's own function.
+
+    Returns:
+        [B, L, H * D], or [B, H, L, D] with `skip_output_reshape`.
+    """
+    options, named = {**options_of_call(), IN_GRAPH: True}, {}
+    if block_index >= 0:
+        options["block_index"] = block_index
+    if block_type:
+        options["block_type"] = block_type
+    if scale is not None:
+        named["scale"] = scale
+    if enable_gqa:
+        named["enable_gqa"] = True
+    if not low_precision_attention:
+        named["low_precision_attention"] = False
+    out = _serve(
+        _functions[number], q, k, v, heads, mask, attn_precision, skip_reshape,
+        skip_output_reshape, transformer_options=options, _inside_attn_wrapper=True, **named,
+    ).contiguous()  # fmt: skip
+    # an operator may not return one of its inputs, as some overrides do
+    given = {x.untyped_storage().data_ptr() for x in (q, k, v)}
+    return out.clone() if out.untyped_storage().data_ptr() in given else out
+
+
+# a CUDA graph would repeat one step; not every torch knows the tag
+_UNSAFE = getattr(torch.Tag, "cudagraph_unsafe", None)
+_TAGS: dict[str, Any] = {"tags": (_UNSAFE,)} if _UNSAFE else {}
+_operator: Any = torch.library.custom_op(
+    "adaspa::attention", _attend_in_graph, mutates_args=(), **_TAGS
+)
+
+
+@_operator.register_fake
+def _(
+    q, k, v, heads, mask, attn_precision, skip_reshape, skip_output_reshape, scale, enable_gqa,
+    low_precision_attention, block_type, block_index, number,
+):  # fmt: skip
+    head_dim = v.shape[-1] if skip_reshape else q.shape[-1] // heads
+    if skip_output_reshape:
+        return q.new_empty(q.shape[0], heads, q.shape[-2], head_dim)
+    return q.new_empty(q.shape[0], q.shape[-2], heads * head_dim)
