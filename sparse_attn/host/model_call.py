@@ -177,7 +177,11 @@ class ModelCall:
             entered: `transformer_options` as the model got them.
         """
         blocks = [(x, self.callers[id(x)][1]) for x, _ in self.family.listed(self.model)]
-        unseen = [(module, block) for module, block in blocks if block not in self.seen]
+        seen = self.seen
+        if self.family.by_turns:
+            numbers = {block.number for block in seen}
+            seen = {block for _, block in blocks if block.number in numbers}
+        unseen = [(module, block) for module, block in blocks if block not in seen]
         for module, block in unseen[self.nameless :]:
             why = replaced_by(module, block, entered, self.override)
             self.run.statistics.unseen[why] += 1

@@ -335,7 +335,7 @@ MODULES = (
     "wan.model", "wan.model_animate", "wan.model_animate2", "wan.model_wandancer", "wan.ar_model",
     "hunyuan_video.model", "cogvideo.model", "lightricks.model", "lightricks.av_model",
     "genmo.joint_model.asymm_models_joint", "cosmos.model", "cosmos.predict2", "anima.model",
-    "kandinsky5.model", "minimax.model", "seedvr.model",
+    "kandinsky5.model", "kandinsky6.model", "prism.model", "minimax.model", "seedvr.model",
 )  # fmt: skip
 
 
@@ -353,6 +353,7 @@ def test_every_row_names_a_class_of_comfyui(comfyui):
     absent = {*FAMILIES, *NOT_SERVED} - known
     young = {
         "wan.model_animate2": "WanAnimate2Model", "minimax.model": "MiniMaxH3Model",
-        "seedvr.model": "NaDiT",
+        "seedvr.model": "NaDiT", "kandinsky6.model": "Kandinsky6NativeAVDiT",
+        "prism.model": "Prism",
     }  # fmt: skip
     assert absent == {young[module] for module in missing}

@@ -175,3 +175,76 @@ def test_packed_latents_are_read_by_their_shapes(comfyui):
     assert _layout(FAMILIES["LTXAVModel"], LTX, flat, inputs) == (TokenLayout(0, 4, 8, 12), "")
     single = {"latent_shapes": [[1, 8, 20, 16], [1, 16, 4, 8, 12]]}
     assert _layout(FAMILIES["LTXAVModel"], LTX, flat, single)[0] is None
+
+
+# ---- models that no ComfyUI here has, from their source
+
+
+def kandinsky_6():
+    attention = SimpleNamespace(head_dim=128)
+    blocks = [SimpleNamespace(videoT=SimpleNamespace(self_attention=attention)) for _ in range(3)]
+    return SimpleNamespace(patch_size=(1, 2, 2), visual_blocks=blocks)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "layout"),
+    [
+        ({}, TokenLayout(0, 3, 8, 12)),
+        # appended by the model, or by a node
+        ({"k6_reference": torch.zeros(1, 16, 1, 16, 24)}, TokenLayout(0, 3, 8, 12, 96)),
+        ({"k6_reference_tail": True}, TokenLayout(0, 2, 8, 12, 96)),
+    ],
+)
+def test_kandinsky_6_keeps_its_first_image_beside_the_video(rule, inputs, layout):
+    assert rule("Kandinsky6NativeAVDiT", kandinsky_6(), inputs) == layout
+
+
+def prism():
+    def blocks(count):
+        return [torch.nn.Identity() for _ in range(count)]
+
+    return SimpleNamespace(
+        fusion_blocks=[SimpleNamespace(video_block=block) for block in blocks(2)],
+        remaining_video_blocks=blocks(1),
+        video_dit=SimpleNamespace(head_dim=128),
+        video_dit_2=SimpleNamespace(blocks=blocks(3)),
+    )
+
+
+def test_prisms_experts_share_the_numbers_of_their_layers_and_nothing_else(rule):
+    from sparse_attn.host.families import FAMILIES
+
+    model, family = prism(), FAMILIES["Prism"]
+    assert rule("Prism", model) == TokenLayout(0, 3, 8, 12)
+    listed = family.listed(model)
+    assert [block.number for _, block in listed] == [0, 1, 2, 0, 1, 2]
+    assert len({id(module) for module, _ in listed}) == len({block for _, block in listed}) == 6
+    # one expert runs in a call of the model
+    assert family.num_calls(model) == family.num_layers(model) == 3
+    own = {"transformer_options": {"prism_attention": "prism_sparse"}}
+    assert rule("Prism", model, own) == "Prism's own sparse attention serves the video"
+
+
+def test_fast_h3_is_declined_before_the_run(comfyui):
+    from sparse_attn.host.families import family_of
+
+    def h3(**attention):
+        model = named("MiniMaxH3Model")
+        model.blocks = [SimpleNamespace(attn=SimpleNamespace(head_dim=128, **attention))]
+        return model
+
+    reason = "FastH3's weights are trained for a sparse attention of their own"
+    assert family_of(h3(to_gate_compress=torch.nn.Linear(2, 2))) == (None, reason)
+    # newer hosts have the attribute in plain models too
+    for plain in (h3(), h3(to_gate_compress=None)):
+        assert family_of(plain)[0].name == "MiniMax-H3"
+
+
+def test_keyframes_that_ltx_makes_itself_stand_behind_the_video(rule):
+    """LTX-2.5 appends frames to be made, with a mask of one, as guides have one of zero."""
+    shape = (1, 128, 6, 8, 12)
+    inputs = {
+        "keyframe_idxs": torch.zeros(1, 3, 2 * 96, 2),
+        "denoise_mask": torch.ones(1, 1, 6, 8, 12),
+    }
+    assert rule("LTXAVModel", LTX, inputs, shape) == TokenLayout(0, 4, 8, 12, 192)

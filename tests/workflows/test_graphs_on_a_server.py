@@ -85,8 +85,10 @@ def test_server_knows_every_node_with_these_inputs(workflow, object_info):
             kind, _ = inputs[slot["name"]]
             if "widget" not in slot:
                 assert slot["type"] == kind, (node["type"], slot["name"])
-        assert [out["type"] for out in node["outputs"]] == info["output"], node["type"]
-        assert [out["name"] for out in node["outputs"]] == info["output_name"], node["type"]
+        # newer hosts append outputs to some nodes
+        outputs = list(zip(info["output"], info["output_name"], strict=True))
+        stored = [(out["type"], out["name"]) for out in node["outputs"]]
+        assert stored == outputs[: len(stored)], node["type"]
 
 
 def test_server_takes_every_widget_value(workflow, object_info):

@@ -57,6 +57,16 @@ FAMILIES = {
         "Kandinsky 5", video_only.kandinsky, video_only.kandinsky_blocks,
         video_only.kandinsky_head_dim,
     ),
+    # video [first image]; audio has tokens of its own. Written from its source, not run
+    "Kandinsky6NativeAVDiT": Family(
+        "Kandinsky 6", video_only.kandinsky_6, video_only.kandinsky_6_blocks,
+        lambda model: video_only.kandinsky_6_blocks(model)["double"][0].head_dim,
+    ),
+    # video; audio has blocks of its own. Written from its source, not run
+    "Prism": Family(
+        "Prism", video_only.prism, video_only.prism_blocks,
+        lambda model: model.video_dit.head_dim, beside=video_only.prism_low_noise, by_turns=True,
+    ),
     # text [references] audio video
     "MiniMaxH3Model": Family(
         "MiniMax-H3", joint.minimax_h3, joint.blocks, lambda model: model.blocks[0].attn.head_dim
@@ -75,6 +85,8 @@ def family_of(model) -> tuple[Family | None, str]:
     family = FAMILIES.get(name)
     if family is None:
         return None, NOT_SERVED.get(name, f"{name} is not a video model that AdaSpa knows")
+    if name == "MiniMaxH3Model" and joint.is_fast_h3(model):
+        return None, "FastH3's weights are trained for a sparse attention of their own"
     patch_size = getattr(model, "patch_size", None)
     if isinstance(patch_size, list | tuple) and len(patch_size) == 2:
         return None, f"{name} with 2-D patches makes images, not videos"

@@ -40,6 +40,7 @@ class Family:
         segments: segments(kind, layout, inputs) -> tokens of the parts of the sequence that an
             engine for several GPUs cuts each by itself in blocks of a kind; None where it cuts the
             sequence whole.
+        by_turns: whether a call of the model runs one of each such pair of blocks, not both.
     """
 
     name: str
@@ -48,13 +49,15 @@ class Family:
     head_dim: Callable[..., int] | None = None
     beside: Callable[..., dict[int, torch.nn.Module]] | None = None
     segments: Callable[..., tuple[int, ...]] | None = None
+    by_turns: bool = False
 
     def num_layers(self, model) -> int:
         return sum(map(len, self.blocks(model).values()))
 
     def num_calls(self, model) -> int:
         """Self-attentions over the video in one call of the model."""
-        return self.num_layers(model) + (len(self.beside(model)) if self.beside else 0)
+        beside = self.beside(model) if self.beside and not self.by_turns else ()
+        return self.num_layers(model) + len(beside)
 
     def listed(self, model) -> list[tuple[torch.nn.Module, Block]]:
         """Every block's module and what it is called."""

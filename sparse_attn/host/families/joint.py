@@ -58,3 +58,8 @@ def minimax_h3(model, latent_shape, inputs) -> TokenLayout | str:
     if kind != "video" or stop != video.tokens:
         return f"its token layout does not end in {video.video:,} video tokens"
     return video
+
+
+def is_fast_h3(model) -> bool:
+    """Whether each layer has a gate between dense and sparse attention."""
+    return getattr(model.blocks[0].attn, "to_gate_compress", None) is not None
