@@ -27,3 +27,31 @@ def test_an_error_of_ours_in_the_page_is_seen(page, errors):
         page.evaluate("() => { setTimeout(() => { throw new Error('of /extensions/adaspa/') }) }")
     assert [text for text in errors if "adaspa" in text]
     errors.clear()
+
+
+def test_the_interface_speaks_chinese(page, comfy_server):
+    comfy_server.request("/settings", {"Comfy.Locale": "zh"})
+    try:
+        page.reload()
+        page.wait_for_function("() => window.app?.graph && window.app.extensionManager")
+        titles, help_page = page.evaluate(
+            """async () => {
+                const store = document.querySelector("#vue-app").__vue_app__.config
+                    .globalProperties.$pinia._s.get("nodeDef");
+                const shown = (name) => store.nodeDefsByName[name].display_name;
+                const found = await app.api.fetchApi("/../extensions/adaspa/docs/AdaSpaReport/zh.md");
+                return [["AdaSpaAttention", "AdaSpaReport"].map(shown), await found.text()];
+            }"""
+        )
+        assert titles == ["AdaSpa", "AdaSpa 报告"]
+        assert help_page.startswith("# AdaSpa 报告")
+        labels = page.evaluate(
+            """() => {
+                const node = LiteGraph.createNode("AdaSpaAttention");
+                app.graph.add(node);
+                return node.widgets.map((widget) => widget.label ?? widget.name);
+            }"""
+        )
+        assert {"预设", "启用"} <= set(labels)
+    finally:
+        comfy_server.request("/settings", {"Comfy.Locale": "en"})
