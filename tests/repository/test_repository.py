@@ -19,6 +19,7 @@ ROOT = Path(__file__).parents[2]
 TOP = {
     "__init__.py", "nodes", "sparse_attn", "web", "workflows", "tests", "pyproject.toml",
     "README.md", "run.py", "LICENSE", "CHANGELOG.md", "locales",
+    "subgraphs",
 }  # fmt: skip
 # what commands leave behind, all of it in .gitignore
 LEFT_BEHIND = {"__pycache__", "demo_output", "node_modules"}

@@ -2,7 +2,7 @@
 
     COMFYUI_PATH=... python tests/workflows/rewrite_graphs.py
 
-The files in workflows/ are edited in ComfyUI's interface, or by hand. What follows from the code is
+The files in workflows/ and subgraphs/ are edited in ComfyUI's interface, or by hand. What follows from the code is
 written here: new widgets of our nodes get their default, those that a preset decides its values,
 and notes the preset's percentages and the steps that it gives. All else stays as it is.
 """
@@ -111,7 +111,7 @@ def main() -> None:
     comfy_inprocess.start()
     nodes = comfy_inprocess.nodes_of(comfy_inprocess.load_pack())
     schemas = {name: node.GET_SCHEMA() for name, node in nodes.items()}
-    for path in (*FILES.values(), TINY):
+    for path in (*FILES.values(), TINY, *(ROOT / "subgraphs").glob("*.json")):
         path.write_text(rewritten(path.read_text("utf-8"), schemas), "utf-8", newline="\n")
 
 

@@ -9,6 +9,8 @@ ROOT = Path(__file__).resolve().parents[2]
 # by name; a number before it sets the order in which ComfyUI lists them
 FILES = {path.stem[3:]: path for path in sorted((ROOT / "workflows").glob("*.json"))}
 TINY = ROOT / "tests" / "tiny_model" / "workflows" / "tiny_model.json"
+# definitions of nodes that the ComfyUI of the tests lacks, as a newer one serves them
+NEWER = json.loads(Path(__file__).with_name("newer_nodes.json").read_text(encoding="utf-8"))
 # the subgraph in a box, whose entry and exit are no nodes
 BOXED, ENTRY, EXIT = "Wan 2.2 5B in one box", -10, -20
 

@@ -1,6 +1,7 @@
 """The stored graphs against a running ComfyUI: it knows every node, and takes every value."""
 
 import json
+import re
 import urllib.request
 from urllib.parse import quote
 
@@ -8,10 +9,12 @@ import pytest
 
 from tests.workflows.stored_graphs import (
     FILES,
+    NEWER,
     OURS,
     SERVES,
     UPLOADS,
     nodes_of,
+    notes,
     read,
     unfold,
     values_of,
@@ -38,6 +41,12 @@ def workflow(request):
     return unfold(read(FILES[request.param]))
 
 
+def test_graphs_for_a_newer_comfyui_say_so(workflow):
+    newer = {NEWER[node["type"]]["since"] for node in workflow["nodes"] if node["type"] in NEWER}
+    said = re.findall(r"\*\*Needs\*\* ComfyUI ([\d.]+) or newer", notes(workflow))
+    assert said == [since.removesuffix(".0") for since in newer]
+
+
 def fetch(server, path):
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     with opener.open(server.url + path, timeout=60) as response:
@@ -50,7 +59,8 @@ def get(server, path):
 
 @pytest.fixture(scope="module")
 def object_info(comfy_server):
-    return get(comfy_server, "/object_info")
+    """The definitions of this ComfyUI, and those recorded of a newer one for what it lacks."""
+    return NEWER | get(comfy_server, "/object_info")
 
 
 def declared(info):

@@ -77,6 +77,7 @@ SIZES = {
     "Wan22ImageToVideoLatent": (32, *FOURS[1:]),
     "WanFirstLastFrameToVideo": FOURS,
     "WanImageToVideo": FOURS,
+    "WanSCAILToVideo": FOURS,
     "WanVaceToVideo": (16, lambda length: (length - 1) // 4 + 2, 4),
 }
 

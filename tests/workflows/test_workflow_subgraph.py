@@ -1,6 +1,5 @@
 """The graph whose loader, AdaSpa, sampler and report are one node."""
 
-import inspect
 import uuid
 
 import pytest
@@ -10,12 +9,15 @@ from tests.workflows.stored_graphs import (
     ENTRY,
     EXIT,
     FILES,
+    ROOT,
     read,
     unfold,
     values_of,
     widgets_of,
 )
 from tests.workflows.test_graphs_on_a_server import get
+
+BLUEPRINT = ROOT / "subgraphs" / "Sample with AdaSpa.json"
 
 
 @pytest.fixture
@@ -85,13 +87,20 @@ def test_subgraph_runs_on_a_server(comfy_server, boxed):
     assert text.startswith("288 tokens, steps 0 search, 1-3 sparse, density")
 
 
-def test_blueprints_are_read_from_a_folder_at_the_top_of_a_pack_alone(comfyui, comfy_server):
-    """Were there another place, the subgraph could be offered from there, too."""
-    from app.subgraph_manager import SubgraphManager
+def test_the_blueprint_is_the_box_of_the_graph(boxed):
+    blueprint = read(BLUEPRINT)
+    assert blueprint["definitions"] == boxed["definitions"]
+    (alone,) = blueprint["nodes"]
+    (box,) = [node for node in boxed["nodes"] if node["type"] == alone["type"]]
+    assert alone["properties"] == box["properties"]
+    assert all(slot["link"] is None for slot in alone["inputs"])
+    assert [slot["name"] for slot in alone["inputs"]] == [slot["name"] for slot in box["inputs"]]
 
-    source = inspect.getsource(SubgraphManager.get_custom_node_subgraphs)
-    assert '"*/subgraphs/*.json"' in source and source.count("glob.glob(") == 1
-    packs = {
-        entry["info"]["node_pack"] for entry in get(comfy_server, "/global_subgraphs").values()
-    }
-    assert "custom_nodes.adaspa" not in packs
+
+def test_server_offers_the_blueprint(comfy_server):
+    ours = [
+        entry["name"]
+        for entry in get(comfy_server, "/global_subgraphs").values()
+        if entry["info"]["node_pack"] == "custom_nodes.adaspa"
+    ]
+    assert ours == [BLUEPRINT.stem]

@@ -12,6 +12,7 @@ from tests.workflows.draw_pictures import COLOURS, MODEL, SIDE, draw
 from tests.workflows.stored_graphs import (
     BOXED,
     FILES,
+    NEWER,
     OURS,
     SAMPLERS,
     SERVES,
@@ -40,6 +41,7 @@ AFTER = (
     "CFGGuider",
     "BasicGuider",
     "BasicScheduler",
+    "LTXVDualCFGGuider",
 )
 FOLDERS = {
     "checkpoints",
@@ -108,7 +110,7 @@ def test_links_agree_with_both_ends(workflow):
     for link, from_node, from_slot, to_node, to_slot, kind in workflow["links"]:
         out, slot = nodes[from_node]["outputs"][from_slot], nodes[to_node]["inputs"][to_slot]
         assert link in out["links"] and slot["link"] == link
-        assert out["type"] == slot["type"] == kind
+        assert out["type"] == kind and kind in slot["type"].split(",")
     links = {link[0] for link in workflow["links"]}
     ends = [slot["link"] for node in nodes.values() for slot in node["inputs"] if slot["link"]]
     starts = [link for node in nodes.values() for out in node["outputs"] for link in out["links"]]
@@ -160,7 +162,8 @@ def test_nodes_name_their_pack_and_version(workflow):
             continue
         pack = "adaspa" if node["type"] in OURS else "comfy-core"
         assert node["properties"]["cnr_id"] == pack
-        assert node["properties"]["ver"] == VERSIONS[pack]
+        newer = NEWER.get(node["type"], {}).get("since")
+        assert node["properties"]["ver"] == (newer or VERSIONS[pack])
         assert node["properties"]["Node name for S&R"] == node["type"]
 
 
@@ -185,7 +188,8 @@ def test_our_node_sits_between_model_and_sampling(workflow):
     assert served == len(nodes_of(workflow, *SAMPLERS))
     for link, from_node, _, to_node, _, kind in workflow["links"]:
         source, target = nodes[from_node], nodes[to_node]
-        if kind == "MODEL" and source in models:
+        # what finds people in a picture is no video model
+        if kind == "MODEL" and source in models and target["type"] != "SAM3_VideoTrack":
             assert target["type"] in (*SERVES, *LORAS), link
         if kind == "MODEL" and source["type"] in SERVES:
             assert target["type"] in AFTER, link
