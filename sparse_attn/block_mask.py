@@ -44,27 +44,39 @@ class BlockMask:
 
     def density(self) -> torch.Tensor:
         """Kept share of all block pairs, [B, H] float32 in [0, 1]."""
-        # bits set in each byte: of pairs, of fours, of all
-        counts = self.bits - ((self.bits >> 1) & 0x55)
-        counts = (counts & 0x33) + ((counts >> 2) & 0x33)
-        counts = (counts + (counts >> 4)) & 0x0F
-        return counts.sum((-1, -2)) / (self.bits.shape[-2] * self.num_k)
+        return torch.stack([_count(bits) for bits in self.bits.unbind(1)], 1) / (
+            self.bits.shape[-2] * self.num_k
+        )
 
     def block_map(self) -> torch.Tensor:
         """The kept share of each cell of the batch's first row, times 255; [H, rows, columns] uint8.
 
         A side has at most MAP_SIZE cells; the map is on the mask's device.
         """
-        keep = self.with_bits(self.bits[:1]).to_dense()[0]
-        rows, columns = (_cells(blocks, keep.device) for blocks in keep.shape[-2:])
+        sizes = self.bits.shape[-2], self.num_k
+        rows, columns = (_cells(blocks, self.bits.device) for blocks in sizes)
         # counts, exact in half precision for any video that fits a GPU
-        dtype = torch.float16 if keep.device.type == "cuda" else torch.float32
-        counts = rows.to(dtype) @ (keep.to(dtype) @ columns.to(dtype).T)
+        dtype = torch.float16 if self.bits.device.type == "cuda" else torch.float32
+        counts = [
+            rows.to(dtype) @ (head.to_dense()[0, 0].to(dtype) @ columns.to(dtype).T)
+            # one head at a time: the pairs of all heads would be gigabytes
+            for head in (
+                self.with_bits(self.bits[:1, h : h + 1]) for h in range(self.bits.shape[1])
+            )
+        ]
         sizes = rows.sum(1, keepdim=True) * columns.sum(1)
-        return (counts.float() / sizes * 255).round().to(torch.uint8)
+        return (torch.stack(counts).float() / sizes * 255).round().to(torch.uint8)
 
     def with_bits(self, bits: torch.Tensor) -> "BlockMask":
         return replace(self, bits=bits)
+
+
+def _count(bits: torch.Tensor) -> torch.Tensor:
+    """How many bits are set in the rows of a head, [B, Nq, bytes] uint8."""
+    # in each byte: of pairs, of fours, of all
+    counts = bits - ((bits >> 1) & 0x55)
+    counts = (counts & 0x33) + ((counts >> 2) & 0x33)
+    return ((counts + (counts >> 4)) & 0x0F).sum((-1, -2))
 
 
 def _cells(blocks: int, device) -> torch.Tensor:

@@ -44,6 +44,20 @@ def block_map(keep):
     return BlockMask.from_dense(keep, block_q=64, block_k=64).block_map()
 
 
+def test_a_map_is_made_of_one_head_at_a_time(monkeypatch):
+    """The pairs of all heads of a long video would be gigabytes."""
+    seen, to_dense = [], BlockMask.to_dense
+
+    def noted(self):
+        found = to_dense(self)
+        seen.append(tuple(found.shape))
+        return found
+
+    monkeypatch.setattr(BlockMask, "to_dense", noted)
+    block_map(torch.rand(2, 3, 4, 5) < 0.5)
+    assert seen == 3 * [(1, 1, 4, 5)]
+
+
 def test_a_small_map_is_exact():
     keep = torch.rand(2, 2, 5, 5) < 0.5
     assert torch.equal(block_map(keep), keep[0].to(torch.uint8) * 255)
