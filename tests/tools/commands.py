@@ -26,7 +26,9 @@ commands
   demo      make the same short video twice, dense and with AdaSpa, and compare
   serve     start ComfyUI with the pack, a tiny video model and the workflows; open it in a browser
   doctor    show GPU and versions, which backend would serve and why, and check its results
-  bench     measure attention on this machine's GPU (on a CPU: the plain backend against torch)
+  bench     measure attention on this machine's GPU in less than four minutes, and print a line
+            to paste into an issue (on a CPU: the plain backend against torch); arguments go to the
+            longer contest, tests/bench/bench_attention.py
   test      run all checks, those that concern ComfyUI on {oldest} too; further arguments go to
             pytest, which then runs once
               --long  run the tests marked long instead, and write down what they gave
@@ -117,9 +119,15 @@ def demo(options, extra: list[str]) -> int:
 
 
 def bench(options, extra: list[str]) -> int:
+    if not extra:
+        # a card's owner measures what ComfyUI runs with, and installs nothing
+        facts = probe(sys.executable)
+        if facts["device"] == "cuda":
+            return call([sys.executable, script("tests/bench/bench_card.py")])
     env = prepared(options, "kernels")
     if env.device == "cuda":
-        return run_in(env, [script("tests/bench/bench_attention.py"), *extra])
+        file = "tests/bench/bench_attention.py" if extra else "tests/bench/bench_card.py"
+        return run_in(env, [script(file), *extra])
     say(
         "The kernel benchmark needs an NVIDIA GPU that torch can use; here is the comparison of the"
         " plain backend with torch on the CPU instead."
