@@ -6,7 +6,7 @@ from collections.abc import Callable
 import torch
 
 from ..block_mask import BlockMask
-from . import choice, reference
+from . import choice, reference, tiles
 from .cudnn import cudnn_serves, torch_cudnn
 
 # a kernel may err this many times as much as torch does in the same dtype
@@ -29,9 +29,24 @@ def report() -> bool:
         for check, passed, detail in _check(backend, q, k, v):
             right &= passed
             print(f"check      {check}: {'right' if passed else 'WRONG'}, {detail}")
+    warning = unmeasured(device)
+    if warning:
+        print(f"tiles      {warning}")
     _speed(device)
     print("result     " + ("all checks passed" if right else "some checks failed; see above"))
     return right
+
+
+def unmeasured(device: torch.device) -> str | None:
+    """What to say of the kernels' tiles on a kind of card that they were never measured on."""
+    card = tiles.card_of(device)
+    if device.type != "cuda" or choice.why_no_triton() or card in tiles.MEASURED:
+        return None
+    name = card if isinstance(card, str) else "sm_{}{}".format(*card)
+    return (
+        f"never measured on a card of this kind ({name}): they are right, and may be slow; "
+        "`python run.py bench` measures them, and its line helps to choose better ones"
+    )
 
 
 def _cases(device):

@@ -246,6 +246,9 @@ VALUES = Tile(64, 0, 4)
 
 # ---- cards
 
+# kinds of card on which the tiles were measured; for the others they were chosen on one of these
+MEASURED = (HOPPER,)
+
 
 def card_of(device: torch.device | None = None) -> Card:
     """A card, by default the current one; any card where there is none."""

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from sparse_attn.backends import choice, reference
+from sparse_attn.backends import choice, doctor, reference
 from tests.backends.implementations import file_of
 
 OPERATIONS = [field.name for field in fields(choice.Backend) if "Callable" in str(field.type)]
@@ -117,3 +117,20 @@ def test_what_a_kernel_does_not_serve_goes_to_plain_torch():
 def test_on_a_gpu_the_kernels_serve_half_precision(device):
     backend, line = choice.choose(*(x.to(device, torch.bfloat16) for x in qkv()), 64, 64)
     assert backend.name == line == "Triton kernels"
+
+
+@pytest.mark.parametrize(
+    ("card", "said"),
+    [((9, 0), None), ((8, 9), "(sm_89)"), ((12, 0), "(sm_120)"), ("gfx942", "(gfx942)")],
+)
+def test_the_doctor_warns_of_tiles_that_were_never_measured_on_a_card(monkeypatch, card, said):
+    monkeypatch.setattr(doctor.tiles, "card_of", lambda device: card)
+    monkeypatch.setattr(choice, "why_no_triton", lambda: None)
+    found = doctor.unmeasured(torch.device("cuda"))
+    assert (
+        found is None if said is None else f"never measured on a card of this kind {said}" in found
+    )
+    # without kernels no tile is in use
+    assert doctor.unmeasured(torch.device("cpu")) is None
+    monkeypatch.setattr(choice, "why_no_triton", lambda: "Triton is not installed")
+    assert doctor.unmeasured(torch.device("cuda")) is None
