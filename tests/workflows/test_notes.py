@@ -148,3 +148,5 @@ def test_prompts_avoid_what_a_note_cannot_show(workflow):
         text = node["widgets_values"][0]
         # a single line break inside a paragraph would be shown as one
         assert not re.search(r"[^\n\-]\n[^\n\-#]", text), text
+        # the interface would take it for markup and leave it out
+        assert not re.search(r"(?<!`)<\w", text), text
