@@ -1,12 +1,30 @@
 """What calls leave on the device for the statistics, read once per step instead of once per call."""
 
 import threading
+from typing import NamedTuple
 
 import torch
 
 from ..call import Call
 from .layers import Layer, LayerPattern
 from .statistics import Pattern, RunStatistics
+
+
+class Origin(NamedTuple):
+    """Which call something is of, without its tensors: those end with the model's block."""
+
+    step: int
+    layer: int
+    role: str
+
+    @classmethod
+    def of(cls, call: Call) -> "Origin":
+        return cls(call.step, call.layer, call.role)
+
+
+def waits(device: torch.device) -> bool:
+    """Whether to read from a device means to wait for it."""
+    return device.type == "cuda"
 
 
 class Readback:
@@ -19,10 +37,10 @@ class Readback:
     def __init__(self, statistics: RunStatistics):
         self.statistics = statistics
         self._patterns: list[
-            tuple[Call, Layer, LayerPattern, torch.Tensor, torch.Tensor, bool]
+            tuple[Origin, Layer, LayerPattern, torch.Tensor, torch.Tensor, bool]
         ] = []
-        self._samples: list[tuple[Call, Layer, torch.Tensor]] = []
-        self._probes: list[tuple[Call, Layer, torch.Tensor]] = []
+        self._samples: list[tuple[Origin, Layer, torch.Tensor]] = []
+        self._probes: list[tuple[Origin, Layer, torch.Tensor]] = []
         self._lock = threading.Lock()
 
     def add_pattern(
@@ -36,19 +54,19 @@ class Readback:
             exact: whether the recall was measured with the call's own LSE.
         """
         with self._lock:
-            self._patterns.append((call, layer, pattern, recall, block_map, exact))
+            self._patterns.append((Origin.of(call), layer, pattern, recall, block_map, exact))
 
     def add_sample(self, call: Call, layer: Layer, recall: torch.Tensor) -> None:
         """Note what a mask holds in a later step, by a sample of its rows; `recall` is [H]."""
         with self._lock:
-            self._samples.append((call, layer, recall))
+            self._samples.append((Origin.of(call), layer, recall))
 
     def add_probe(self, call: Call, layer: Layer, probe: torch.Tensor) -> None:
         """Note a number that is finite where the output is."""
         with self._lock:
-            self._probes.append((call, layer, probe))
+            self._probes.append((Origin.of(call), layer, probe))
 
-    def read(self) -> list[tuple[Call, Layer]]:
+    def read(self) -> list[tuple[Origin, Layer]]:
         """Wait for the device, and return the calls that met NaN or infinity, with their layers.
 
         What such a layer found in the same step does not count.
@@ -84,5 +102,5 @@ class Readback:
             self._patterns, self._samples, self._probes = [], [], []
         return taken
 
-    def _step(self, call: Call) -> int:
+    def _step(self, call: Origin) -> int:
         return self.statistics.schedule.first_step + call.step

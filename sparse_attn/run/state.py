@@ -26,7 +26,7 @@ from .estimate import Estimate, Workload, estimate
 from .layers import Layer, LayerPattern, Layers
 from .memory import until_out_of_memory
 from .precision import Precision
-from .readback import Readback
+from .readback import Origin, Readback, waits
 from .statistics import RunStatistics
 from .timer import Timer
 
@@ -218,7 +218,8 @@ class RunState:
     def _sparse_step(self, call, layer, *, quantised: bool):
         with self.timer.attempt("sparse", call.q):
             mask, order = self.layers.fetch(layer.pattern, call.q.device)
-            self.layers.prefetch_next(call.key, call.q.device)
+            with self.outlives_block():
+                self.layers.prefetch_next(call.key, call.q.device)
             return sparse_step(layer.backend, call, mask, order, quantised)
         return None
 
@@ -231,7 +232,9 @@ class RunState:
         with self.timer.attempt("sample", call.q):
             mask, order = self.layers.fetch(layer.pattern, call.q.device)
             rows = sample_rows(call.layout.tokens, SAMPLED_ROWS)
-            recall = sampled_recall(call, mask, rows, order).mean(0)
+            sampled = sampled_recall(call, mask, rows, order)
+            with self.outlives_block():
+                recall = sampled.mean(0)
         if recall is None:
             self.statistics.warn(f"out of memory while sampling the recall of layer {call.layer}")
         else:
@@ -281,10 +284,14 @@ class RunState:
 
     def _install(self, call, layer, pattern: LayerPattern, recall, exact: bool) -> None:
         """Let a layer use a pattern, which holds `recall` [H] in this call."""
-        block_map = pattern.mask.block_map()
+        block_map, similar = pattern.mask.block_map(), pattern.similar
         with self.outlives_block():
+            pattern = replace(
+                pattern, density=pattern.density.clone(), recall=pattern.recall.clone(),
+                similar=None if similar is None else similar.clone(),
+            )  # fmt: skip
             kept = self.layers.install(layer, pattern)
-        self.readback.add_pattern(call, layer, kept, recall, block_map, exact)
+            self.readback.add_pattern(call, layer, kept, recall.clone(), block_map.clone(), exact)
 
     def _take_lse(self, call: Call, layer: Layer) -> torch.Tensor | None:
         """The kept LSE on the call's device; the layer keeps it no longer."""
@@ -304,14 +311,14 @@ class RunState:
 
     def _checked(self, call, layer, out, probed):
         """Answer NaN with the dense result: at once on a CPU, from the next step on a GPU."""
-        probe = probed.sum(dtype=torch.float32)
-        if call.q.device.type == "cuda":
-            self.readback.add_probe(call, layer, probe)
-        elif not torch.isfinite(probe):
+        if waits(call.q.device):
+            with self.outlives_block():
+                self.readback.add_probe(call, layer, probed.sum(dtype=torch.float32))
+        elif not torch.isfinite(probed.sum(dtype=torch.float32)):
             return self._disable(call, layer, NOT_A_NUMBER)
         return out
 
-    def _disable(self, call: Call, layer: Layer, reason: str, when: str = "from") -> None:
+    def _disable(self, call: Call | Origin, layer: Layer, reason: str, when: str = "from") -> None:
         """Let a layer run dense for the rest of the run."""
         layer.disable(reason)
         step = self.schedule.first_step + call.step
