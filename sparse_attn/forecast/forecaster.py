@@ -21,8 +21,8 @@ class Forecaster:
     """Decides which steps are forecast, and forecasts them.
 
     Points are predictions at the beginning of computed steps. At each of them the forecast that the
-    earlier points give is compared with what the model returned: above the level's limit one step
-    fewer may follow in a row, below it one more.
+    earlier points give is compared with what the model returned. Where the step would have ended too
+    far off, one step fewer may follow in a row, else one more.
 
     Args:
         counter: tells which step an evaluation belongs to; AdaSpa's own, where it is beside.
@@ -124,7 +124,11 @@ class Forecaster:
         if not self._is_ready():
             return False
         found = extrapolate(self._points, sigma)
-        error = self.statistics.errors[self.step] = relative_error(found, prediction, self.parts)
+        begin, end = self.plan.sigmas[self.step : self.step + 2]
+        # the step goes this share of the way to the prediction
+        share = abs(begin - end) / max(begin, end, 1e-9)
+        error = share * relative_error(found, prediction, self.parts)
+        self.statistics.errors[self.step] = error
         change = 1 if error <= self.level.limit else -1
         self._most = min(max(self._most + change, 0), self.level.in_row)
         return True

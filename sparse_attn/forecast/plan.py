@@ -19,7 +19,8 @@ class Level:
     Args:
         degree: of the polynomial in sigma, which goes through one point more.
         in_row: steps that are forecast between two computed ones, at most.
-        limit: error of a forecast, as a share of what the model returned, above which fewer are.
+        limit: of how far off a step may end that a forecast would have made, as a share of the size
+            of what the model returns; beyond it fewer are forecast.
     """
 
     degree: int
@@ -27,7 +28,7 @@ class Level:
     limit: float
 
 
-LEVELS = {"careful": Level(1, 1, 0.05), "fast": Level(1, 2, 0.05)}
+LEVELS = {"careful": Level(1, 1, 0.03), "fast": Level(1, 2, 0.06)}
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,8 @@ class ForecastStatistics:
         why_not: why no further step is forecast, or an empty string.
         forecast: steps that the model did not compute. evaluations: of the model, in these.
         withheld: steps that it computed because earlier forecasts were too far off.
-        errors: by computed step, the error of a forecast of it, as a share of the truth.
+        errors: by computed step, how far off a forecast would have ended it, as a share of the size
+            of what the model returned.
         seconds: of computed evaluations that were compared with a forecast.
     """
 

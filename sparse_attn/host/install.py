@@ -14,6 +14,7 @@ from ..run.state import RunState
 from ..run.statistics import Fingerprint
 from ..schedule import plan
 from . import pattern_requests, status
+from .backend_history import publish
 from .families import family_of
 from .model_call import CAPTURED, CONTEXT, Declined, ModelCall, captured
 from .override import attention_override, model_call, options_of_call
@@ -185,6 +186,7 @@ def _apply_model(node_id):
         if line and announce is None:
             status.send(node_id, run.statistics, line, step, False)
         options[CONTEXT] = call
+        publish(options, run, step)
         entered = _noting_entry(options)
         with model_call(options):
             out = executor(x, t, c_concat, c_crossattn, control, options, **inputs)

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from .backend_history import leave_receipt
 from .host_call import HostCall
 from .model_call import CONTEXT, IN_GRAPH, Declined, ModelCall
 
@@ -99,6 +100,7 @@ def serve(context: Declined | ModelCall, host: HostCall, options: dict) -> torch
     if calls is None:
         return None
     outs = [context.run.attend(call) for call in calls]
+    leave_receipt(options)
     return outs[0] if len(outs) == 1 else torch.cat(outs)
 
 

@@ -130,7 +130,7 @@ def forecast_lines(told) -> list[str]:
     if told.errors:
         errors = told.errors.values()
         text.append(
-            f"Forecasts of computed steps were off by {fmean(errors):.1%}, at most {max(errors):.1%}"
+            f"Computed steps were {fmean(errors):.1%} off a forecast of them, at most {max(errors):.1%}"
         )
     if told.withheld and told.forecast:
         text.append(

@@ -6,7 +6,7 @@ from sparse_attn.forecast.forecaster import Forecaster
 from sparse_attn.forecast.plan import Level
 from tests.host.host_fixtures import VIDEO, conditioning
 
-QUADRATIC = Level(2, 1, 0.05)
+QUADRATIC = Level(2, 1, 1e-3)
 # however far off the forecasts are
 BLIND = Level(1, 2, float("inf"))
 STEPS = 16

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from sparse_attn.forecast.plan import LEVELS
+from sparse_attn.forecast.plan import Level
 from tests.forecast.polynomial_model import BLIND, Told, trace
 from tests.host.host_fixtures import calls, sparse
 
@@ -74,7 +74,7 @@ def test_a_model_that_no_forecast_fits_samples_as_with_adaspa_alone(load, told, 
     alone, _ = sparse(load("wan_h64"), **SETTINGS)
     expected = trace(alone, steps=STEPS, cfg=1.0)
     # random weights answer anew at every sigma
-    model, handle = both(load, order, LEVELS["careful"])
+    model, handle = both(load, order, Level(1, 1, 1e-4))
     assert all(map(torch.equal, trace(model, steps=STEPS, cfg=1.0), expected))
     (line,) = [line for line in handle.latest().lines() if line.startswith("Skip Steps")]
     assert line == "Skip Steps: every step was computed: the forecasts were too far off"

@@ -9,7 +9,7 @@ from sparse_attn.forecast.forecaster import MANY_EVALUATIONS, OFF_THE_LIST, Fore
 from sparse_attn.forecast.plan import Level, plan_forecasts
 from sparse_attn.schedule import StepCounter
 
-EVERY_OTHER, TWO_OF_THREE = Level(1, 1, 0.01), Level(1, 2, 0.01)
+EVERY_OTHER, TWO_OF_THREE = Level(1, 1, 1e-4), Level(1, 2, 1e-4)
 START = torch.linspace(1, 2, 6).reshape(1, 1, 6)
 
 
@@ -85,7 +85,7 @@ def test_fewer_are_forecast_while_they_drift_and_more_again_after():
     free = Sampler(Level(1, 2, 1e9), falling(40), bent)
     held = Sampler(TWO_OF_THREE, falling(40), bent)
     assert len(held.run()) < len(free.run())
-    assert held.told.withheld and max(held.told.errors.values()) > 0.01
+    assert held.told.withheld and max(held.told.errors.values()) > 1e-4
     # both ends are straight
     assert {8, 9} <= held.told.forecast and {36, 37} & held.told.forecast
 
@@ -95,6 +95,14 @@ def test_a_model_that_no_line_fits_is_computed_throughout():
     sampler = Sampler(EVERY_OTHER, falling(20), lambda sigma: next(values))
     assert sampler.run() == []
     assert sampler.told.withheld == set(range(4, 19))
+
+
+@pytest.mark.parametrize("end, share", [(0.9, 1 / 19), (0.475, 1 / 2)])
+def test_an_error_counts_as_far_as_its_step_goes(end, share):
+    sampler = Sampler(EVERY_OTHER, [1.0, 0.975, 0.95, *(end * x for x in falling(12))])
+    sampler.model = lambda sigma: line(sigma) * (1.1 if sigma == 0.95 else 1)
+    sampler.run()
+    assert sampler.told.errors[2] == pytest.approx(share * 0.1 / 1.1, rel=1e-4)
 
 
 def test_not_a_number_is_no_success():
