@@ -3,7 +3,7 @@
 from comfy_api.latest import io
 
 from ..sparse_attn.host.install import install, why_not
-from .settings import answer, check, config_of, setting_inputs
+from .settings import answer, check, config_of, describe, setting_inputs
 from .sockets import AdaSpaRun
 
 
@@ -38,7 +38,7 @@ class AdaSpaAttention(io.ComfyNode):
                 io.Model.Output(display_name="model"),
                 AdaSpaRun.Output("adaspa", display_name="adaspa"),
             ],
-            hidden=[io.Hidden.unique_id],
+            hidden=[io.Hidden.unique_id, io.Hidden.extra_pnginfo],
             # two nodes with equal settings must not share one handle through ComfyUI's cache
             not_idempotent=True,
         )
@@ -51,4 +51,5 @@ class AdaSpaAttention(io.ComfyNode):
     def execute(cls, model, **settings) -> io.NodeOutput:
         config = config_of(**settings)
         patched, handle = install(model, config, cls.hidden.unique_id)
+        describe(handle, cls.hidden, settings["preset"])
         return io.NodeOutput(patched, handle, ui=answer(config, settings, why_not(model)))

@@ -3,7 +3,7 @@
 from comfy_api.latest import io
 
 from ..sparse_attn.host.install import install, why_not
-from .settings import answer, check, config_of, setting_inputs
+from .settings import answer, check, config_of, describe, setting_inputs
 from .sockets import AdaSpaRun
 
 
@@ -34,7 +34,7 @@ class AdaSpaAttentionPair(io.ComfyNode):
                 io.Model.Output("model_low", display_name="model_low"),
                 AdaSpaRun.Output("adaspa", display_name="adaspa"),
             ],
-            hidden=[io.Hidden.unique_id],
+            hidden=[io.Hidden.unique_id, io.Hidden.extra_pnginfo],
             # two nodes with equal settings must not share one handle through ComfyUI's cache
             not_idempotent=True,
         )
@@ -48,6 +48,8 @@ class AdaSpaAttentionPair(io.ComfyNode):
         config = config_of(**settings)
         node_id = cls.hidden.unique_id
         high, handle = install(model_high, config, node_id, part="high noise")
-        low, _ = install(model_low, config, node_id, first=handle, part="low noise")
+        low, second = install(model_low, config, node_id, first=handle, part="low noise")
+        for one in (handle, second):
+            describe(one, cls.hidden, settings["preset"])
         reason = why_not(model_high) or why_not(model_low)
         return io.NodeOutput(high, low, handle, ui=answer(config, settings, reason))

@@ -1,11 +1,13 @@
 """AdaSpa Load Pattern: a run begins with the pattern of an earlier one."""
 
-from comfy_api.latest import io, ui
+from comfy_api.latest import io
 
 from ..sparse_attn.host.pattern_requests import begin_with
 from ..sparse_attn.patterns.file import load
+from ..sparse_attn.sentences import Sentence
 from .pattern_files import listed
 from .pattern_schema import pattern_schema
+from .settings import spoken
 from .sockets import AdaSpaRun
 
 
@@ -40,9 +42,9 @@ class AdaSpaLoadPattern(io.ComfyNode):
         if path is None:
             raise ValueError(f"There is no pattern {file!r}; choose one from the list.")
         pattern = load(path)
-        text = (
-            f"{pattern.family}, {pattern.layout.describe()}, density {pattern.density():.2f}, "
-            f"recall {pattern.recall():.2f} when it was found"
-        )
+        text = Sentence(
+            "loaded", model=pattern.family, layout=pattern.layout.describe(),
+            density=f"{pattern.density():.2f}", recall=f"{pattern.recall():.2f}",
+        )  # fmt: skip
         patched = begin_with(model, adaspa, pattern)
-        return io.NodeOutput(patched, adaspa, ui=ui.PreviewText(text))
+        return io.NodeOutput(patched, adaspa, ui=spoken([text]))

@@ -5,7 +5,10 @@ import torch
 from comfy_api.latest import io, ui
 
 from ..sparse_attn.host.install import fingerprint
+from ..sparse_attn.run.verdict import named
+from ..sparse_attn.sentences import Sentence
 from .report_picture import draw
+from .settings import spoken
 from .sockets import AdaSpaRun
 
 
@@ -51,15 +54,20 @@ class AdaSpaReport(io.ComfyNode):
             runs, told = adaspa.runs_behind(fingerprint(samples["samples"]))
         off = adaspa is not None and not adaspa.config.enabled
         lines = [line for run in runs for line in run.lines()]
-        lines = lines or ["AdaSpa is off." if off else "AdaSpa has not run yet."]
-        if runs and not told:
-            lines.insert(0, "These samples are not the result of the run below.")
+        said = [line for run in runs for line in (*named(run), *run.lines()[1:])]
+        if not runs:
+            lines = said = [Sentence("off" if off else "not_run")]
+        elif not told:
+            for each in (lines, said):
+                each.insert(0, Sentence("not_its_samples"))
         text = "\n".join(lines)
         picture = (
             np.asarray(draw(runs[-1] if runs else None, layer, head, lines), dtype=np.float32) / 255
         )
         image = torch.from_numpy(picture)[None]
-        shown = {**ui.PreviewImage(image, cls=cls).as_dict(), **ui.PreviewText(text).as_dict()}
-        if runs:
+        shown = {**ui.PreviewImage(image, cls=cls).as_dict(), **spoken(said), "text": [text]}
+        if adaspa is not None and runs:
+            # the node of a cached model has the metadata of an earlier prompt
+            adaspa.note(cls.hidden.extra_pnginfo)
             shown["adaspa"] = [run.as_dict() for run in runs]
         return io.NodeOutput(samples, image, text, ui=shown)

@@ -1,6 +1,7 @@
 """Draws a run: recall and density by layer and head, and the block map of one head."""
 
 import textwrap
+from collections.abc import Sequence
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -8,6 +9,8 @@ from PIL import Image, ImageDraw, ImageFont
 INK, MUTED, PAPER, EMPTY = (32, 34, 38), (120, 124, 132), (255, 255, 255), (226, 228, 232)
 WIDTH, MARGIN, GAP = 1120, 32, 28
 PANEL = (WIDTH - 2 * MARGIN - 2 * GAP) // 3
+# densities that lie nearer are one: budgets are whole blocks
+EQUAL = 0.01
 # dark blue to yellow, readable in grey and for colour-blind eyes
 RAMP = np.array([(28, 32, 86), (40, 92, 142), (42, 150, 138), (124, 200, 92), (250, 226, 60)])
 
@@ -20,7 +23,7 @@ def colours(values: np.ndarray) -> np.ndarray:
     return (RAMP[low] * (1 - part) + RAMP[low + 1] * part).round().astype(np.uint8)
 
 
-def draw(statistics, layer: int, head: int, lines: list[str]) -> Image.Image:
+def draw(statistics, layer: int, head: int, lines: Sequence[str]) -> Image.Image:
     """Draw the report of a run, or of none."""
     title, body, small = (ImageFont.load_default(size) for size in (22, 15, 13))
     wrapped = [part for line in lines for part in textwrap.wrap(line, 140) or [""]]
@@ -42,9 +45,13 @@ def draw(statistics, layer: int, head: int, lines: list[str]) -> Image.Image:
     for column, name in enumerate(("recall", "density")):
         values = np.array([getattr(patterns[number, role], name) for number in layers])
         x = MARGIN + column * (PANEL + GAP)
-        # density is one number for all heads unless they adapt; its colours start at 0
-        low = float(values.min()) if name == "recall" else 0.0
-        high = max(float(values.max()), low + 1e-6)
+        low, high = float(values.min()), max(float(values.max()), float(values.min()) + 1e-6)
+        if name == "density" and high - low < EQUAL:
+            # as for all presets whose heads do not adapt: one number needs no picture
+            told = f"Density, {role}", f"{values.mean():.2f} in every layer and head"
+            pen.text((x, y), told[0], INK, font=body)
+            pen.text((x, y + 26), told[1], MUTED, font=small)
+            continue
         cells = colours((values - low) / (high - low))
         _panel(image, pen, x, y, cells, f"{name.capitalize()}, {role}", body)
         note = f"layers {layers[0]}-{layers[-1]} down, heads across"
@@ -60,7 +67,7 @@ def draw(statistics, layer: int, head: int, lines: list[str]) -> Image.Image:
     note = f"keys across, queries down; density {pattern.density[head]:.2f}"
     pen.text((x, y + 26 + PANEL + 6), note, MUTED, font=small)
     how = "carried, sampled" if pattern.carried else "searched"
-    found = f"recall {pattern.recall[head]:.3f}, {how} at step {pattern.step}"
+    found = f"recall {pattern.recall[head]:.3f}, {how} at step {pattern.step + 1}"
     pen.text((x, y + 26 + PANEL + 26), found, MUTED, font=small)
     return image
 

@@ -1,11 +1,13 @@
 """AdaSpa Save Pattern: writes what a run found, for another run of the same size."""
 
-from comfy_api.latest import io, ui
+from comfy_api.latest import io
 
 from ..sparse_attn.host.pattern_requests import save_after_run
 from ..sparse_attn.patterns.file import save
+from ..sparse_attn.sentences import Sentence
 from .pattern_files import FOLDER, checked_name, folders
 from .pattern_schema import pattern_schema
+from .settings import spoken
 
 
 class AdaSpaSavePattern(io.ComfyNode):
@@ -48,5 +50,5 @@ class AdaSpaSavePattern(io.ComfyNode):
         patched = save_after_run(
             model, adaspa, write, node_id=cls.hidden.unique_id, every_run=every_sampler
         )
-        text = f"The pattern will be written to {FOLDER}/{name} in the output folder"
-        return io.NodeOutput(patched, ui=ui.PreviewText(text))
+        text = Sentence("will_write", file=f"{FOLDER}/{name}")
+        return io.NodeOutput(patched, ui=spoken([text]))

@@ -1,5 +1,7 @@
 """The settings that both attention nodes have: their widgets, and the config they make."""
 
+from collections.abc import Sequence
+
 from comfy_api.latest import io
 
 from ..sparse_attn.config import (
@@ -13,6 +15,8 @@ from ..sparse_attn.config import (
     from_preset,
     parse_numbers,
 )
+from ..sparse_attn.run.handle import RunHandle
+from ..sparse_attn.sentences import Sentence, told
 
 # settings that a widget holds as text, and what stands between the commas
 LISTS = {"search_points": float, "dense_layers": int}
@@ -40,7 +44,7 @@ def shown_presets() -> dict[str, dict]:
 def setting_inputs() -> list[io.Input]:
     """The widgets, in the order that saved workflows rely on: new ones go last."""
     first = next(iter(PRESETS))
-    defaults = {"preset": first, **shown(PRESETS[first])}
+    defaults = {"preset": first, **shown(PRESETS[first]), "verdict": "auto"}
     skipped = {name: f"{config.sparsity:.0%}" for name, config in PRESETS.items()}
 
     def setting(kind, name, tooltip, **more):
@@ -189,6 +193,14 @@ def setting_inputs() -> list[io.Input]:
             "searches, more memory. Position takes compact pieces of the video.",
             optional=True,
         ),
+        setting(
+            io.Combo,
+            "verdict",
+            "Whether sparse is faster here. Auto finds out in the first sparse step, once for each size "
+            "and setting until ComfyUI restarts; where sparse is not at least 10 % faster, the rest "
+            "runs dense. Sparse and dense pin the answer: then a rerun is equal bit for bit.",
+            optional=True,
+        ),
     ]
 
 
@@ -200,7 +212,13 @@ def config_of(preset: str, **settings) -> AdaSpaConfig:
     """
     for name in LISTS.keys() & settings.keys():
         settings[name] = parse_numbers(settings[name], LISTS[name], name)
-    return from_preset(preset, **settings)
+    return from_preset(preset, **{"verdict": "auto", **settings})
+
+
+def describe(handle: RunHandle, hidden, preset: str) -> None:
+    """Tell a handle what is written with the videos of its runs."""
+    handle.node, handle.preset = str(hidden.unique_id), preset
+    handle.metadata = hidden.extra_pnginfo
 
 
 def check(settings: dict) -> bool:
@@ -225,18 +243,24 @@ def answer(config: AdaSpaConfig, settings: dict, reason: str) -> dict:
     Args:
         reason: why the model would run dense, or an empty string.
     """
-    return {"text": [_line(config, settings["preset"], reason)], "settings": [settings]}
+    said = _ready(config, settings["preset"], reason)
+    return {**spoken(said), "settings": [settings]}
 
 
-def _line(config: AdaSpaConfig, preset: str, reason: str) -> str:
+def spoken(said: Sequence[str]) -> dict:
+    """What the interface shows on a node that has executed: lines, and how to say them."""
+    return {"text": ["\n".join(said)], "said": [[told(line) for line in said]]}
+
+
+def _ready(config: AdaSpaConfig, preset: str, reason: str) -> list[str]:
     if not config.enabled:
-        return "AdaSpa is off"
+        return [Sentence("off")]
     if reason:
-        return f"AdaSpa will run dense: {reason}"
-    asked = f"recall {config.recall}" if config.recall else f"sparsity {config.sparsity:.2f}"
-    words = [preset, asked]
+        return [Sentence("unknown_model", why=reason)]
+    if config.recall:
+        said = [Sentence("ready_recall", preset=preset, recall=str(config.recall))]
+    else:
+        said = [Sentence("ready", preset=preset, sparsity=f"{config.sparsity:.2f}")]
     if config.low_precision:
-        words.append(config.low_precision)
-    if config.why_no_tail:
-        words.append(config.why_no_tail)
-    return "AdaSpa is ready: " + ", ".join(words)
+        said.append(Sentence("low_precision", precision=config.low_precision))
+    return [*said, *([config.why_no_tail] if config.why_no_tail else [])]

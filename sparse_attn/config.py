@@ -19,6 +19,7 @@ CHOICES = {
     "precision": ("auto", "bf16", "int8", "fp8"),
     "tail": ("pooled", "none"),
     "token_order": TOKEN_ORDERS,
+    "verdict": ("auto", "sparse", "dense"),
 }
 
 
@@ -51,6 +52,8 @@ class AdaSpaConfig:
         search_gap: steps that lie at least between two searches; a search point that falls nearer
             to the search before it is left out. In a run's last step one takes place only where
             the pattern is kept for another run and this is 0.
+        verdict: whether sparse is faster here: "auto" finds out in the first sparse step, once for each
+            shape and settings, and runs the rest dense where it is not; "sparse" and "dense" pin it.
         enabled: False leaves the model as it is.
 
     Raises:
@@ -74,6 +77,7 @@ class AdaSpaConfig:
     tail: str = "pooled"
     token_order: str = "similarity"
     search_gap: int = 0
+    verdict: str = "sparse"
 
     def __post_init__(self):
         if not 0.0 <= self.sparsity <= MAX_SPARSITY:

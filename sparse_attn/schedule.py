@@ -7,7 +7,7 @@ place is derived from the progress at its ends.
 
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from itertools import pairwise
 from math import floor
@@ -36,7 +36,7 @@ class Schedule:
 
     Args:
         kinds: what each step of this run does.
-        first_step: number of the run's first step within the whole schedule.
+        first_step: number of the run's first step within the whole schedule, from 0.
         total_steps: steps of the whole schedule.
         sigmas: noise levels at which the steps begin, and at which the last one ends.
         last_searches: whether a search in the run's last step is of use to anyone.
@@ -50,6 +50,21 @@ class Schedule:
 
     def kind(self, step: int) -> StepKind:
         return self.kinds[step]
+
+    def number(self, step: int) -> int:
+        """The number of a step of this run in the whole schedule, from 1 as people count."""
+        return self.first_step + step + 1
+
+    def until(self, step: int | None) -> "Schedule":
+        """The schedule of a run that was stopped at a step of the whole schedule; None is none."""
+        if step is None:
+            return self
+        return replace(self, kinds=self.kinds[: step - self.first_step + 1])
+
+    def dense_from(self, step: int) -> "Schedule":
+        """The schedule whose steps are dense from `step` of this run on."""
+        kept = self.kinds[:step]
+        return replace(self, kinds=kept + (StepKind.DENSE,) * (len(self.kinds) - len(kept)))
 
     def may_search(self, step: int) -> bool:
         """Whether what a search of `step` finds is used after it."""
@@ -77,13 +92,13 @@ class Schedule:
         return self.kinds[step] is StepKind.SPARSE and following != (StepKind.SPARSE,)
 
     def describe(self) -> str:
-        """Step numbers by kind, such as "steps 0-1 dense, 2 search, 3-19 sparse"."""
+        """Step numbers by kind, such as "steps 1-2 dense, 3 search, 4-20 sparse"."""
         parts = []
         start = 0
         for i, kind in enumerate(self.kinds):
             if i + 1 < len(self.kinds) and self.kinds[i + 1] is kind:
                 continue
-            first, last = self.first_step + start, self.first_step + i
+            first, last = self.number(start), self.number(i)
             parts.append((f"{first}" if first == last else f"{first}-{last}") + f" {kind.value}")
             start = i + 1
         if not parts:

@@ -99,8 +99,8 @@ def test_two_halves_make_the_whole():
     assert letters(second) == "Ss" + letters(whole)[12:]
     assert (first.first_step, first.total_steps) == (0, 20)
     assert (second.first_step, second.total_steps) == (10, 20)
-    assert first.describe() == "steps 0-3 dense, 4 search, 5-9 sparse"
-    assert second.describe() == "steps 10 search, 11 sparse, 12 search, 13-19 sparse"
+    assert first.describe() == "steps 1-4 dense, 5 search, 6-10 sparse"
+    assert second.describe() == "steps 11 search, 12 sparse, 13 search, 14-20 sparse"
 
 
 @pytest.mark.parametrize("preset", ["Quality", "Balanced", "Fast"])
@@ -251,7 +251,7 @@ def test_more_than_a_thousand_steps_keep_their_numbers():
     made = planned(linear(1620), PRESETS["Balanced"])
     assert (
         made.describe()
-        == "steps 0-193 dense, 194 search, 195-728 sparse, 729 search, 730-1619 sparse"
+        == "steps 1-194 dense, 195 search, 196-729 sparse, 730 search, 731-1620 sparse"
     )
 
 
@@ -419,10 +419,10 @@ def test_the_last_sparse_step_is_the_one_furthest_from_its_search():
 
 
 DESCRIPTIONS = [
-    ("Ssss", 0, "steps 0 search, 1-3 sparse"),
-    ("DDSss", 0, "steps 0-1 dense, 2 search, 3-4 sparse"),
-    ("S", 0, "step 0 search"),
-    ("sss", 10, "steps 10-12 sparse"),
+    ("Ssss", 0, "steps 1 search, 2-4 sparse"),
+    ("DDSss", 0, "steps 1-2 dense, 3 search, 4-5 sparse"),
+    ("S", 0, "step 1 search"),
+    ("sss", 10, "steps 11-13 sparse"),
 ]
 
 
@@ -434,5 +434,5 @@ def test_describes_itself_in_step_numbers(kinds, first, text):
 def test_the_paper_in_words():
     schedule = planned(linear(50), PRESETS["Paper"])
     assert schedule.describe() == (
-        "steps 0-9 dense, 10 search, 11-29 sparse, 30 search, 31-49 sparse"
+        "steps 1-10 dense, 11 search, 12-30 sparse, 31 search, 32-50 sparse"
     )

@@ -1,24 +1,26 @@
 import { api } from "../../scripts/api.js";
 import { app } from "../../scripts/app.js";
+import { compareView } from "./compare_view.js";
 import { downstream, everyNode, findNode } from "./find_node.js";
 import { fold, watchFolding } from "./folding.js";
 import { Latest } from "./latest.js";
 import { chain, watch } from "./listen.js";
 import { applyPreset, beginPreset, isWired } from "./preset_widgets.js";
-import { RunLog, WORDS, haveChanged } from "./run_log.js";
+import { RunLog, haveChanged } from "./run_log.js";
+import { line } from "./speak.js";
 import { readStatus } from "./status.js";
 import { addStyles, statusView } from "./status_view.js";
 
-const REPORT = "AdaSpaReport";
+const [REPORT, COMPARE] = ["AdaSpaReport", "AdaSpaCompare"];
 // nodes that patch a model, and all of ours with what they say before the first run
 const PATCHES = new Set(["AdaSpaAttention", "AdaSpaAttentionPair"]);
 const HINTS = {
-  AdaSpaAttention: "Run the workflow: the steps and what they saved appear here.",
-  AdaSpaAttentionPair: "Run the workflow: the steps of both experts and what they saved appear here.",
-  [REPORT]: "Run the workflow: what was kept appears here.",
-  AdaSpaCompare: "Run the workflow: how alike the two videos are appears here.",
-  AdaSpaSavePattern: "Run the workflow: where the pattern is written appears here.",
-  AdaSpaLoadPattern: "Run the workflow: what the pattern holds appears here.",
+  AdaSpaAttention: line("hint_attention"),
+  AdaSpaAttentionPair: line("hint_pair"),
+  [REPORT]: line("hint_report"),
+  [COMPARE]: line("hint_compare"),
+  AdaSpaSavePattern: line("hint_save"),
+  AdaSpaLoadPattern: line("hint_load"),
 };
 // under this name the interface looks for a node's progress text; owning it shows one line, not two
 const STATUS_WIDGET = "$$node-text-preview";
@@ -26,6 +28,7 @@ const SHOW_ALL = "Comfy.Node.AlwaysShowAdvancedWidgets";
 
 const graph = () => app.rootGraph ?? app.graph;
 const workflowId = () => graph()?.id ?? null;
+const locale = () => app.extensionManager?.setting?.get("Comfy.Locale") ?? "en";
 
 const views = new WeakMap();
 const latest = new Latest(window.sessionStorage);
@@ -36,10 +39,10 @@ const used = new Map();
 
 function addView(node) {
   const folds = PATCHES.has(node.comfyClass) && {
-    label: () => (node.showAdvanced ? "Hide settings" : "Show settings"),
+    label: () => line(node.showAdvanced ? "hide_settings" : "show_settings"),
     press: () => node.toggleAdvanced(),
   };
-  const view = statusView(HINTS[node.comfyClass], folds || null);
+  const view = statusView(HINTS[node.comfyClass], locale, folds || null);
   const widget = node.addDOMWidget(STATUS_WIDGET, "adaspa_status", view.element, {
     serialize: false,
     hideOnZoom: false,
@@ -48,18 +51,44 @@ function addView(node) {
     setValue: (text) => write(node, view, String(text ?? "")),
     getMinHeight: () => (folds ? 140 : 84),
     // the report's picture gets the rest of the node
-    getMaxHeight: node.comfyClass === REPORT ? () => 110 : undefined,
+    getMaxHeight: [REPORT, COMPARE].includes(node.comfyClass) ? () => 110 : undefined,
   });
   widget.serialize = false;
   views.set(node, view);
 }
 
+/** The two videos of a node that compares; hidden until there are any. */
+function addVideos(node) {
+  const view = compareView(locale, (file) => api.apiURL(`/view?${new URLSearchParams(file)}`));
+  let shown = false;
+  const widget = node.addDOMWidget("adaspa_videos", "adaspa_videos", view.element, {
+    serialize: false,
+    hideOnZoom: false,
+    hideInPanel: true,
+    getValue: () => "",
+    setValue: () => {},
+    getMinHeight: () => (shown ? 240 : 0),
+    getMaxHeight: () => (shown ? 4096 : 0),
+  });
+  widget.serialize = false;
+  chain(node, "onExecuted", ({ adaspa_compare: videos }) => {
+    if (!videos?.[0]) return;
+    const first = !shown;
+    shown = true;
+    view.show(videos[0]);
+    if (first) node.setSize([Math.max(node.size[0], 420), Math.max(node.size[1], node.computeSize()[1])]);
+  });
+}
+
 /** Show the interface's own progress text, which reaches nodes outside of a sampler's run, too. */
 function write(node, view, text) {
-  view.setText(text);
+  // our own messages bring the same text, and how to say it in other languages
+  if (text === view.text()) return;
+  const said = text ? [{ text }] : [];
+  view.setSaid(said);
   const id = idOf(node);
   const known = latest.get(workflowId(), id) ?? (running && id && readStatus({ node: id }));
-  if (known) latest.set(workflowId(), id, { ...known, text });
+  if (known) latest.set(workflowId(), id, { ...known, said });
 }
 
 function show(node, status) {
@@ -72,7 +101,7 @@ function show(node, status) {
 
 function noteChanges(node, status) {
   const changed = haveChanged(status?.settings, node.widgets, (name) => isWired(node, name));
-  views.get(node)?.setNote(changed ? WORDS.changed : status?.note ?? "");
+  views.get(node)?.setNote(changed ? line("changed") : status?.note);
 }
 
 /** The id of a node of the canvas, as a prompt names it. */
@@ -104,7 +133,7 @@ function end(how, detail) {
     const users = downstream(id, node, "MODEL");
     const said = log.verdict(id, { mode: node.mode, known: known !== null, patches, users }, outcome);
     const settings = used.get(id) ?? settingsOf(node);
-    if (said?.text) keep(workflow, id, readStatus({ node: id, text: said.text, settings }));
+    if (said?.text) keep(workflow, id, readStatus({ node: id, said: [said.text], settings }));
     else if (said?.note) keep(workflow, id, { ...known, note: said.note });
   }
 }
@@ -134,10 +163,10 @@ app.registerExtension({
     // what a node says when it has executed: "ready" or why not, and the report
     api.addEventListener("executed", ({ detail }) => {
       const node = String(detail?.display_node ?? detail?.node);
-      const { text, settings } = detail?.output ?? {};
+      const { text, said, settings } = detail?.output ?? {};
       if (text == null || !(findNode(graph(), node)?.comfyClass in HINTS)) return;
       log.tell(node, "ready");
-      receive(readStatus({ node, text: [text].flat().join("\n"), settings: settings?.[0] }));
+      receive(readStatus({ node, said: said?.[0], text: [text].flat().join("\n"), settings: settings?.[0] }));
     });
     api.addEventListener("execution_start", () => {
       running = workflowId();
@@ -178,6 +207,7 @@ app.registerExtension({
       chain(node, "toggleAdvanced", () => views.get(node)?.label());
     }
     addView(node);
+    if (node.comfyClass === COMPARE) addVideos(node);
     // a new node's height still counts what has been folded
     const [width, height] = node.computeSize();
     node.setSize([Math.max(node.size[0], width), height]);

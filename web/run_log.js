@@ -1,16 +1,6 @@
 // What one execution of a workflow has told our nodes, and what to say of those that it told nothing.
 
-export const WORDS = {
-  bypassed: "Bypassed: the model runs without AdaSpa.",
-  muted: "Muted: it takes no part in the workflow.",
-  cached: "Nothing has changed: the result came from ComfyUI's cache.",
-  unused:
-    "No sampler ran with this node: another AdaSpa node behind it took its place, or no sampler has its model.",
-  apart: "It took no part in the last run: nothing that is saved or shown depends on it.",
-  stopped: "The run was stopped before its turn.",
-  failed: "The run ended with an error before its turn.",
-  changed: "The settings have changed since this run.",
-};
+import { line } from "./speak.js";
 
 export class RunLog {
   constructor() {
@@ -42,8 +32,8 @@ export class RunLog {
   }
 
   /**
-   * What to add at the end of an execution: { text } in place of what a node shows, { note } beside it,
-   * or null where its own last words hold.
+   * What to add at the end of an execution: { text }, a line in place of what a node shows, { note }, a line
+   * beside it, or null where its own last words hold.
    *
    * @param {string} id - as in the prompt
    * @param {object} node - { mode, known, patches, users }: LiteGraph's mode, whether it shows a message of
@@ -51,20 +41,20 @@ export class RunLog {
    * @param {object} end - { how: "success" | "stopped" | "failed", node, message }
    */
   verdict(id, { mode, known, patches, users }, end) {
-    if (end.how === "failed" && end.node === id) return { text: String(end.message ?? "").trim() };
+    if (end.how === "failed" && end.node === id) return { text: { text: String(end.message ?? "").trim() } };
     if (this.told.get(id) === "ran" || (this.told.has(id) && !patches)) return null;
-    if (mode === 4) return { text: WORDS.bypassed };
-    if (mode === 2) return { text: WORDS.muted };
+    if (mode === 4) return { text: line("bypassed") };
+    if (mode === 2) return { text: line("muted") };
     if (end.how === "success") {
       const reached = this.told.has(id) || this.cached.has(id);
-      if (!reached) return { text: WORDS.apart };
+      if (!reached) return { text: line("apart") };
       const passedOn = users.some((user) => this.hasExecuted(user));
-      if (patches && (passedOn || !users.length)) return { text: WORDS.unused };
+      if (patches && (passedOn || !users.length)) return { text: line("unused") };
       // a node that only hands a model on has done its part
       if (passedOn) return null;
-      return known ? { note: WORDS.cached } : { text: WORDS.cached };
+      return known ? { note: line("cached") } : { text: line("cached") };
     }
-    return { text: WORDS[end.how] };
+    return { text: line(`${end.how}_before`) };
   }
 }
 

@@ -1,5 +1,7 @@
 // Reads the messages of a run. Plain values in, plain values out: no app, no DOM.
 
+import { readLine } from "./speak.js";
+
 export const KINDS = ["dense", "search", "sparse"];
 
 /** A message as `adaspa.status` brings it, or null if it names no node. */
@@ -11,7 +13,7 @@ export function readStatus(detail) {
   return {
     node: String(detail.node),
     workflow: detail.workflow == null ? null : String(detail.workflow),
-    text: detail.text == null ? "" : String(detail.text),
+    said: (Array.isArray(detail.said) ? detail.said : [detail.text]).map(readLine).filter((said) => said?.text),
     steps,
     first: Number.isInteger(detail.first) ? detail.first : 0,
     step: Math.max(-1, Math.min(step, steps.length - 1)),
@@ -20,12 +22,12 @@ export function readStatus(detail) {
   };
 }
 
-/** One entry per step: { kind, state: "past" | "now" | "ahead", label }; `first` numbers the first. */
+/** One entry per step: { kind, state: "past" | "now" | "ahead", label }; `first` numbers the first, from 0. */
 export function stepStrip({ steps, step, done, first = 0 }) {
   return steps.map((kind, i) => ({
     kind,
     state: i < step || (done && i === step) ? "past" : i === step ? "now" : "ahead",
-    label: `step ${first + i}: ${kind}`,
+    label: `step ${first + i + 1}: ${kind}`,
   }));
 }
 

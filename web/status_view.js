@@ -3,6 +3,7 @@
 /** On every status box; the nodes that hold one are ours. */
 const CLASS = "adaspa-status";
 
+import { line, say } from "./speak.js";
 import { countKinds, stepStrip } from "./status.js";
 
 const COLORS = { dense: "#8b93a1", search: "#e8a33d", sparse: "#35b597" };
@@ -34,47 +35,54 @@ export function addStyles() {
 }
 
 /**
- * @param {string} hint - shown as long as there is nothing else to say
+ * @param {object} hint - a line, shown as long as there is nothing else to say
+ * @param {() => string} locale - the interface's
  * @param {null | { label: () => string, press: () => void }} more - a button that folds settings
  */
-export function statusView(hint, more = null) {
+export function statusView(hint, locale, more = null) {
   const element = part("div", `${STYLE.box} color:var(--input-text, #ddd);`);
   element.className = CLASS;
   const button = more && part("button", STYLE.more, element);
   const strip = part("div", STYLE.strip, element);
   const legend = part("div", STYLE.legend, element);
   const remark = part("div", STYLE.note, element);
-  const line = part("div", STYLE.text, element);
-  let said = "";
+  const text = part("div", STYLE.text, element);
+  let said = [];
 
   function label() {
-    if (button) button.textContent = more.label();
+    if (button) button.textContent = say(more.label(), locale());
   }
 
-  function setText(text) {
-    said = text;
-    line.textContent = text || hint;
+  function setSaid(lines) {
+    said = lines;
+    text.replaceChildren(...(lines.length ? lines : [hint]).map(sentence));
     fade();
   }
 
+  function sentence(said) {
+    const element = part("div", "");
+    element.textContent = say(said, locale());
+    return element;
+  }
+
   function setNote(note) {
-    remark.textContent = note;
+    remark.textContent = note ? say(note, locale()) : "";
     remark.style.display = note ? "" : "none";
     fade();
   }
 
   // what is not of the settings and the run at hand steps back
   function fade() {
-    line.style.opacity = said && !remark.textContent ? "1" : "0.6";
+    text.style.opacity = said.length && !remark.textContent ? "1" : "0.6";
   }
 
   function show(status) {
     const steps = stepStrip(status);
     strip.style.display = legend.style.display = steps.length ? "flex" : "none";
     strip.replaceChildren(...steps.map(segment));
-    legend.replaceChildren(...countKinds(status.steps).map(legendEntry));
-    setNote(status.note ?? "");
-    setText(status.text);
+    legend.replaceChildren(...countKinds(status.steps).map((entry) => legendEntry(entry, locale())));
+    setNote(status.note);
+    setSaid(status.said);
   }
 
   if (button) {
@@ -85,8 +93,8 @@ export function statusView(hint, more = null) {
     });
   }
   label();
-  show({ steps: [], step: -1, done: false, text: "" });
-  return { element, show, setText, setNote, label, text: () => said };
+  show({ steps: [], step: -1, done: false, said: [] });
+  return { element, show, setSaid, setNote, label, text: () => said.map(({ text }) => text).join("\n") };
 }
 
 function segment({ kind, state, label }) {
@@ -96,9 +104,9 @@ function segment({ kind, state, label }) {
   return bar;
 }
 
-function legendEntry({ kind, count }) {
+function legendEntry({ kind, count }, locale) {
   const entry = part("span", "display:inline-flex; align-items:center; gap:4px;");
   part("span", `width:8px; height:8px; border-radius:2px; background:${COLORS[kind]};`, entry);
-  part("span", "", entry).textContent = `${count} ${kind}`;
+  part("span", "", entry).textContent = say(line(`count_${kind}`, { count }), locale);
   return entry;
 }

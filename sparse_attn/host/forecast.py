@@ -164,10 +164,10 @@ class Forecasting:
         kinds = (
             self.run.statistics.step_kinds() if self.run else told.kinds([COMPUTED] * told.steps)
         )
-        text = f"step {plan.first_step + step} of {plan.total_steps}: {kinds[step]}"
+        said = [f"Step {plan.first_step + step + 1} of {plan.total_steps}: {kinds[step]}."]
         if done:
-            text = "\n".join(forecast_lines(told))
-        status.show_steps(self.node_id, text, kinds, plan.first_step, step, done)
+            said = forecast_lines(told)
+        status.show_steps(self.node_id, said, kinds, plan.first_step, step, done)
 
     def end(self) -> None:
         """Say what the forecasts came to."""

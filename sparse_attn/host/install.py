@@ -11,9 +11,11 @@ from ..config import AdaSpaConfig
 from ..run.estimate import why_not_worth
 from ..run.handle import RunHandle
 from ..run.state import RunState
-from ..run.statistics import Fingerprint
+from ..run.statistics import Fingerprint, RunStatistics
+from ..run.verdict import named, numbers
 from ..schedule import plan
-from . import pattern_requests, status
+from ..sentences import Sentence
+from . import pattern_requests, status, timing
 from .backend_history import publish
 from .families import family_of
 from .model_call import CAPTURED, CONTEXT, Declined, ModelCall, captured
@@ -42,12 +44,14 @@ def install(
     handle = RunHandle(config, first, part)
     patched = model.clone()
     wrappers = comfy.patcher_extension.WrappersMP
+    outer = _outer_sample if config.enabled else _outer_sample_off
     for kind, wrapper in (
-        (wrappers.OUTER_SAMPLE, _outer_sample(handle, node_id)),
-        (wrappers.APPLY_MODEL, _apply_model(node_id)),
+        (wrappers.OUTER_SAMPLE, outer(handle, node_id)),
+        (wrappers.SAMPLER_SAMPLE, timing.time_sampler),
+        (wrappers.APPLY_MODEL, _apply_model(node_id) if config.enabled else None),
     ):
         patched.remove_wrappers_with_key(kind, KEY)
-        if config.enabled:
+        if wrapper is not None:
             patched.add_wrapper_with_key(kind, KEY, wrapper)
     # a pattern request of an earlier installation was for that one's runs
     for request in (pattern_requests.BEGIN, pattern_requests.SAVE):
@@ -73,7 +77,8 @@ def _outer_sample(handle: RunHandle, node_id):
         executor, noise, latent_image, sampler, sigmas, denoise_mask=None, callback=None, *args, **kwargs
     ):  # fmt: skip
         patcher = executor.class_obj.model_patcher
-        run = _begin(handle, patcher, sigmas)
+        work = timing.work_of(executor.class_obj, sampler, noise)
+        run = _begin(handle, patcher, sigmas, work)
         handle.runs.append(run.statistics)
         sampling = Sampling(run, tuple(noise.shape), executor.class_obj)
 
@@ -88,14 +93,13 @@ def _outer_sample(handle: RunHandle, node_id):
 
         try:
             sampling.enter()
-            out = executor(
-                noise, latent_image, sampler, sigmas, denoise_mask, spoken, *args, **kwargs
-            )
+            with timing.clock_in(executor.class_obj) as clock:
+                out = executor(
+                    noise, latent_image, sampler, sigmas, denoise_mask, spoken, *args, **kwargs
+                )
         except BaseException:
             run.stop()
-            line = run.statistics.summary()
-            status.log.info("%s", line)
-            status.send(node_id, run.statistics, line, max(run.step, 0), True)
+            _tell_the_end(node_id, run.statistics, max(run.step, 0))
             raise
         else:
             pattern_requests.end(run, patcher, handle)
@@ -104,9 +108,11 @@ def _outer_sample(handle: RunHandle, node_id):
                 # as the sampler's second output has it
                 denoised = patcher.model.process_latent_out(denoised.cpu())
                 run.statistics.results.append(fingerprint(denoised))
-            status.log.info("AdaSpa: %s", run.statistics.summary())
-            last = len(run.schedule.kinds) - 1
-            status.send(node_id, run.statistics, "\n".join(run.statistics.lines()), last, True)
+            run.statistics.took = clock.took
+            run.statistics.sampled = timing.with_sigmas(work, sigmas)
+            run.statistics.seconds_off = timing.PACE.off.get(run.statistics.sampled)
+            _tell_the_end(node_id, run.statistics, len(run.schedule.kinds) - 1)
+            handle.note(handle.metadata)
             return out
         finally:
             sampling.leave()
@@ -114,7 +120,31 @@ def _outer_sample(handle: RunHandle, node_id):
     return wrapper
 
 
-def _begin(handle: RunHandle, patcher, sigmas) -> RunState:
+def _outer_sample_off(handle: RunHandle, node_id):
+    """One sampler run with AdaSpa off, which is timed and otherwise left alone."""
+
+    def wrapper(executor, noise, latent_image, sampler, sigmas, *args, **kwargs):
+        guider = executor.class_obj
+        work = timing.work_of(guider, sampler, noise)
+        with timing.clock_in(guider) as clock:
+            out = executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
+        run = timing.off_run(handle.config, work, sigmas, clock.took)
+        run.part, run.results = handle.part, [fingerprint(out)]
+        handle.runs.append(run)
+        _tell_the_end(node_id, run, len(run.schedule.kinds) - 1)
+        handle.note(handle.metadata)
+        return out
+
+    return wrapper
+
+
+def _tell_the_end(node_id: str | None, statistics: RunStatistics, step: int) -> None:
+    status.log.info("AdaSpa: %s", statistics.summary())
+    said = [*named(statistics), *numbers(statistics)]
+    status.send(node_id, statistics, said, step, True)
+
+
+def _begin(handle: RunHandle, patcher, sigmas, work) -> RunState:
     sampling = patcher.get_model_object("model_sampling")
     carried = pattern_requests.pattern_to_begin(patcher, handle)
     schedule = plan(
@@ -134,6 +164,8 @@ def _begin(handle: RunHandle, patcher, sigmas) -> RunState:
         getattr(comfy.model_prefetch, "pause_malloc_graph", None) or RunState.NO_CONTEXT,
         comfy.model_management.get_free_memory(device) if on_gpu else None,
         carried,
+        timing.PACE,
+        work,
     )
     run.statistics.part = handle.part
     # the new run's takes its place
@@ -162,7 +194,7 @@ def _apply_model(node_id):
                 return executor(x, t, c_concat, c_crossattn, control, options, **inputs)
         step = run.steps.of(float(t.flatten()[0]))
         first = run.step < 0
-        line = status.progress_line(run.statistics, step) if run.enter_step(step) else ""
+        new = run.enter_step(step)
         model = executor.class_obj.diffusion_model
         # a compiled model is a wrapper of another class
         model = getattr(model, "_orig_mod", model)
@@ -183,8 +215,9 @@ def _apply_model(node_id):
                 run, step, previous, model, family, layout, sampling.callers(family, model),
                 place, unplaced, announce, given, attention_override,
             )  # fmt: skip
-        if line and announce is None:
-            status.send(node_id, run.statistics, line, step, False)
+        if new and announce is None:
+            said = status.progress(run.statistics, step) + run.expected()
+            status.send(node_id, run.statistics, said, step, False)
         options[CONTEXT] = call
         publish(options, run, step)
         entered = _noting_entry(options)
@@ -197,7 +230,7 @@ def _apply_model(node_id):
             call.count_unseen(entered[0] if entered else options)
         if announce is not None:
             # said here if no attention call was ours
-            announce("")
+            announce([])
         return out
 
     return wrapper
@@ -231,14 +264,13 @@ def _announcer(run: RunState, layout, node_id):
             say(expected)
 
     def say(expected):
-        run.statistics.expected = expected
-        line = status.progress_line(run.statistics, step)
-        text = f"{line}\n{expected}" if expected else line
-        status.send(node_id, run.statistics, text, step, False)
+        run.statistics.expected = " ".join(expected)
+        said = status.progress(run.statistics, step) + expected
+        status.send(node_id, run.statistics, said, step, False)
 
     if reason := why_not_worth(layout, run.config):
         waits.acquire()
-        say(f"{reason}: leave AdaSpa off")
+        say([Sentence("leave_off", why=reason)])
     return announce
 
 

@@ -10,6 +10,7 @@ import torch
 from ..call import Call, LayerName
 from ..run.estimate import Estimate, Workload, why_not_worth
 from ..run.state import RunState
+from ..sentences import Sentence
 from ..token_layout import TokenLayout
 from .calling_block import calling_block
 from .families.family import Block, Family
@@ -80,7 +81,7 @@ class ModelCall:
         callers: what is known of the model's blocks, by the `id` of their modules.
         place: the part of the video that the call is about, or None for all of it; `unplaced` says
             why it is not known.
-        announce: announce(line), told at every call what to expect of the run, or None.
+        announce: announce(lines), told at every call what to expect of the run, or None.
         inputs: what the family's rules read beside the model.
         override: ours.
     """
@@ -94,7 +95,7 @@ class ModelCall:
     callers: Mapping[int, tuple[Hashable, Block]]
     place: tuple | None = None
     unplaced: str = ""
-    announce: Callable[[str], None] | None = None
+    announce: Callable[[list[str]], None] | None = None
     inputs: Mapping = field(default_factory=dict)
     override: Callable | None = None
     # calls of each block so far, and the blocks whose self-attention came in whatever form
@@ -131,7 +132,7 @@ class ModelCall:
             reason = GRADIENTS
         if reason or caller is None:
             if self.announce is not None and reason in (UNKNOWN_LAYER, ONE_GRAPH, GRADIENTS):
-                self.announce(f"every call runs dense: {reason}")
+                self.announce([Sentence("unknown_model", why=reason)])
             self.run.statistics.kept_dense[reason] += 1
             return None
         scale = host.named.get("scale") or q.shape[-1] ** -0.5
@@ -143,7 +144,7 @@ class ModelCall:
         )
         estimate = self._estimate(call, options)
         if self.announce is not None:
-            self.announce(estimate.line())
+            self.announce([*self.run.expected(), *estimate.said()])
         if self.run.is_plainly_dense(call):
             return [call]
         return self._by_conditioning(call, host, caller, options)

@@ -12,6 +12,7 @@ from pathlib import Path
 from ..patterns.pattern import CarriedPattern
 from ..run.handle import RunHandle
 from ..run.report import gib
+from ..sentences import Sentence
 from . import status
 
 HANDLE, BEGIN, SAVE = "adaspa", "adaspa_begin", "adaspa_save"
@@ -112,14 +113,14 @@ def _save(kept: CarriedPattern | None, request: SaveRequest, statistics) -> None
         statistics.warn("no pattern was saved, because no layer ran sparse")
         return
     try:
-        status.say(request.node_id, f"writing a pattern of {gib(kept.nbytes())}")
+        status.say(request.node_id, Sentence("writing", size=gib(kept.nbytes())))
         path = request.write(kept)
-        saved = f"{path.name}, {gib(path.stat().st_size)}"
+        size = gib(path.stat().st_size)
     except Exception as error:
         request.failed()
         # a full disk must not cost the user the finished video
         status.log.warning("AdaSpa: the pattern was not saved", exc_info=True)
         statistics.warn(f"the pattern was not saved ({error})")
     else:
-        statistics.reuse.kept.append(f"Pattern saved: {saved}")
-        status.say(request.node_id, f"saved {saved}")
+        statistics.reuse.kept.append(f"Pattern saved: {path.name}, {size}")
+        status.say(request.node_id, Sentence("saved", file=path.name, size=size))

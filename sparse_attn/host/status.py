@@ -1,35 +1,42 @@
 """What a run tells its node while it samples."""
 
 import logging
+from collections.abc import Sequence
 
 from ..run.statistics import RunStatistics
+from ..sentences import Sentence, told
 
 log = logging.getLogger("adaspa")
 
 
-def send(node_id: str | None, statistics: RunStatistics, text: str, step: int, done: bool) -> None:
-    """Show a line on the node of a run. Raises nothing."""
-    show_steps(node_id, text, statistics.step_kinds(), statistics.schedule.first_step, step, done)
+def send(
+    node_id: str | None, statistics: RunStatistics, said: Sequence[str], step: int, done: bool
+) -> None:
+    """Show lines on the node of a run. Raises nothing."""
+    show_steps(node_id, said, statistics.step_kinds(), statistics.schedule.first_step, step, done)
 
 
 def show_steps(
-    node_id: str | None, text: str, kinds: list[str], first: int, step: int, done: bool
+    node_id: str | None, said: Sequence[str], kinds: list[str], first: int, step: int, done: bool
 ) -> None:
-    """Show a line and the strip of steps on a node. Raises nothing.
+    """Show lines and the strip of steps on a node. Raises nothing.
 
     Args:
-        kinds: what each step does. first: number of the run's first step in the whole schedule.
+        kinds: what each step does. first: number of the run's first step in the whole schedule,
+            from 0.
     """
+    text = "\n".join(said)
     data = {
-        "node": node_id, "text": text, "steps": kinds, "first": first, "step": step, "done": done
+        "node": node_id, "text": text, "said": [told(line) for line in said], "steps": kinds,
+        "first": first, "step": step, "done": done,
     }  # fmt: skip
     _tell(node_id, text, data)
 
 
 def say(node_id: str | None, text: str) -> None:
-    """Log a line, and show it on a node that is none of attention. Raises nothing."""
+    """Log a line, and show it on a node that has no steps. Raises nothing."""
     log.info("AdaSpa: %s", text)
-    _tell(node_id, text)
+    _tell(node_id, text, {"node": node_id, "text": text, "said": [told(text)]})
 
 
 def _tell(node_id: str | None, text: str, data: dict | None = None) -> None:
@@ -51,14 +58,15 @@ def prompt_id() -> str | None:
     return getattr(_server(), "last_prompt_id", None)
 
 
-def progress_line(statistics: RunStatistics, step: int) -> str:
-    """Such as "step 5 of 20: sparse, density 0.20, recall 0.97"."""
+def progress(statistics: RunStatistics, step: int) -> list[Sentence]:
+    """Such as "Step 6 of 20: sparse." and "Density 0.20, recall 0.97."."""
     schedule = statistics.schedule
-    number = schedule.first_step + step
-    parts = [f"step {number} of {schedule.total_steps}: {schedule.kind(step).value}"]
+    numbers = {"step": str(schedule.number(step)), "total": str(schedule.total_steps)}
+    said = [Sentence(f"step_{schedule.kind(step).value}", **numbers)]
     if recall := statistics.patterns.recall():
-        parts += [f"density {statistics.patterns.density():.2f}", f"recall {recall[0]:.2f}"]
-    return ", ".join(parts)
+        density = statistics.patterns.density()
+        said.append(Sentence("kept", density=f"{density:.2f}", recall=f"{recall[0]:.2f}"))
+    return said
 
 
 def _server():

@@ -8,6 +8,7 @@ from ..method.selection import row_budget
 from ..method.text_sink import count_sinks
 from ..orders.position import video_first
 from ..schedule import Schedule, StepKind
+from ..sentences import Sentence
 from ..token_layout import TokenLayout
 from .report import gib
 
@@ -49,7 +50,7 @@ class Estimate:
     """What a run will do.
 
     Args:
-        layout: of one sequence. steps: step numbers by kind.
+        layout: of one sequence.
         skipped: share of all block pairs of the run's video attention that are not computed, a
             search counted as half a dense pass. Not a share of seconds. 0 where it is unknown.
         held_bytes: memory of one conditioning between steps.
@@ -58,24 +59,21 @@ class Estimate:
     """
 
     layout: TokenLayout
-    steps: str
     skipped: float
     held_bytes: int
     recall: float = 0.0
     windows: bool = False
 
-    def line(self) -> str:
-        begins = f"{self.layout.tokens:,} tokens, {self.steps}: "
-        each = "prompt and each context window" if self.windows else "prompt"
-        holds = f"; holds {gib(self.held_bytes)} for each {each}"
+    def said(self) -> list[Sentence]:
+        tokens = f"{self.layout.tokens:,}"
         if self.recall and self.held_bytes:
-            return f"{begins}the search decides what a recall of {self.recall} can skip{holds}"
-        if self.skipped <= 0:
-            return f"{begins}nothing to gain in these steps"
-        return (
-            f"{begins}skips {self.skipped:.0%} of the video's attention, counted in blocks, not in "
-            f"seconds{holds}"
-        )
+            first = Sentence("expect_recall", tokens=tokens, recall=str(self.recall))
+        elif self.skipped <= 0:
+            return [Sentence("expect_nothing", tokens=tokens)]
+        else:
+            first = Sentence("expect_skip", tokens=tokens, share=f"{self.skipped:.0%}")
+        holds = "holds_windows" if self.windows else "holds"
+        return [first, Sentence(holds, size=gib(self.held_bytes))]
 
 
 def estimate(
@@ -106,7 +104,6 @@ def estimate(
     skipped = (1 - spent / steps) * work.sparse_calls / work.calls if work.calls else 0.0
     return Estimate(
         work.layout,
-        schedule.describe(),
         0.0 if config.recall else skipped,
         cache_size(work, schedule, config, one_pass).total,
         config.recall,
@@ -145,9 +142,9 @@ def cache_size(
 def why_not_worth(layout: TokenLayout, config: AdaSpaConfig) -> str:
     """Say why a sequence of any model gains nothing, or return an empty string."""
     if layout.frames == 1:
-        return "one frame is an image, not a video"
+        return Sentence("one_frame")
     if layout.tokens < config.min_tokens:
-        return f"too short: {layout.tokens:,} tokens, and `min_tokens` is {config.min_tokens:,}"
+        return Sentence("too_short", tokens=f"{layout.tokens:,}", least=f"{config.min_tokens:,}")
     return ""
 
 

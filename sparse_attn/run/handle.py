@@ -8,6 +8,7 @@ from .dense import DenseChoice
 from .statistics import Fingerprint, RunStatistics
 
 RUNS_KEPT = 4
+METADATA = "adaspa"
 
 
 class RunHandle:
@@ -28,6 +29,9 @@ class RunHandle:
         self.first = first
         self.dense_choice = first.dense_choice if first else DenseChoice(config.dense_attention)
         self.runs: deque[RunStatistics] = first.runs if first else deque(maxlen=RUNS_KEPT)
+        # its node, what the user chose there, and what a saved video's metadata are written from
+        self.node, self.preset = "", ""
+        self.metadata: dict | None = None
         # the pattern of the latest run, kept only while `keeps_pattern`
         self.keeps_pattern = False
         self.pattern: CarriedPattern | None = None
@@ -51,11 +55,19 @@ class RunHandle:
             # of runs that made the same the latest
             newest, _ = min(reversed(made), key=lambda one: one[1].distance(latent))
             runs = runs[: newest + 1]
-        parts: dict[str, RunStatistics] = {}
-        for run in reversed(runs):
-            parts.setdefault(run.part, run)
         told = bool(made) or any(run.finished and not run.results for run in runs)
-        return list(parts.values())[::-1], told
+        return _latest_of_parts(runs), told
+
+    def recent(self) -> list[RunStatistics]:
+        """The latest run of each part, newest last."""
+        return _latest_of_parts(list(self.runs))
+
+    def note(self, metadata: dict | None) -> None:
+        """Write the settings and the verdicts of the recent runs into a saved video's metadata."""
+        if metadata is not None and self.runs:
+            others = [run for run in metadata.get(METADATA, []) if run["node"] != self.node]
+            mine = [{**run.record(self.preset), "node": self.node} for run in self.recent()]
+            metadata[METADATA] = others + mine
 
     def carried(self) -> CarriedPattern | None:
         """The pattern that the next run begins with."""
@@ -64,3 +76,10 @@ class RunHandle:
     def serves(self, socket: "RunHandle") -> bool:
         """Whether the ADASPA socket `socket` reports the runs of this handle."""
         return self.runs is socket.runs
+
+
+def _latest_of_parts(runs: list[RunStatistics]) -> list[RunStatistics]:
+    parts: dict[str, RunStatistics] = {}
+    for run in reversed(runs):
+        parts.setdefault(run.part, run)
+    return list(parts.values())[::-1]

@@ -1,29 +1,21 @@
 """What the node, the log and the report say of a run; `run` is its `RunStatistics`."""
 
-from collections import Counter
 from statistics import fmean, median
 
 
 def summary(run) -> str:
-    """One line for the node and the log."""
-    if run.stopped_at is not None:
-        return f"AdaSpa: stopped at step {run.stopped_at} of {run.schedule.total_steps}" + (
-            f"; until then {_what_it_did(run)}" if run.patterns else ", before the first pattern"
-        )
-    return _what_it_did(run)
+    """One line for the log: the verdict, then the numbers."""
+    said = " ".join(run.verdict())
+    return f"{said} {figures(run)}" if run.patterns else said
 
 
-def _what_it_did(run) -> str:
-    if not run.patterns:
-        reasons = run.kept_dense + Counter({f"not seen, {x}": n for x, n in run.unseen.items()})
-        why = ", ".join(f"{reason} ({n})" for reason, n in reasons.most_common(2))
-        ran = run.schedule.describe() if run.layout else "no sparse attention"
-        return "AdaSpa: every call ran dense" + (f": {why}" if why else f" ({ran})")
+def figures(run) -> str:
+    """The numbers of a run that has patterns, in one line."""
     mean, worst = run.patterns.recall()
     label = run.patterns.recall_label()
     parts = [
         f"{run.tokens:,} tokens",
-        run.schedule.describe(),
+        run.schedule.until(run.stopped_at).describe(),
         *([f"{len(skipped)} of them skipped by a cache"] if (skipped := run.skipped()) else []),
         *([f"{len(run.forecast.forecast)} of them forecast"] if run.forecast.forecast else []),
         f"density {run.patterns.density():.2f}",
@@ -40,13 +32,20 @@ def lines(run) -> list[str]:
     """The whole report, a line each."""
     timing = run.timing
     part = f"{run.part.capitalize()}: " if run.part else ""
-    text = [part + summary(run)]
+    text = [part + " ".join(run.verdict()), *([figures(run)] if run.patterns else [])]
+    if not run.config.enabled:
+        return text
     if run.model:
         text.append(f"Model: {run.model}" + (f", {run.layout.describe()}" if run.layout else ""))
     if run.patterns:
         text.append(f"Sparse attention by: {run.backend}")
     if run.dense_choice:
         text.append(f"Dense steps by: {run.dense_choice}")
+    if run.speed is not None:
+        text.append(
+            f"Sparse beside dense: {milliseconds(run.speed.sparse)} and "
+            f"{milliseconds(run.speed.dense)} a call; kept until ComfyUI restarts"
+        )
     if timing.spent():
         text.append(
             f"Attention: {seconds(timing.spent())} spent ({seconds(sum(timing.dense))} dense, "
@@ -158,10 +157,10 @@ def reuse_lines(run) -> list[str]:
     return [line, *refused, *reuse.kept]
 
 
-def ranges(numbers: list[int]) -> str:
-    """Such as "2-4, 7" of ascending numbers."""
+def ranges(steps: list[int]) -> str:
+    """Such as "3-5, 8" of [2, 3, 4, 7]: steps ascend from 0, and people count from 1."""
     parts = []
-    for number in numbers:
+    for number in (step + 1 for step in steps):
         if parts and parts[-1][1] == number - 1:
             parts[-1][1] = number
         else:
@@ -170,9 +169,9 @@ def ranges(numbers: list[int]) -> str:
 
 
 def seconds(value: float) -> str:
-    return (
-        f"{value:.0f} s" if value >= 100 else f"{value:.1f} s" if value >= 1 else f"{value:.2f} s"
-    )
+    if value >= 600:
+        return f"{value / 60:.0f} min"
+    return f"{value:.0f} s" if value >= 20 else f"{value:.1f} s" if value >= 1 else f"{value:.2f} s"
 
 
 def milliseconds(value: float) -> str:

@@ -2,7 +2,7 @@
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from contextlib import nullcontext
 from dataclasses import replace
 
@@ -20,15 +20,18 @@ from ..orders.position import serpentine_order
 from ..patterns.pattern import CarriedPattern
 from ..patterns.reuse import SAMPLED_ROWS, fitting_mask
 from ..schedule import Schedule, StepCounter, StepKind
+from ..sentences import Sentence
 from .cache import Cache
 from .dense import Dense, DenseChoice
-from .estimate import Estimate, Workload, estimate
+from .estimate import Estimate, Workload, estimate, kept_share
 from .layers import Layer, LayerPattern, Layers
 from .memory import until_out_of_memory
+from .pace import Pace
 from .precision import Precision
 from .readback import Origin, Readback, waits
 from .statistics import RunStatistics
 from .timer import Timer
+from .verdict import why_dense
 
 NOT_A_NUMBER = "NaN or infinity in q, k or v"
 OUT_OF_MEMORY = "out of memory while searching"
@@ -50,6 +53,8 @@ class RunState:
         config: what the user asked for.
         schedule: what each step does.
         dense_choice: measurements of the dense candidates; may outlive the run.
+        pace: what is known of speed; may outlive the run.
+        work: what is sampled, for `pace`.
         outlives_block: context in which tensors that outlive a transformer block are allocated.
         free_bytes: free memory of the GPU when the run starts, or None where there is none.
         carried: masks of another run to begin with, or None.
@@ -65,9 +70,12 @@ class RunState:
         outlives_block: Callable = NO_CONTEXT,
         free_bytes: int | None = None,
         carried: CarriedPattern | None = None,
+        pace: Pace | None = None,
+        work: Hashable = None,
     ):
         self.config = config
         self.schedule = schedule
+        self.pace, self.work = pace or Pace(), work
         self.outlives_block = outlives_block
         self.carried = carried
         self.statistics = RunStatistics(config, schedule)
@@ -108,7 +116,7 @@ class RunState:
             [B, H, L, D].
         """
         self._attended.add(call.step)
-        if call.key is None:
+        if call.key is None or not self._pays(call):
             return self.dense.serve(call)
         self._reserve(len(call.q))
         layer, out = self.layers.of(call), None
@@ -124,6 +132,8 @@ class RunState:
 
     def is_plainly_dense(self, call: Call) -> bool:
         """Whether nothing is kept of a call, so that all conditionings may share one."""
+        if not self._pays(call):
+            return True
         if self.schedule.kind(call.step) is not StepKind.DENSE:
             return False
         if self.config.recall or call.foreign or not self.schedule.wants_lse(call.step):
@@ -321,7 +331,7 @@ class RunState:
     def _disable(self, call: Call | Origin, layer: Layer, reason: str, when: str = "from") -> None:
         """Let a layer run dense for the rest of the run."""
         layer.disable(reason)
-        step = self.schedule.first_step + call.step
+        step = self.schedule.number(call.step)
         self.statistics.warn(f"{reason}: the layers concerned run dense {when} step {step}")
 
     # ---- the run
@@ -332,6 +342,7 @@ class RunState:
         Args:
             windows: whether the run samples in context windows; `work` is that of one.
         """
+        self._begin_dense(call)
         backend, _ = self.backends.of(call.q, call.k, call.v)
         found = self.estimates[work.batch] = estimate(
             work, self.schedule, self.config,
@@ -340,6 +351,14 @@ class RunState:
             windows=windows,
         )  # fmt: skip
         return found
+
+    def expected(self) -> list[Sentence]:
+        """About how long the run takes, once a dense step of what it samples was timed."""
+        found = next(iter(self.estimates.values()), None)
+        speed = self.statistics.speed
+        kept = kept_share(found.layout, self.config) if found else 1.0
+        less = (1 - speed.sparse / speed.dense) / (1 - kept) if speed and kept < 1 else 1.0
+        return self.pace.expect(self.work, len(self.schedule.kinds), found and found.skipped * less)
 
     def _reserve(self, batch: int) -> None:
         """At the first call that holds something, decide where the cache lives."""
@@ -383,8 +402,12 @@ class RunState:
         # another node may stand in for the blocks of a model that is entered
         stood_in = bool(self._attended) and step not in self._attended
         if step >= 0 and not stood_in and not self.statistics.was_skipped(step):
-            self.statistics.steps.append((self.schedule.kind(step), now - self._step_began))
+            kind, took = self.schedule.kind(step), now - self._step_began
+            self.statistics.steps.append((kind, took))
+            if kind is StepKind.DENSE:
+                self.pace.note_dense_step(self.work, took, self.statistics)
         self._step_began = now
+        self._judge(step + 1)
 
     def _let_go(self) -> None:
         """Drop what the step did not use, and stop searching where nothing is used twice."""
@@ -395,6 +418,39 @@ class RunState:
             self._in_vain = 0
         elif any(layer.pattern is not None and not layer.served for layer in gone):
             self._in_vain += 1
+
+    def _begin_dense(self, call: Call) -> None:
+        """Run dense from the first call on where that is pinned, or known to be as fast."""
+        speed = self.pace.known(call.q, self.config)
+        if self.config.verdict == "dense":
+            self._run_dense(max(self.step, 0), Sentence("pinned_dense"))
+        elif self.config.verdict == "auto" and speed is not None:
+            self.statistics.speed = speed
+            if not speed.pays:
+                kept = kept_share(call.layout, self.config)
+                self._run_dense(max(self.step, 0), why_dense(speed, kept))
+
+    def _judge(self, step: int) -> None:
+        """Run dense from `step` on where sparse calls have proved no faster, of every shape."""
+        speeds = self.pace.judge(self.statistics.timing, self.config)
+        if self.config.verdict != "auto" or not speeds:
+            return
+        self.statistics.speed = min(speeds.values(), key=lambda speed: speed.dense / speed.sparse)
+        if not any(speed.pays for speed in speeds.values()):
+            kept = self.statistics.patterns.density() or 0.0
+            self._run_dense(step, why_dense(self.statistics.speed, kept))
+
+    def _run_dense(self, step: int, why: Sentence) -> None:
+        planned, statistics = self.schedule, self.statistics
+        self.schedule = statistics.schedule = planned.dense_from(step)
+        if self.schedule != planned:
+            statistics.dense_from, statistics.why_dense = step, why
+            self.layers.clear()
+
+    def _pays(self, call: Call) -> bool:
+        """Whether nothing says that dense calls like this one are faster."""
+        speed = self.pace.known(call.q, self.config) if self.config.verdict == "auto" else None
+        return speed is None or speed.pays
 
     def end_step(self) -> None:
         """Read what the step left on the device: with a carried mask, all that waits for the GPU."""

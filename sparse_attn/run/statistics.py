@@ -11,9 +11,12 @@ import torch
 from ..config import AdaSpaConfig
 from ..forecast.statistics import ForecastStatistics
 from ..schedule import Schedule, StepKind
+from ..sentences import Sentence
 from ..token_layout import TokenLayout
 from . import report
+from .pace import Speed
 from .timer import Timing
+from .verdict import verdict
 
 
 @dataclass
@@ -21,7 +24,7 @@ class Pattern:
     """What one search found for one layer and conditioning; lists run over heads.
 
     Args:
-        step: number of the step within the whole schedule.
+        step: number of the step within the whole schedule, from 0.
         exact: whether the masses came with the step's own LSE; else recall is an estimate.
         density, recall: per head, mean over the batch.
         block_map: [H, rows, columns] uint8, kept share of each cell times 255, first of the batch.
@@ -166,6 +169,11 @@ class RunStatistics:
         layout: of the sequences that AdaSpa serves, or None before the first.
         backend, dense_choice: who computes sparse attention, and serves dense steps, for people.
         expected: what was said before the run.
+        sampled: what decides how long the run takes, its settings aside.
+        took: seconds from the first call of the model to the end of the sampler, or None.
+        seconds_off: what an equal run with AdaSpa off took, or None.
+        speed: of sparse calls beside dense ones, or None where that is not known.
+        dense_from: step of this run, from 0, from which `why_dense` made it dense, or None.
         steps: kind and seconds of each finished step of the whole model.
         entered: numbers, within the run, of the steps in which the diffusion model was entered, or
             may have been.
@@ -175,7 +183,7 @@ class RunStatistics:
         beside: why calls are not the video's self-attention, counted.
         unseen: what stood in the place of self-attention of the video that never came, counted.
         results: of the latents that the run returned, its samples and the last denoised ones.
-        stopped_at: number of the step in the whole schedule at which the run was interrupted.
+        stopped_at: number, from 0, of the step in the whole schedule that was interrupted.
     """
 
     config: AdaSpaConfig
@@ -187,6 +195,12 @@ class RunStatistics:
     dense_choice: str = ""
     expected: str = ""
     timing: Timing = field(default_factory=Timing)
+    sampled: Hashable = None
+    took: float | None = None
+    seconds_off: float | None = None
+    speed: Speed | None = None
+    dense_from: int | None = None
+    why_dense: str = ""
     steps: list[tuple[StepKind, float]] = field(default_factory=list)
     entered: set[int] = field(default_factory=set)
     forecast: ForecastStatistics = field(default_factory=ForecastStatistics)
@@ -239,18 +253,37 @@ class RunStatistics:
             times.setdefault(kind.value if self.patterns else "dense", []).append(took)
         return {kind: median(took) for kind, took in times.items()}
 
+    def seconds_dense(self) -> float | None:
+        """About what the run would have taken dense, by its own dense steps; None without any."""
+        saved = self.timing.saved() if self.timing.dense else None
+        return None if saved is None or self.took is None else self.took + saved
+
+    def verdict(self) -> list[Sentence]:
+        """What people want to know first: seconds, closeness, and what to do."""
+        return verdict(self)
+
     def summary(self) -> str:
-        """One line for the node and the log."""
+        """One line for the log."""
         return report.summary(self)
 
     def lines(self) -> list[str]:
         """The whole report, a line each."""
         return report.lines(self)
 
+    def record(self, preset: str) -> dict:
+        """What the metadata of a saved video hold."""
+        settings = {
+            name: value for name, value in vars(self.config).items() if name != "search_gap"
+        }
+        return {
+            "preset": preset, "settings": settings, "part": self.part,
+            "verdict": " ".join(self.verdict()), "density": self.patterns.density(),
+            "seconds": self.took, "steps": self.schedule.describe(), "tokens": self.tokens,
+        }  # fmt: skip
+
     def as_dict(self) -> dict:
         """Plain numbers for a file or another program."""
         mean, worst = self.patterns.recall() or (None, None)
-        sparse = self.timing.sparse
         return {
             "model": self.model,
             "tokens": self.tokens,
@@ -265,10 +298,15 @@ class RunStatistics:
             "recall_exact": self.patterns.exact(),
             "recall_asked": self.config.recall,
             "recall_sampled": self.patterns.sampled_recall(),
+            "verdict": " ".join(self.verdict()),
+            "sampling_seconds": self.took,
+            "sampling_seconds_dense": self.seconds_dense(),
+            "sampling_seconds_off": self.seconds_off,
+            "dense_from": self.dense_from,
             "attention_seconds": self.timing.spent(),
             "attention_seconds_saved": self.timing.saved(),
             "dense_call_seconds": self.timing.dense_call(),
-            "sparse_call_seconds": median(sparse) if sparse else None,
+            "sparse_call_seconds": self.timing.sparse_call(),
             "step_seconds": self.step_seconds(),
             "held_bytes": self.memory.held_bytes,
             "predicted_bytes": self.memory.predicted_bytes,

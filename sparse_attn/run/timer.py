@@ -1,6 +1,7 @@
 """Times work on a CPU or a GPU without waiting for the GPU at each call."""
 
 import time
+from collections import defaultdict
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from statistics import median
@@ -18,6 +19,7 @@ class Timing:
         search: first searches, dense output included; `search_dense` is their dense pass alone.
         search_again: later searches, without output.
         carry: measuring what carried masks hold. sample: what masks still hold in a later step.
+        shapes: the same by shape of a call and kind.
     """
 
     dense: list[float] = field(default_factory=list)
@@ -27,6 +29,7 @@ class Timing:
     sparse: list[float] = field(default_factory=list)
     carry: list[float] = field(default_factory=list)
     sample: list[float] = field(default_factory=list)
+    shapes: dict[tuple[tuple, str], list[float]] = field(default_factory=lambda: defaultdict(list))
 
     def searching(self) -> float:
         return sum(map(sum, (self.search, self.search_again, self.carry, self.sample)))
@@ -39,12 +42,21 @@ class Timing:
         calls = self.dense or self.search_dense
         return median(calls) if calls else None
 
+    def sparse_call(self) -> float | None:
+        """Seconds of one sparse call."""
+        return median(self.sparse) if self.sparse else None
+
     def saved(self) -> float | None:
         """Seconds saved over running every call dense; negative when the searches cost more."""
         dense = self.dense_call()
         if dense is None or not (self.sparse or self.search):
             return None
         return dense * (len(self.sparse) + len(self.search)) - sum(self.sparse) - self.searching()
+
+
+def shape_of(q: torch.Tensor) -> tuple:
+    """What decides how long a call of one video takes: heads, tokens, dimension, dtype, device."""
+    return *q.shape[1:], q.dtype, q.device
 
 
 class Timer:
@@ -64,14 +76,14 @@ class Timer:
         if q.device.type != "cuda":
             start = time.perf_counter()
             yield
-            self._note(kind, len(q), time.perf_counter() - start)
+            self._note(kind, shape_of(q), len(q), time.perf_counter() - start)
             return
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         stream = torch.cuda.current_stream(q.device)
         begin.record(stream)
         yield
         end.record(stream)
-        self._pending.append((kind, len(q), begin, end))
+        self._pending.append((kind, shape_of(q), len(q), begin, end))
 
     @contextmanager
     def attempt(self, kind: str, q: torch.Tensor):
@@ -82,12 +94,13 @@ class Timer:
     def read(self) -> None:
         """Wait for the measured work and note its seconds."""
         pending, self._pending = self._pending, []
-        for kind, rows, begin, end in pending:
+        for kind, shape, rows, begin, end in pending:
             end.synchronize()
-            self._note(kind, rows, begin.elapsed_time(end) / 1000)
+            self._note(kind, shape, rows, begin.elapsed_time(end) / 1000)
 
     def clear(self) -> None:
         self._pending.clear()
 
-    def _note(self, kind: str, rows: int, seconds: float) -> None:
-        getattr(self.timing, kind).extend([seconds / rows] * rows)
+    def _note(self, kind: str, shape: tuple, rows: int, seconds: float) -> None:
+        for times in (getattr(self.timing, kind), self.timing.shapes[shape, kind]):
+            times.extend([seconds / rows] * rows)

@@ -16,7 +16,7 @@ def graph(
             warmup=0.12, search_points="0.45", head_adaptive=False, dense_layers="",
             start_percent=0.0, end_percent=1.0, min_tokens=4096, cache="auto",
             dense_attention="auto", enabled=enabled, precision="auto", recall=0.0,
-            tail="pooled", token_order="similarity",
+            tail="pooled", token_order="similarity", verdict="auto",
         ),
         "prompt": node("AdaSpaTinyPrompt", text=prompt),
         "nothing": node("AdaSpaTinyPrompt", text=""),

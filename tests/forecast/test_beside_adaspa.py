@@ -8,9 +8,9 @@ from tests.forecast.polynomial_model import BLIND, Told, trace
 from tests.host.host_fixtures import calls, sparse
 
 STEPS = 14
-# dense up to step 2, whose LSE the search of step 3 takes; step 8 searches again
+# dense up to step 2, whose LSE the search of step 3 takes; step 9 searches again
 SETTINGS = {"warmup": 0.2, "search_points": (0.55,), "tail": "none"}
-PLAN = "steps 0-2 dense, 3 search, 4-7 sparse, 8 search, 9-13 sparse"
+PLAN = "steps 1-3 dense, 4 search, 5-8 sparse, 9 search, 10-14 sparse"
 # of BLIND: two in a row, the last step is computed
 FORECAST = [4, 5, 7, 9, 10, 12]
 ORDERS = pytest.mark.parametrize("order", ["before", "after"])
@@ -59,7 +59,7 @@ def test_the_report_of_adaspa_says_what_was_forecast_and_saved(load, told, order
     run = handle.latest()
     assert ", 6 of them forecast, density" in run.summary()
     lines = "\n".join(run.lines())
-    assert "Skip Steps: 6 of 14 steps forecast, 4-5, 7, 9-10, 12; saved about " in lines
+    assert "Skip Steps: 6 of 14 steps forecast, 5-6, 8, 10-11, 13; saved about " in lines
     assert "by a cache" not in lines
     figures = run.as_dict()
     assert figures["steps_forecast"] == FORECAST and figures["steps_skipped"] == []

@@ -48,7 +48,7 @@ def test_a_skipped_search_takes_place_at_the_next_step_that_runs(load, attended,
     out = sample(model, steps=STEPS)
     assert torch.isfinite(out).all()
     run = handle.latest()
-    assert run.schedule.describe() == "steps 0-1 dense, 2 search, 3-9 sparse"
+    assert run.schedule.describe() == "steps 1-2 dense, 3 search, 4-10 sparse"
     skipped = run.skipped()
     assert 2 in skipped and not {0, 1} & set(skipped)
     ran = [step for step in range(2, STEPS) if step not in skipped]
@@ -58,8 +58,8 @@ def test_a_skipped_search_takes_place_at_the_next_step_that_runs(load, attended,
     assert {pattern.step for pattern in run.patterns.values()} == {ran[0]}
     assert f", {len(skipped)} of them skipped by a cache, density" in run.summary()
     (line,) = [line for line in run.lines() if line.startswith("Skipped by a cache: ")]
-    assert line.startswith(f"Skipped by a cache: {len(skipped)} steps, 2")
-    assert line.endswith(f"; searched at step {ran[0]}")
+    assert line.startswith(f"Skipped by a cache: {len(skipped)} steps, 3")
+    assert line.endswith(f"; searched at step {ran[0] + 1}")
     assert run.as_dict()["steps_skipped"] == skipped
 
 
@@ -81,7 +81,7 @@ def test_a_later_search_that_was_skipped_is_made_up_for(load, node, start):
     model, handle = both(load, node, "after", cache, search_points=(0.5,))
     sample(model, steps=STEPS, cfg=1.0)
     run = handle.latest()
-    assert run.schedule.describe() == "steps 0 search, 1-4 sparse, 5 search, 6-9 sparse"
+    assert run.schedule.describe() == "steps 1 search, 2-5 sparse, 6 search, 7-10 sparse"
     skipped = run.skipped()
     assert 5 in skipped
     after = next(step for step in range(6, STEPS) if step not in skipped)

@@ -34,7 +34,7 @@ def test_a_captured_call_runs_dense_on_the_previous_override_and_says_so_once(lo
     lines = handle.latest().lines()
     count = kept_dense(handle)[CAPTURED]
     assert lines.count(f"Kept dense: {count} calls, {CAPTURED}") == 1
-    assert handle.latest().summary().startswith("AdaSpa: every call ran dense: ")
+    assert "Every call ran dense: " in handle.latest().summary()
 
 
 def test_a_run_goes_on_sparse_after_a_capture(load, capture, monkeypatch):
@@ -44,7 +44,7 @@ def test_a_run_goes_on_sparse_after_a_capture(load, capture, monkeypatch):
         monkeypatch.setattr(model_call, "captured", lambda device: number == 0)
 
     sample(model, callback=between_steps)
-    # step 0 searches, 1 is captured
+    # step 1 searches, 1 is captured
     assert calls(handle) == {"search": 4, "sparse": 8}
     assert kept_dense(handle)[CAPTURED] == 4
 

@@ -78,8 +78,9 @@ def test_stopped_run_leaves_nothing_and_the_next_one_works(load, watched, kind):
     assert_nothing_stays(watched, handle)
     assert not handle.latest().finished
     # what was found before can still be reported
-    first = handle.latest().lines()[0]
-    assert first.startswith("AdaSpa: stopped at step 1 of 4; until then 288 tokens, steps 0 search")
+    said, numbers = handle.latest().lines()[:2]
+    assert said == "Stopped at step 2 of 4."
+    assert numbers.startswith("288 tokens, steps 1 search, 2 sparse, density")
     assert handle.latest().as_dict()["stopped_at"] == 1
 
     fresh, _ = sparse(load("wan_h64"), search_points=(0.5,))
@@ -148,7 +149,7 @@ def test_out_of_memory_everywhere_equals_dense(load, monkeypatch):
         model, handle = sparse(load(name))
         assert_same_video(sample(model), sample(load(name)))
         assert kept_dense(handle)[OUT_OF_MEMORY] == layers * 2 * 4
-        assert "every call ran dense" in handle.latest().summary()
+        assert "Every call ran dense" in handle.latest().summary()
 
 
 def test_out_of_memory_in_a_later_search_keeps_the_earlier_mask(load, monkeypatch):

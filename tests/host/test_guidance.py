@@ -77,7 +77,7 @@ def test_further_passes_are_no_further_steps(load, name, guide, order):
         model = guide(model)
     assert_same_video(sample(model, **texts), expected)
     run = handle.latest()
-    assert run.schedule.describe() == "steps 0 dense, 1 search, 2-3 sparse"
+    assert run.schedule.describe() == "steps 1 dense, 2 search, 3-4 sparse"
     sampling = model.get_model_object("model_sampling")
     first, last = (sampling.percent_to_sigma(percent) for percent in (0.2, 0.8))
     inside = sum(last <= sigma <= first for sigma in run.schedule.sigmas)

@@ -211,8 +211,8 @@ def test_a_recall_asked_for_is_held_in_every_head_and_search(load, captured, nam
     assert {step for step, _ in statistics.patterns.samples.values()} == {3}
     text = "\n".join(statistics.lines())
     assert f"Recall asked for: {asked}; the searches found {asked}" in text
-    assert "in step 3 0." in text and "(sampled)" in text
-    assert "the search decides what a recall of" in statistics.expected
+    assert "in step 4 0." in text and "(sampled)" in text
+    assert "The search decides what a recall of" in statistics.expected
 
 
 def test_mask_keeps_the_blocks_of_most_mass(load, captured):
@@ -266,7 +266,7 @@ def test_summary_names_tokens_steps_density_and_time(load):
     model, handle = sparse(load("hunyuan_15"), warmup=0.25)
     sample(model, VIDEO_15)
     text = handle.latest().summary()
-    assert text.startswith("295 tokens, steps 0 dense, 1 search, 2-3 sparse, density 0.")
+    assert " 295 tokens, steps 1 dense, 2 search, 3-4 sparse, density 0." in text
     assert " of attention" in text
     lines = "\n".join(handle.latest().lines())
     assert "Model: HunyuanVideo, 295 tokens (3x8x12 video, 7 other)" in lines

@@ -48,9 +48,9 @@ def test_other_override_serves_dense_and_declined_calls(load, order, reshape):
         model, handle = sparse(load("wan_h64"), warmup=0.5)
         model = with_override(model, other)
     out = sample(model, texts=(7, 9))
-    # steps 0-1 dense, 2 search, 3 sparse; the dense step before a search keeps its LSE only where
+    # steps 1-2 dense, 3 search, 4 sparse; the dense step before a search keeps its LSE only where
     # the search can use it
-    assert handle.latest().schedule.describe() == "steps 0-1 dense, 2 search, 3 sparse"
+    assert handle.latest().schedule.describe() == "steps 1-2 dense, 3 search, 4 sparse"
     assert calls(handle) == {"dense": 8, "search": 4, "sparse": 4}
     assert other.count(288, 7) == other.count(288, 9) == 8
     assert other.count(288, 288) == 8
@@ -120,7 +120,7 @@ def test_other_override_serves_hunyuan_without_knowing_output_shapes(load):
     # the dense steps go through the hook in its own layout, [B, H, L, D]
     model, handle = sparse(with_override(load("hunyuan"), other), warmup=0.5, sparsity=0.0)
     out = sample(model)
-    assert handle.latest().schedule.describe() == "steps 0-1 dense, 2 search, 3 sparse"
+    assert handle.latest().schedule.describe() == "steps 1-2 dense, 3 search, 4 sparse"
     assert_same_video(out, sample(load("hunyuan")))
 
 

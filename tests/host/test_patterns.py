@@ -1,6 +1,7 @@
 """Patterns in ComfyUI: on the MODEL wire, in the user's folders, and what a run says before it."""
 
 import os
+import re
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -44,7 +45,8 @@ def attention(nodes, load):
     def run(name="wan_h64", **settings):
         widgets = {
             "preset": "Custom", "sparsity": 0.6, "block_size": "64", "warmup": 0.0,
-            "search_points": "", "min_tokens": 64, "dense_attention": "host", **settings,
+            "search_points": "", "min_tokens": 64, "dense_attention": "host",
+            "verdict": "sparse", **settings,
         }  # fmt: skip
         model = load(name) if isinstance(name, str) else name
         return nodes["AdaSpaAttention"].execute(model, **widgets).args
@@ -221,8 +223,8 @@ def test_the_size_is_said_before_the_file_is_written(
     (before, existed), (after, exists) = told
     assert (existed, exists) == (False, True)
     # two layers, two prompts, four heads of 5 x 5 blocks in a byte a row, and 288 tokens in order
-    assert before == f"writing a pattern of {2 * 2 * 4 * (5 + 288 * 4) / 2**20:.1f} MiB"
-    assert after.startswith("saved city.safetensors, ")
+    assert before == f"Writing a pattern of {2 * 2 * 4 * (5 + 288 * 4) / 2**20:.1f} MiB."
+    assert after.startswith("Saved city.safetensors, ")
 
 
 def test_a_message_that_cannot_be_sent_costs_neither_the_file_nor_the_run(
@@ -413,12 +415,12 @@ def test_windows_neither_keep_nor_begin_with_a_pattern(comfyui):
 
 @pytest.fixture
 def said(monkeypatch):
-    """What the node shows: (text, done)."""
+    """What the node shows: (lines, done)."""
     from sparse_attn.host import status
 
     found = []
     monkeypatch.setattr(
-        status, "send", lambda node, statistics, text, step, done: found.append((text, done))
+        status, "send", lambda node, statistics, said, step, done: found.append((said, done))
     )
     return found
 
@@ -427,20 +429,19 @@ def test_the_first_line_says_what_to_expect(load, said):
     model, handle = sparse(load("wan_h64"), warmup=0.25)
     sample(model)
     assert [done for _, done in said] == [False] * 4 + [True]
-    progress, expected = said[0][0].split("\n")
-    assert progress == "step 0 of 4: dense"
+    progress, *expected = said[0][0]
+    assert progress == "Step 1 of 4: dense."
     # plain torch searches in a pass and a half; 2 of 5 blocks and one of averages in two steps
-    assert expected.startswith("288 tokens, steps 0 dense, 1 search, 2-3 sparse: skips 7% of")
-    assert handle.latest().as_dict()["expected"] == expected
-    assert "\n" not in said[1][0]
+    assert "288 tokens. Skips 7% of the video's attention, counted in blocks." in expected
+    assert handle.latest().as_dict()["expected"] == " ".join(expected)
+    # seconds, once a dense step was timed
+    assert re.fullmatch(r"About .* s in all; about .* s without AdaSpa\.", said[1][0][-1])
 
 
 def test_a_short_video_is_told_to_leave_it_off(load, said):
     model, handle = sparse(load("wan_h64"), min_tokens=8192)
     sample(model)
-    assert said[0][0].split("\n")[1] == (
-        "too short: 288 tokens, and `min_tokens` is 8,192: leave AdaSpa off"
-    )
+    assert said[0][0][1] == ("too short: 288 tokens, and `min_tokens` is 8,192: leave AdaSpa off.")
     assert len(said) == 5 and kept_dense(handle)
 
 
@@ -450,8 +451,8 @@ def test_a_model_without_a_layout_still_shows_its_steps(load, said, monkeypatch)
     monkeypatch.setattr(install, "_layout", lambda *args: (None, "no rule"))
     model, _ = sparse(load("wan_h64"))
     assert_same_video(sample(model), sample(load("wan_h64")), 1e-6)
-    assert [text for text, _ in said[:4]] == [
-        "step 0 of 4: search", *(f"step {n} of 4: sparse" for n in (1, 2, 3)),
+    assert [lines[0] for lines, _ in said[:4]] == [
+        "Step 1 of 4: search.", *(f"Step {n} of 4: sparse." for n in (2, 3, 4)),
     ]  # fmt: skip
 
 
@@ -552,8 +553,7 @@ def test_both_experts_on_a_server(comfy_server):
     prompt["report"]["inputs"]["adaspa"] = ["adaspa", 2]
     entry = comfy_server.post(prompt)
     lines = text_of(entry, "report").split("\n")
-    assert lines[0].startswith("High noise: 288 tokens, steps 0 search, 1 sparse")
-    assert any(line.startswith("Low noise: 288 tokens, steps 2 search, 3 spa") for line in lines)
+    assert lines[1].startswith("288 tokens, steps 1 search, 2 sparse")
     assert any(line.startswith("Pattern of the high noise expert: ") for line in lines)
     assert len(entry["outputs"]["report"]["adaspa"]) == 2
 

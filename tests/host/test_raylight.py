@@ -115,7 +115,7 @@ def test_a_worker_is_patched_by_value_and_hands_its_runs_back(load):
     assert any("on 2 GPUs" in line for line in latest.lines())
     worker = workers[0]
     worker.model_function_runner(sender(replace(settings, enabled=False)))
-    assert not worker.model.wrappers.get("outer_sample", {}).get("adaspa")
+    assert not worker.model.wrappers.get("apply_model", {}).get("adaspa")
 
 
 def test_the_node_is_offered_where_raylight_is(comfyui, tmp_path, monkeypatch):

@@ -3,6 +3,7 @@
 import asyncio
 import io
 import json
+import re
 import uuid
 
 import pytest
@@ -25,7 +26,7 @@ def graph(model="wan_h64", override=None, seed=1, **widgets):
         "search_points": "", "head_adaptive": False, "dense_layers": "", "start_percent": 0.0,
         "end_percent": 1.0, "min_tokens": 64, "cache": "auto", "dense_attention": "host",
         "enabled": True, "precision": "auto", "recall": 0.0,
-        "tail": "pooled", "token_order": "similarity",
+        "tail": "pooled", "token_order": "similarity", "verdict": "sparse",
     }  # fmt: skip
     source = ["override", 0] if override == "before" else ["loader", 0]
     prompt = {
@@ -90,17 +91,20 @@ def test_whole_graph_runs_and_reports(comfy_server):
 
     entry = comfy_server.post(graph())
     text = text_of(entry, "report")
-    assert text.startswith("288 tokens, steps 0-1 dense, 2 search, 3 sparse, density 0.40")
+    assert "\n288 tokens, steps 1-2 dense, 3 search, 4 sparse, density 0.40" in text
     assert "Not the video's self-attention: 16 calls, cross-attention or grouped heads" in text
     assert "Kept dense" not in text
     (file,) = entry["outputs"]["report"]["images"]
     picture = Image.open(io.BytesIO(comfy_server.view(file)))
     assert picture.size[0] == 1120 and picture.size[1] > 400
-    assert text_of(entry, "adaspa") == "AdaSpa is ready: Custom, sparsity 0.60"
+    assert text_of(entry, "adaspa") == "Ready: Custom, sparsity 0.60."
     (latent,) = entry["outputs"]["save"]["latents"]
     assert len(comfy_server.view(latent)) > 16 * 3 * 16 * 24 * 2
     # one line per run in the log
-    assert "AdaSpa: 288 tokens, steps 0-1 dense, 2 search, 3 sparse" in comfy_server.log
+    assert re.search(
+        r"AdaSpa: .* 288 tokens, steps 1-2 dense, 3 search, 4 sparse", comfy_server.log
+    )
+    assert "AdaSpa: AdaSpa" not in comfy_server.log
 
 
 def test_node_shows_its_progress_while_the_sampler_runs(comfy_server):
@@ -111,12 +115,14 @@ def test_node_shows_its_progress_while_the_sampler_runs(comfy_server):
     assert [data["step"] for data in status] == [0, 1, 2, 3, 3]
     assert [data["done"] for data in status] == [False] * 4 + [True]
     assert status[0]["steps"] == ["dense", "dense", "search", "sparse"]
-    assert status[0]["text"].startswith("step 0 of 4: dense")
-    assert status[3]["text"].startswith("step 3 of 4: sparse, density 0.40, recall 0.")
-    assert status[4]["text"].startswith("288 tokens, ")
+    assert status[0]["text"].startswith("Step 1 of 4: dense.")
+    assert status[3]["text"].startswith("Step 4 of 4: sparse.\nDensity 0.40, recall 0.")
+    assert "\n288 tokens, " in status[4]["text"]
+    assert [line["text"] for line in status[4]["said"]] == status[4]["text"].split("\n")
+    assert status[3]["said"][0]["code"] == "step_sparse"
     # event 3 is the text under the node
     texts = [data for kind, data in found if kind == "binary" and data[:4] == b"\0\0\0\3"]
-    assert any(b"adaspa" in data and b"step 3 of 4" in data for data in texts)
+    assert any(b"adaspa" in data and b"Step 4 of 4" in data for data in texts)
 
 
 def test_new_seed_reruns_the_sampler_alone(comfy_server):
@@ -124,7 +130,7 @@ def test_new_seed_reruns_the_sampler_alone(comfy_server):
     assert "adaspa" not in cached(first)
     second = comfy_server.post(graph(seed=22, min_tokens=65))
     assert "adaspa" in cached(second) and "sampler" not in cached(second)
-    assert text_of(second, "report").startswith("288 tokens, steps 0-1 dense, 2 search, 3 sparse")
+    assert "288 tokens, steps 1-2 dense, 3 search, 4 sparse" in text_of(second, "report")
     third = comfy_server.post(graph(seed=21, min_tokens=65))
     assert "adaspa" in cached(third) and "sampler" not in cached(third)
     latents = [comfy_server.view(run["outputs"]["save"]["latents"][0]) for run in (first, third)]
@@ -147,12 +153,12 @@ def test_another_packs_attention_serves_what_is_not_ours(comfy_server, order):
     assert made["288x7"] == made["288x9"] == 8
     # the first dense step; the second keeps its LSE where the search can use it
     assert made["288x288"] in (4, 8)
-    assert "steps 0-1 dense, 2 search, 3 sparse" in text_of(entry, "report")
+    assert "steps 1-2 dense, 3 search, 4 sparse" in text_of(entry, "report")
 
 
 def test_hunyuan_runs_on_the_server(comfy_server):
     entry = comfy_server.post(graph("hunyuan", warmup=0.0))
-    assert "steps 0 search, 1-3 sparse" in text_of(entry, "report")
+    assert "steps 1 search, 2-4 sparse" in text_of(entry, "report")
     assert "Model: HunyuanVideo" in text_of(entry, "report")
 
 

@@ -46,13 +46,13 @@ def preset(model, name):
 @pytest.mark.parametrize(
     "name, steps, expected",
     [
-        ("Balanced", 4, "steps 0 search, 1-3 sparse"),
-        ("Balanced", 6, "steps 0 dense, 1 search, 2-5 sparse"),
-        ("Balanced", 8, "steps 0 dense, 1 search, 2-3 sparse, 4 search, 5-7 sparse"),
-        ("Fast", 4, "steps 0 search, 1-3 sparse"),
-        ("Fast", 5, "steps 0 dense, 1 search, 2-4 sparse"),
-        ("Fast", 8, "steps 0 dense, 1 search, 2-3 sparse, 4 search, 5-7 sparse"),
-        ("Quality", 8, "steps 0-1 dense, 2 search, 3-4 sparse, 5 search, 6-7 sparse"),
+        ("Balanced", 4, "steps 1 search, 2-4 sparse"),
+        ("Balanced", 6, "steps 1 dense, 2 search, 3-6 sparse"),
+        ("Balanced", 8, "steps 1 dense, 2 search, 3-4 sparse, 5 search, 6-8 sparse"),
+        ("Fast", 4, "steps 1 search, 2-4 sparse"),
+        ("Fast", 5, "steps 1 dense, 2 search, 3-5 sparse"),
+        ("Fast", 8, "steps 1 dense, 2 search, 3-4 sparse, 5 search, 6-8 sparse"),
+        ("Quality", 8, "steps 1-2 dense, 3 search, 4-5 sparse, 6 search, 7-8 sparse"),
     ],
 )
 def test_presets_on_short_schedules(load, name, steps, expected):
@@ -82,7 +82,7 @@ def test_kind_of_a_step_follows_sigma(load, steps_seen, sampler, expected):
     model, handle = sparse(load("wan_h64"), warmup=0.25)
     sample(model, sampler=sampler, cfg=1.0)
     assert steps_seen == expected
-    assert describe(handle) == "steps 0 dense, 1 search, 2-3 sparse"
+    assert describe(handle) == "steps 1 dense, 2 search, 3-4 sparse"
     dense = 2 * expected.count(0)
     # one search; the same step's second evaluation already runs sparse
     assert calls(handle) == {"dense": dense, "search": 2, "sparse": 2 * len(expected) - dense - 2}
@@ -98,7 +98,7 @@ def test_samplers_of_two_evaluations_equal_dense_when_all_is_kept(load, sampler)
 def test_second_evaluation_of_a_step_does_not_search_again(load):
     model, handle = sparse(load("wan_h64"), search_points=(0.25, 0.5))
     sample(model, sampler="dpm_2", cfg=1.0)
-    assert describe(handle) == "steps 0-2 search, 3 sparse"
+    assert describe(handle) == "steps 1-3 search, 4 sparse"
     # seven evaluations, two layers; steps 1 and 2 search anew
     assert calls(handle) == {"search": 2, "search_again": 4, "sparse": 12}
 
@@ -121,8 +121,8 @@ def test_second_sampler_counts_on_where_the_first_stopped(load):
     model, handle = sparse(load("wan_h64"), warmup=PRESETS["Balanced"].warmup)
     halves(model)
     first, second = handle.runs
-    assert first.schedule.describe() == "steps 0 dense, 1 search, 2-3 sparse"
-    assert second.schedule.describe() == "steps 4 search, 5-7 sparse"
+    assert first.schedule.describe() == "steps 1 dense, 2 search, 3-4 sparse"
+    assert second.schedule.describe() == "steps 5 search, 6-8 sparse"
     assert first.schedule.total_steps == second.schedule.total_steps == 8
     assert {pattern.step for pattern in first.patterns.values()} == {1}
     assert {pattern.step for pattern in second.patterns.values()} == {4}
@@ -140,14 +140,14 @@ def test_warmup_that_reaches_into_the_second_sampler_ends_there(load):
     model, handle = sparse(load("wan_h64"), warmup=0.6)
     halves(model)
     first, second = handle.runs
-    assert first.schedule.describe() == "steps 0-3 dense"
-    assert second.schedule.describe() == "steps 4 dense, 5 search, 6-7 sparse"
+    assert first.schedule.describe() == "steps 1-4 dense"
+    assert second.schedule.describe() == "steps 5 dense, 6 search, 7-8 sparse"
 
 
 def test_denoise_below_one_starts_in_the_middle_of_the_schedule(load):
     model, handle = sparse(load("wan_h64"), warmup=0.2)
     sample(model, steps=4, cfg=1.0, denoise=0.5)
-    assert describe(handle) == "steps 4 search, 5-7 sparse"
+    assert describe(handle) == "steps 5 search, 6-8 sparse"
     assert handle.latest().schedule.total_steps == 8
 
 
@@ -165,26 +165,26 @@ def test_no_steps_sample_nothing(load, sigmas):
     assert out.shape == latent.shape
     if handle.runs:
         assert describe(handle) == "no steps"
-        assert "every call ran dense" in handle.latest().summary()
+        assert "Every call ran dense" in handle.latest().summary()
 
 
 def test_percent_window_keeps_both_ends_dense(load):
     model, handle = sparse(load("wan_h64"), start_percent=0.25, end_percent=0.75)
     sample(model, steps=8, cfg=1.0)
-    assert describe(handle) == "steps 0-1 dense, 2 search, 3-5 sparse, 6-7 dense"
+    assert describe(handle) == "steps 1-2 dense, 3 search, 4-6 sparse, 7-8 dense"
 
 
 @pytest.mark.parametrize("scheduler", ["normal", "beta", "sgm_uniform"])
 def test_schedulers_do_not_move_the_first_search(load, scheduler):
     model, handle = sparse(load("wan_h64"), warmup=0.25)
     sample(model, steps=8, cfg=1.0, scheduler=scheduler)
-    assert describe(handle) == "steps 0-1 dense, 2 search, 3-7 sparse"
+    assert describe(handle) == "steps 1-2 dense, 3 search, 4-8 sparse"
 
 
 def test_later_search_chooses_a_new_mask(load):
     model, handle = sparse(load("wan_h64"), search_points=(0.5,))
     sample(model, steps=4, cfg=1.0)
-    assert describe(handle) == "steps 0 search, 1 sparse, 2 search, 3 sparse"
+    assert describe(handle) == "steps 1 search, 2 sparse, 3 search, 4 sparse"
     # a search of the later kind only chooses; its step then runs sparse
     assert calls(handle) == {"search": 2, "search_again": 2, "sparse": 6}
     assert {pattern.step for pattern in handle.latest().patterns.values()} == {2}
@@ -206,7 +206,7 @@ def test_shift_of_the_schedule_does_not_move_the_first_search(load, order, shift
         model, handle = sparse(load("wan_h64"), warmup=0.25)
         model = shifted(model)
     sample(model, steps=8, cfg=1.0)
-    assert describe(handle) == "steps 0-1 dense, 2 search, 3-7 sparse"
+    assert describe(handle) == "steps 1-2 dense, 3 search, 4-8 sparse"
     assert calls(handle) == {"dense": 4, "search": 2, "sparse": 10}
     # the middle of the schedule lies where the shift put it
     assert handle.latest().schedule.sigmas[4] == pytest.approx(shift / (shift + 1), abs=1e-3)
@@ -261,7 +261,7 @@ def test_every_sampler_searches_once_and_never_goes_back(load, steps_seen, sampl
 def test_a_sampler_that_looks_two_sigmas_ahead_searches_in_its_own_step(load, steps_seen):
     model, handle = sparse(load("wan_h64"), warmup=0.4)
     sample(model, steps=5, cfg=1.0, sampler="heunpp2")
-    assert describe(handle) == "steps 0-1 dense, 2 search, 3-4 sparse"
+    assert describe(handle) == "steps 1-2 dense, 3 search, 4-5 sparse"
     # by sigma 0 1 2, 1 2 3, 2 3 4, 3 4, 4
     assert steps_seen == [0, 1, 1, 1, 2, 2, 2, 3, 3, 3, 4, 4]
     # nothing is sparse before the search of step 2, whose first evaluation is the fourth but one
@@ -299,7 +299,7 @@ def test_a_run_that_adds_noise_is_planned_from_its_beginning(load, steps_seen):
     latent = torch.randn(VIDEO, generator=torch.Generator().manual_seed(5))
     sample_sigmas(model, sigmas.tolist(), latent)
     assert steps_seen == list(range(8))
-    assert describe(handle) == "steps 0 dense, 1 search, 2-3 sparse, 4 search, 5-7 sparse"
+    assert describe(handle) == "steps 1 dense, 2 search, 3-4 sparse, 5 search, 6-8 sparse"
     assert calls(handle) == {"dense": 2, "search": 2, "search_again": 2, "sparse": 12}
     assert "skipped by" not in "\n".join(handle.latest().lines())
 
@@ -319,7 +319,7 @@ def test_a_list_that_turns_or_stays_is_walked_step_by_step(load, steps_seen, nam
     steps = len(LISTS[name]) - 1
     sample_sigmas(model, LISTS[name], sampler=sampler)
     assert steps_seen == sorted(steps_seen) and set(steps_seen) == set(range(steps))
-    assert describe(handle).startswith("steps 0-1 dense, 2 search, 3-")
+    assert describe(handle).startswith("steps 1-2 dense, 3 search, 3-")
     assert calls(handle)["search"] == 2
     assert handle.latest().skipped() == []
 

@@ -77,7 +77,7 @@ def test_prompts_in_two_threads(model_paths, split, threads_seen, name, layers, 
     assert len(keys) == 2 and threading.get_ident() not in keys
     first, second = keys.values()
     assert len(first) == len(second) == layers and not first & second
-    assert handle.latest().schedule.describe() == "steps 0 dense, 1 search, 2-3 sparse"
+    assert handle.latest().schedule.describe() == "steps 1 dense, 2 search, 3-4 sparse"
     assert {role for _, role in handle.latest().patterns} == {"positive", "negative"}
     assert_other_video(out, sample(fresh(model_paths, name)))
 

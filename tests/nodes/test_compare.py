@@ -1,6 +1,7 @@
 """AdaSpa Compare, and its PSNR and SSIM against values that are known."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -86,14 +87,19 @@ def test_psnr_of_no_difference_is_infinite():
 
 
 @pytest.fixture
-def compare(comfyui):
+def compare(comfyui, tmp_path, monkeypatch):
+    import folder_paths
+
+    monkeypatch.setattr(folder_paths, "get_temp_directory", lambda: str(tmp_path))
     node = comfy_inprocess.nodes_of(comfy_inprocess.load_pack())["AdaSpaCompare"]
     return node.PREPARE_CLASS_CLONE({"hidden_inputs": {}})
 
 
 def test_schema(compare):
     schema = compare.GET_SCHEMA()
-    assert [put.id for put in schema.inputs] == ["dense", "sparse"]
+    assert [put.id for put in schema.inputs] == ["dense", "sparse", "off", "on"]
+    # those of graphs saved before have no more
+    assert [bool(put.optional) for put in schema.inputs] == [False, False, True, True]
     assert [put.io_type for put in schema.outputs] == ["IMAGE", "IMAGE", "FLOAT", "STRING"]
     assert schema.is_output_node and schema.category == "model/patch"
     assert "8 times" in schema.outputs[1].tooltip
@@ -114,12 +120,14 @@ def test_pictures_and_numbers_of_a_video(compare):
     assert difference[1].allclose(torch.tensor(0.8), atol=1e-5) and not difference[[0, 2]].any()
     assert value == pytest.approx(-10 * math.log10(0.01 / 3), abs=1e-3)
     lines = text.split("\n")
-    assert lines[0].startswith("3 frame(s) of 20 x 16 in 3 channels: PSNR 24.77 dB, SSIM 0.")
-    assert lines[1].startswith("Least alike: frame 1, PSNR 20.00 dB, SSIM 0.")
-    assert "two exact attention kernels" in lines[2] and "Small differences are normal" in lines[2]
+    assert lines[0].startswith("Another video: PSNR 24.77 dB, SSIM 0.")
+    assert lines[1] == "Least alike: frame 1."
+    assert lines[2] == "3 frame(s) of 20 x 16 in 3 channels"
+    assert "two exact attention kernels" in lines[3] and "Small differences are normal" in lines[3]
     # no figure that nobody measured
-    assert not any(letter.isdigit() for letter in lines[2])
-    assert output.ui.as_dict()["text"] == (text,)
+    assert not any(letter.isdigit() for letter in lines[3])
+    assert output.ui["text"] == ["\n".join(lines[:2])]
+    assert [said["code"] for said in output.ui["said"][0]] == ["different", "least_alike"]
 
 
 def test_differences_are_amplified_but_stay_a_picture(compare):
@@ -131,7 +139,61 @@ def test_equal_videos_are_called_equal(compare):
     video = noise(2, 12, 12, 3)
     _, difference, value, text = compare.execute(video, video.clone()).args
     assert not difference.any() and value == 100.0
-    assert text == "2 frame(s) of 12 x 12 in 3 channels: equal in every pixel, SSIM 1.0000"
+    assert text == "Equal in every pixel.\n2 frame(s) of 12 x 12 in 3 channels"
+
+
+@pytest.mark.parametrize(
+    "strength, code", [(0.005, "hard_to_see"), (0.08, "small"), (0.2, "different")]
+)
+def test_words_follow_psnr_and_ssim(compare, strength, code):
+    dense = noise(2, 32, 32, 3).round(decimals=1)
+    sparse = (dense + strength * (noise(2, 32, 32, 3, seed=1) - 0.5)).clamp(0, 1)
+    (said,) = compare.execute(dense, sparse).ui["said"]
+    assert said[0]["code"] == code
+
+
+def test_frames_of_a_long_video_are_shown_from_all_over(compare, tmp_path):
+    from PIL import Image
+
+    dense = torch.linspace(0, 1, 50)[:, None, None, None].expand(50, 12, 1300, 3)
+    (shown,) = compare.execute(dense, dense.flip(0)).ui["adaspa_compare"]
+    frames = shown["frames"]
+    assert len(frames) == len(shown["dense"]) == len(shown["sparse"]) == 24
+    assert (frames[0], frames[-1]) == (0, 49) and frames == sorted(frames)
+    for kind, end in (("dense", 255), ("sparse", 0)):
+        picture = Image.open(tmp_path / shown[kind][-1]["filename"])
+        assert picture.size[0] == 1024 and abs(picture.getpixel((9, 5))[0] - end) < 3
+
+
+# ---- the times of both runs
+
+
+class Node:
+    """As an AdaSpa node whose run took so long."""
+
+    def __init__(self, took, enabled, sampled="size and steps", preset="Balanced"):
+        from sparse_attn.config import AdaSpaConfig
+
+        self.config, self.preset = AdaSpaConfig(enabled=enabled), preset
+        self.runs = [SimpleNamespace(took=took, sampled=sampled)]
+
+    def recent(self):
+        return self.runs
+
+
+TIMES = [
+    (Node(41, False), Node(20.4, True), "Off 41 s, Balanced 20 s: 2.0x, same size and steps."),
+    (Node(41, False), Node(20.4, True, "others"), "Off 41 s, Balanced 20 s; size or steps differ."),
+    (Node(41, True), Node(20.4, True), "Off 41 s, Balanced 20 s; size or steps differ."),
+    (Node(41, False), Node(None, True), "Equal in every pixel."),
+    (None, Node(20.4, True), "Equal in every pixel."),
+]
+
+
+@pytest.mark.parametrize("off, on, first", TIMES)
+def test_both_runs_are_timed(compare, off, on, first):
+    video = noise(2, 12, 12, 3)
+    assert compare.execute(video, video, off, on).args[3].split("\n")[0] == first
 
 
 @pytest.mark.parametrize("shape", [(2, 12, 12, 3), (3, 12, 14, 3), (3, 12, 12, 4)])

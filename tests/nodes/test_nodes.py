@@ -1,5 +1,6 @@
 """The nodes as ComfyUI sees them: their schema, what they refuse, what they show."""
 
+import re
 from itertools import pairwise
 
 import pytest
@@ -29,6 +30,7 @@ WIDGETS = {
         "recall": 0.0,
         "tail": "pooled",
         "token_order": "similarity",
+        "verdict": "auto",
     },
     "AdaSpaReport": {"layer": 0, "head": 0},
 }
@@ -40,13 +42,14 @@ OPTIONS = {
     "precision": ["auto", "bf16", "int8", "fp8"],
     "tail": ["pooled", "none"],
     "token_order": ["similarity", "position"],
+    "verdict": ["auto", "sparse", "dense"],
 }
 # what the interface shows without unfolding
 FACE = ["preset", "enabled"]
 # those that workflows of the first version lack
 LATER = [
     "head_adaptive", "dense_layers", "start_percent", "end_percent", "min_tokens", "cache",
-    "dense_attention", "enabled", "precision", "token_order", "recall", "tail",
+    "dense_attention", "enabled", "precision", "token_order", "recall", "tail", "verdict",
 ]  # fmt: skip
 
 
@@ -87,7 +90,7 @@ def test_pack_offers_its_nodes(nodes):
     ]  # fmt: skip
 
 
-YOUNGEST = ("precision", "recall", "tail", "token_order")
+YOUNGEST = ("precision", "recall", "tail", "token_order", "verdict")
 
 
 @pytest.mark.parametrize("name", list(WIDGETS))
@@ -147,13 +150,13 @@ def test_attention_node_says_that_it_is_ready(load, attention):
     model, handle = attention(load("wan_h64")).args
     assert handle.config.sparsity == 0.8 and handle.config.warmup == 0.12
     text = shown_text(attention(load("wan_h64"), preset="Fast"))
-    assert text == "AdaSpa is ready: Fast, sparsity 0.90"
+    assert text == "Ready: Fast, sparsity 0.90."
     assert model is not load("wan_h64")
 
 
 def test_attention_node_repeats_what_was_asked_for(load, attention):
     output = attention(load("wan_h64"), preset="Quality", recall=0.95, precision="int8")
-    assert shown_text(output) == "AdaSpa is ready: Quality, recall 0.95, int8"
+    assert shown_text(output) == "Ready: Quality, recall 0.95.\nSparse steps in int8."
     config = output.args[1].config
     assert (config.recall, config.precision, config.sparsity) == (0.95, "int8", 0.7)
 
@@ -181,7 +184,7 @@ def test_preset_decides_its_fields_and_leaves_the_others(load, attention):
 
 def test_attention_node_says_that_it_is_off(load, attention):
     output = attention(load("wan_h64"), enabled=False)
-    assert shown_text(output) == "AdaSpa is off"
+    assert shown_text(output) == "AdaSpa is off."
     assert_same_video(sample(output.args[0], steps=2), sample(load("wan_h64"), steps=2), 1e-6)
 
 
@@ -190,7 +193,7 @@ def test_attention_node_says_before_sampling_that_a_model_will_run_dense(load, a
     # any module that is no video model
     model.add_object_patch("diffusion_model", torch.nn.Linear(2, 2))
     text = shown_text(attention(model))
-    assert text == "AdaSpa will run dense: Linear is not a video model that AdaSpa knows"
+    assert text == "Everything will run dense: Linear is not a video model that AdaSpa knows."
 
 
 @pytest.mark.parametrize(
@@ -207,6 +210,7 @@ def test_attention_node_says_before_sampling_that_a_model_will_run_dense(load, a
         ({"precision": "int4"}, "`precision` must be one of"),
         ({"tail": "weighted"}, "`tail` must be one of"),
         ({"token_order": "raster"}, "`token_order` must be one of"),
+        ({"verdict": "yes"}, "`verdict` must be one of auto, sparse, dense"),
         ({"recall": 0.05}, "`recall` must be 0 or from 0.1 to 0.999, got 0.05"),
         ({"recall": 0.9, "head_adaptive": True}, "`recall` gives every head the blocks"),
     ],
@@ -245,12 +249,13 @@ def test_report_without_a_run_says_so(load, attention, report, node):
 
 def test_report_of_a_run_shows_text_and_patterns(load, attention, report):
     model, handle = attention(
-        load("hunyuan"), preset="Custom", sparsity=0.6, warmup=0.0, min_tokens=64, search_points=""
-    ).args
+        load("hunyuan"), preset="Custom", sparsity=0.6, warmup=0.0, min_tokens=64,
+        search_points="", verdict="sparse",
+    ).args  # fmt: skip
     latent = {"samples": sample(model)}
     image, text = assert_picture(report(latent, handle))
     assert text == "\n".join(handle.latest().lines())
-    assert "295 tokens, steps 0 search, 1-3 sparse" in text or "297 tokens" in text
+    assert "295 tokens, steps 1 search, 2-4 sparse" in text or "297 tokens" in text
     assert "Not the video's self-attention: 8 calls" in text
     assert image.shape[1] > 400 and image.shape[2] == 1120
     # other heads have other patterns; numbers past the last are the last
@@ -274,7 +279,7 @@ def test_report_draws_tall_blocks(load, attention, report):
 def test_report_of_a_dense_run_gives_the_reason(load, attention, report):
     model, handle = attention(load("wan_h64")).args
     image, text = assert_picture(report({"samples": sample(model)}, handle))
-    assert text.startswith("AdaSpa: every call ran dense: ")
+    assert re.match(r"Sampling took \S+ s\. Every call ran dense: ", text)
     assert "too short: 288 tokens, and `min_tokens` is 8,192" in text
     assert image.shape[1] < 400
 

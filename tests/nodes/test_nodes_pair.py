@@ -11,7 +11,7 @@ from tests.tools import comfy_inprocess
 
 SETTINGS = {
     **WIDGETS["AdaSpaAttention"], "preset": "Custom", "sparsity": 0.6, "warmup": 0.0,
-    "min_tokens": 64, "dense_attention": "host", "search_points": "",
+    "min_tokens": 64, "dense_attention": "host", "search_points": "", "verdict": "sparse",
 }  # fmt: skip
 
 
@@ -65,11 +65,11 @@ def test_a_workflow_of_an_earlier_version_may_lack_later_widgets(nodes, load):
 
 def test_the_node_names_the_settings_and_the_model_that_will_run_dense(pair, load):
     ready = pair(load("wan_h64"), load("wan_h64"), preset="Fast").ui["text"][0]
-    assert ready == "AdaSpa is ready: Fast, sparsity 0.90"
+    assert ready == "Ready: Fast, sparsity 0.90."
     low = load("wan_h64")
     low.add_object_patch("diffusion_model", torch.nn.Linear(2, 2))
     text = pair(load("wan_h64"), low).ui["text"][0]
-    assert text == "AdaSpa will run dense: Linear is not a video model that AdaSpa knows"
+    assert text == "Everything will run dense: Linear is not a video model that AdaSpa knows."
     with pytest.raises(ValueError, match="`search_points` must ascend"):
         pair(load("wan_h64"), load("wan_h64"), search_points="0.6, 0.3")
 
@@ -81,15 +81,15 @@ def test_the_second_expert_begins_with_the_pattern_of_the_first(pair, load):
     first, second = handle.runs
     assert [run.part for run in handle.runs] == ["high noise", "low noise"]
     assert handle.latest() is second
-    assert first.schedule.describe() == "steps 0 search, 1 sparse"
-    assert second.schedule.describe() == "steps 2 search, 3 sparse"
+    assert first.schedule.describe() == "steps 1 search, 2 sparse"
+    assert second.schedule.describe() == "steps 3 search, 4 sparse"
     assert len(first.timing.search) == 4 and first.reuse.masks == 0
     # a second search only where the recall fell; every layer is accounted for
     assert second.reuse.masks >= 2
     assert second.reuse.masks + sum(second.reuse.refused.values()) == 4
     assert len(second.timing.search) == 4 - second.reuse.masks
     text = "\n".join(second.lines())
-    assert text.startswith("Low noise: 288 tokens, steps 2 search, 3 sparse, density 0.4")
+    assert "\n288 tokens, steps 3 search, 4 sparse, density 0.4" in text
     line = f"Pattern of the high noise expert: {second.reuse.masks} masks used without a search"
     assert line in text
     (line,) = first.reuse.kept
@@ -105,12 +105,14 @@ def test_the_report_of_either_run_is_on_one_socket(pair, load, nodes):
     text = node.execute({"samples": out}, 0, 0, handle).args[2]
     high_noise, low_noise = (run.lines() for run in handle.runs)
     assert text.split("\n") == high_noise + low_noise
-    assert text.startswith("High noise: 288 tokens, steps 0 search, 1 sparse")
-    assert "\nLow noise: 288 tokens, steps 2 search, 3 sparse" in text
+    assert text.startswith("High noise: Sampling took ")
+    assert (
+        "\n288 tokens, steps 1 search, 2 sparse" in text and "\n288 tokens, steps 3 search" in text
+    )
     # a further run of the second alone takes the place of its earlier one
     text = node.execute({"samples": sample(low)}, 0, 0, handle).args[2]
     assert text.count("High noise: ") == text.count("Low noise: ") == 1
-    assert "\nLow noise: 288 tokens, steps 0 search, 1-3 sparse" in text
+    assert "\n288 tokens, steps 1 search, 2-4 sparse" in text
 
 
 def test_a_pattern_that_does_not_hold_is_searched_anew(pair, load):
@@ -188,4 +190,6 @@ def test_the_second_expert_keeps_nothing(pair, load):
 def test_off_leaves_both_models_as_they_are(pair, load):
     high, low, handle = pair(load("wan_h64"), load("wan_h64"), enabled=False).args
     assert torch.equal(halves(high, low), halves(load("wan_h64"), load("wan_h64")))
-    assert not handle.runs
+    # both are timed
+    assert [run.part for run in handle.runs] == ["high noise", "low noise"]
+    assert all(run.took > 0 and not run.patterns for run in handle.runs)

@@ -90,27 +90,26 @@ def test_memory_is_that_of_the_sparse_layers():
 
 
 def test_the_line_says_what_it_counts():
-    line = of("DSss").line()
-    assert line.startswith("75,600 tokens, steps 0 dense, 1 search, 2-3 sparse: skips 40% of")
-    assert "counted in blocks, not in seconds" in line
-    assert line.endswith("holds 0.26 GiB for each prompt")
-    assert "\n" not in line
+    assert of("DSss").said() == [
+        "75,600 tokens. Skips 40% of the video's attention, counted in blocks.",
+        "Holds 0.26 GiB for each prompt.",
+    ]
 
 
 def test_the_line_of_a_recall_promises_no_share():
-    line = of("DSss", recall=0.95).line()
-    assert line.startswith("75,600 tokens, steps 0 dense, 1 search, 2-3 sparse: the search decides")
-    assert "what a recall of 0.95 can skip; holds 0.26 GiB" in line
+    first, holds = of("DSss", recall=0.95).said()
+    assert first == "75,600 tokens. The search decides what a recall of 0.95 can skip."
+    assert holds.startswith("Holds 0.26 GiB")
 
 
 def test_the_line_counts_memory_by_context_window():
-    line = of("DSss", windows=True).line()
-    assert line.endswith("holds 0.26 GiB for each prompt and each context window")
+    said = of("DSss", windows=True).said()
+    assert said[-1] == "Holds 0.26 GiB for each prompt and each context window."
 
 
 def test_a_run_without_gain_is_told_so():
-    assert of("DD").line() == "75,600 tokens, steps 0-1 dense: nothing to gain in these steps"
-    assert "nothing to gain" in of("S").line()
+    for kinds in ("DD", "S"):
+        assert of(kinds).said() == ["75,600 tokens. Nothing to gain in these steps."]
 
 
 WORTH = [

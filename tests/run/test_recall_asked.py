@@ -51,7 +51,7 @@ def test_what_the_mask_still_holds_is_sampled_before_the_next_search():
     found = statistics.patterns[key].recall
     assert line == (
         f"Recall asked for: 0.8; the searches found {min(found):.3f} to {max(found):.3f} by head; "
-        f"in step 9 {sum(held) / 2:.2f} is left, worst head {min(held):.2f} (sampled)"
+        f"in step 10 {sum(held) / 2:.2f} is left, worst head {min(held):.2f} (sampled)"
     )
 
 

@@ -10,6 +10,7 @@ import pytest
 
 from sparse_attn.config import AdaSpaConfig
 from sparse_attn.run import report
+from sparse_attn.run.pace import Speed
 from sparse_attn.run.statistics import RunStatistics
 from sparse_attn.run.timer import Timing
 from sparse_attn.schedule import StepKind
@@ -139,14 +140,6 @@ WINDOWS = (("window", 2, (0, 1)), ("window", 2, (1, 2)))
 UNSEEN = sampled(patterns=dense().patterns, unseen=Counter({"unknown why": 4}))
 # phrase: a run of which it is true, and one of which it is not
 RUNS = {
-    "AdaSpa: stopped at step {} of {}": (sampled(stopped_at=7), a_run()),
-    "; until then {}": (sampled(stopped_at=7), changed(lambda r: setattr(r, "stopped_at", 1), dense())),
-    ", before the first pattern": (
-        changed(lambda r: setattr(r, "stopped_at", 1), dense()), sampled(stopped_at=7)
-    ),
-    "not seen, {}": (UNSEEN, dense(too_short=4)),
-    "no sparse attention": (changed(lambda r: setattr(r, "layout", None), dense()), dense()),
-    "AdaSpa: every call ran dense": (dense(too_short=4), a_run()),
     "{} tokens": (a_run(), changed(lambda r: setattr(r, "layout", None), dense())),
     "{} of them skipped by a cache": (cached(), cached(skipped=())),
     "density {}": (a_run(), dense()),
@@ -159,6 +152,9 @@ RUNS = {
         a_run(), changed(lambda r: setattr(r, "backend", "Triton kernels"), dense())
     ),
     "Dense steps by: {}": (sampled(dense_choice="host"), a_run()),
+    "Sparse beside dense: {} and {} a call; kept until ComfyUI restarts": (
+        sampled(speed=Speed(3.0, 1.0, 640)), a_run()
+    ),
     "Attention: {} spent ({} dense, {} search, {} sparse)": (a_run(), timed()),
     "One call: {} dense, {} sparse ({}x), measured against {}": (a_run(), timed(dense=[1.0])),
     "its own dense calls": (a_run(), timed(search_dense=[9.0], search=[10.0], sparse=[3.0])),

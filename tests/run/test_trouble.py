@@ -37,7 +37,7 @@ def test_nan_gives_the_dense_result_and_is_reported(step, place, bad):
     statistics = run.statistics
     assert statistics.kept_dense == {NOT_A_NUMBER: 2}
     assert statistics.warnings == [
-        f"{NOT_A_NUMBER}: the layers concerned run dense from step {7 + step}"
+        f"{NOT_A_NUMBER}: the layers concerned run dense from step {8 + step}"
     ]
     assert run.pattern() is None and run.layer().lse is None
 
@@ -72,7 +72,7 @@ def test_out_of_memory_in_the_first_search_keeps_sampling_dense(at):
     assert run.attend(1)[1] == ["host"]
     assert run.statistics.kept_dense == {OUT_OF_MEMORY: 2}
     assert run.statistics.warnings == [
-        f"{OUT_OF_MEMORY}: the layers concerned run dense from step 0"
+        f"{OUT_OF_MEMORY}: the layers concerned run dense from step 1"
     ]
 
 

@@ -1,7 +1,8 @@
 import assert from "node:assert/strict";
 import test from "node:test";
 
-import { RunLog, WORDS, haveChanged } from "../../web/run_log.js";
+import { RunLog, haveChanged } from "../../web/run_log.js";
+import { line } from "../../web/speak.js";
 
 const SUCCESS = { how: "success", node: "" };
 const ATTENTION = { mode: 0, known: true, patches: true, users: ["5", "6"] };
@@ -21,13 +22,13 @@ test("a node that sampled, or only shows, keeps its own last words", () => {
 });
 
 test("a node whose model another one took, or nobody, says that it did not sample", () => {
-  const unused = { text: WORDS.unused };
+  const unused = { text: line("unused") };
   assert.deepEqual(told(["1", "ready"]).verdict("1", { ...ATTENTION, users: [] }, SUCCESS), unused);
   const log = new RunLog();
   log.cache(["1"]);
-  assert.deepEqual(log.verdict("1", ATTENTION, SUCCESS), { note: WORDS.cached });
+  assert.deepEqual(log.verdict("1", ATTENTION, SUCCESS), { note: line("cached") });
   log.execute("55");
-  assert.deepEqual(log.verdict("1", ATTENTION, SUCCESS), { note: WORDS.cached });
+  assert.deepEqual(log.verdict("1", ATTENTION, SUCCESS), { note: line("cached") });
   // a sampler inside a subgraph
   log.execute("5:3");
   assert.deepEqual(log.verdict("1", ATTENTION, SUCCESS), unused);
@@ -38,27 +39,27 @@ test("a node whose model another one took, or nobody, says that it did not sampl
 test("an error is shown on the node that made it, and the others say that it came before them", () => {
   const end = { how: "failed", node: "1", message: "`sparsity` must be ...\n" };
   const log = told(["1", "ready"]);
-  assert.deepEqual(log.verdict("1", ATTENTION, end), { text: "`sparsity` must be ..." });
-  assert.deepEqual(log.verdict("2", ATTENTION, end), { text: WORDS.failed });
-  assert.deepEqual(log.verdict("2", ATTENTION, { how: "stopped" }), { text: WORDS.stopped });
+  assert.deepEqual(log.verdict("1", ATTENTION, end), { text: { text: "`sparsity` must be ..." } });
+  assert.deepEqual(log.verdict("2", ATTENTION, end), { text: line("failed_before") });
+  assert.deepEqual(log.verdict("2", ATTENTION, { how: "stopped" }), { text: line("stopped_before") });
 });
 
 test("a node that was not asked says why", () => {
   const log = new RunLog();
   log.cache([3]);
-  assert.deepEqual(log.verdict("3", ATTENTION, SUCCESS), { note: WORDS.cached });
-  assert.deepEqual(log.verdict("3", { ...ATTENTION, known: false }, SUCCESS), { text: WORDS.cached });
-  assert.deepEqual(log.verdict("4", ATTENTION, SUCCESS), { text: WORDS.apart });
-  assert.deepEqual(log.verdict("4", { ...ATTENTION, mode: 4 }, SUCCESS), { text: WORDS.bypassed });
-  assert.deepEqual(log.verdict("4", { ...ATTENTION, mode: 2 }, SUCCESS), { text: WORDS.muted });
+  assert.deepEqual(log.verdict("3", ATTENTION, SUCCESS), { note: line("cached") });
+  assert.deepEqual(log.verdict("3", { ...ATTENTION, known: false }, SUCCESS), { text: line("cached") });
+  assert.deepEqual(log.verdict("4", ATTENTION, SUCCESS), { text: line("apart") });
+  assert.deepEqual(log.verdict("4", { ...ATTENTION, mode: 4 }, SUCCESS), { text: line("bypassed") });
+  assert.deepEqual(log.verdict("4", { ...ATTENTION, mode: 2 }, SUCCESS), { text: line("muted") });
 });
 
 test("every execution begins anew", () => {
   const log = told(["1", "ran"]);
   log.cache(["2"]);
   log.begin();
-  assert.deepEqual(log.verdict("1", ATTENTION, SUCCESS), { text: WORDS.apart });
-  assert.deepEqual(log.verdict("2", ATTENTION, SUCCESS), { text: WORDS.apart });
+  assert.deepEqual(log.verdict("1", ATTENTION, SUCCESS), { text: line("apart") });
+  assert.deepEqual(log.verdict("2", ATTENTION, SUCCESS), { text: line("apart") });
 });
 
 test("settings have changed when a widget holds another value", () => {

@@ -9,7 +9,7 @@ test("a message is read with its node as text", () => {
   assert.deepEqual(readStatus(MESSAGE), {
     node: "7",
     workflow: null,
-    text: "step 2",
+    said: [{ text: "step 2" }],
     steps: ["dense", "search", "sparse"],
     first: 0,
     step: 2,
@@ -31,7 +31,7 @@ test("malformed fields become harmless ones", () => {
   assert.deepEqual(status.steps, ["dense"]);
   assert.equal(status.step, 0);
   assert.equal(status.done, false);
-  assert.equal(status.text, "");
+  assert.deepEqual(status.said, []);
   assert.equal(readStatus({ node: 1, steps: "dense", step: "x" }).step, -1);
 });
 
@@ -47,9 +47,9 @@ test("a finished run has no current step, and a stopped one shows how far it cam
   assert.deepEqual(stopped.map(({ state }) => state), ["past", "ahead", "ahead"]);
 });
 
-test("labels count from the run's first step", () => {
+test("labels count from the run's first step, as people do", () => {
   const strip = stepStrip(readStatus({ ...MESSAGE, first: 10 }));
-  assert.deepEqual(strip.map(({ label }) => label), ["step 10: dense", "step 11: search", "step 12: sparse"]);
+  assert.deepEqual(strip.map(({ label }) => label), ["step 11: dense", "step 12: search", "step 13: sparse"]);
 });
 
 test("the legend lists the kinds that occur, in order", () => {

@@ -67,7 +67,7 @@ def test_preset_enabled_and_status_are_all_that_is_shown(graph, kind):
         else graph.get_by_text("Show settings")
     )
     button.click()
-    assert len(graph.evaluate(shown)) == 18
+    assert len(graph.evaluate(shown)) == 19
     graph.wait_for_function("() => node.size[1] > 500")
     if not graph.vue:
         graph.get_by_text("Hide settings").click()

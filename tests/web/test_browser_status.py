@@ -18,7 +18,8 @@ GRAPH = """() => {
     const loader = make("UNETLoader", { unet_name: "tiny_wan_h64.safetensors" });
     const [text, other] = [make("AdaSpaHostTestPrompt"), make("AdaSpaHostTestPrompt", { seed: 1 })];
     const latent = make("EmptyHunyuanLatentVideo", { width: 192, height: 128, length: 9 });
-    const settings = { preset: "Custom", min_tokens: 64, sparsity: 0.5, tail: "none" };
+    const settings = { preset: "Custom", min_tokens: 64, sparsity: 0.5, tail: "none",
+        verdict: "sparse" };
     window.first = make("AdaSpaAttention", settings);
     window.second = make("AdaSpaAttention", settings);
     window.sampler = make("KSampler", { steps: 3, cfg: 1, seed: 7 });
@@ -71,7 +72,7 @@ def test_a_status_follows_what_became_of_its_node(graph):
 
     # another one of ours behind it takes its place
     graph.evaluate(
-        """() => { window.second = make("AdaSpaAttention", { preset: "Custom", min_tokens: 64 });
+        """() => { window.second = make("AdaSpaAttention", { preset: "Custom", min_tokens: 64, verdict: "sparse" });
             first.connect(0, second, 0); second.connect(0, sampler, 0); }"""
     )
     run(graph)

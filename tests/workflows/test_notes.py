@@ -57,7 +57,7 @@ def test_advice_of_the_note_does_what_it_says(name, steps, config):
     if steps == 6:
         assert f"6 steps it becomes {described};" in notes(workflow)
     else:
-        assert described == "0 dense, 1 search, 2-3 sparse"
+        assert described == "1 dense, 2 search, 3-4 sparse"
         said = f"*warmup* {config.warmup}, which keeps the first step dense and searches in the"
         assert said in notes(workflow)
 

@@ -70,8 +70,8 @@ def test_a_new_preset_and_a_new_widget_reach_every_graph(path, schemas, tmp_path
 def test_a_note_that_counts_other_samplers_is_refused():
     workflow = unfold(read(FILES["Wan 2.2 14B text to video"]))
     for words in (
-        "Here: steps 0 dense, 1 search.",
-        "steps 0 dense, steps 1 search, steps 2 sparse",
+        "Here: steps 1 dense, 2 search.",
+        "steps 1 dense, steps 2 search, steps 3 sparse",
     ):
         with pytest.raises(ValueError, match="The graph has 2 samplers"):
             renewed(words, workflow)

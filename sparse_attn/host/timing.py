@@ -1,0 +1,77 @@
+"""How long samplers take, with AdaSpa and with it off, and what this process knows of it."""
+
+import time
+from collections.abc import Hashable, Iterator
+from contextlib import contextmanager
+
+import torch
+
+from ..config import AdaSpaConfig
+from ..run.pace import Pace
+from ..run.statistics import RunStatistics
+from ..schedule import Schedule, StepKind
+
+# kept until ComfyUI restarts
+PACE = Pace()
+# under this key a clock travels through transformer_options
+CLOCK = "adaspa_clock"
+
+
+class Clock:
+    """Seconds from the first step of a sampler to its result; loading models comes before."""
+
+    took: float | None = None
+
+    def __deepcopy__(self, memo):
+        # options are copied by nodes that change some of them, for the same sampling
+        return self
+
+
+@contextmanager
+def clock_in(guider) -> Iterator[Clock]:
+    """Put a clock into the options of a guider, for `time_sampler`."""
+    options = guider.model_options.setdefault("transformer_options", {})
+    options[CLOCK] = clock = Clock()
+    try:
+        yield clock
+    finally:
+        options.pop(CLOCK, None)
+
+
+def time_sampler(executor, guider, sigmas, extra_args, *args, **kwargs):
+    """Wrap ComfyUI's sampler: note in the clock how long it takes, until its result is computed."""
+    began = time.perf_counter()
+    out = executor(guider, sigmas, extra_args, *args, **kwargs)
+    if isinstance(out, torch.Tensor):
+        # waits for the device, after the last step
+        out.flatten()[:1].cpu()
+    clock = extra_args.get("model_options", {}).get("transformer_options", {}).get(CLOCK)
+    if clock is not None:
+        clock.took = time.perf_counter() - began
+    return out
+
+
+def work_of(guider, sampler, noise) -> Hashable:
+    """What decides how long a step takes: the model, the latent, the guidance, the sampler."""
+    model = guider.model_patcher.get_model_object("diffusion_model")
+    method = getattr(getattr(sampler, "sampler_function", None), "__name__", "")
+    prompts = len(getattr(guider, "conds", ()))
+    return type(model).__name__, tuple(noise.shape), getattr(guider, "cfg", None), prompts, method
+
+
+def with_sigmas(work: Hashable, sigmas: torch.Tensor) -> Hashable:
+    """What decides how long a run takes."""
+    return work, *(round(sigma, 4) for sigma in sigmas.tolist())
+
+
+def off_run(
+    config: AdaSpaConfig, work: Hashable, sigmas: torch.Tensor, took: float | None
+) -> RunStatistics:
+    """The statistics of a run with AdaSpa off; the process remembers its seconds."""
+    steps = len(sigmas) - 1
+    schedule = Schedule((StepKind.DENSE,) * steps, 0, steps, tuple(sigmas.tolist()))
+    if took is not None and steps > 0:
+        PACE.off[with_sigmas(work, sigmas)] = took
+        PACE.dense_steps.setdefault(work, (took / steps, None))
+    sampled = with_sigmas(work, sigmas)
+    return RunStatistics(config, schedule, sampled=sampled, took=took, finished=True)
