@@ -13,20 +13,23 @@ import time
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests" / "demo")]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "demo")]
 
 from drawings import race, side_by_side  # noqa: E402
-from graph import PROMPT, graph  # noqa: E402
+from graph import ON_A_CPU, PROMPT, graph  # noqa: E402
 from tools.comfy_server import ComfyServer, ServerFailed  # noqa: E402
+
+from sparse_attn.config import PRESET_FIELDS, PRESETS  # noqa: E402
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
-        "--preset", default="Quality", choices=["Quality", "Balanced", "Fast", "Paper"]
+        "--preset", default="Balanced", choices=["Quality", "Balanced", "Fast", "Paper"]
     )
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--seed", type=int, default=1)
@@ -64,9 +67,13 @@ def main() -> int:
 
 def sample(server, options, *, enabled: bool, steps: int | None = None) -> dict:
     """Run the workflow once: frames [N, Y, X, 3] uint8, seconds, the report."""
+    preset, settings = options.preset, {}
+    if not torch.cuda.is_available():
+        decided = {name: getattr(PRESETS[preset], name) for name in PRESET_FIELDS}
+        preset, settings = "Custom", decided | ON_A_CPU
     prompt = graph(
-        preset=options.preset, enabled=enabled, prompt=options.prompt, seed=options.seed,
-        steps=steps or options.steps,
+        preset=preset, enabled=enabled, prompt=options.prompt, seed=options.seed,
+        steps=steps or options.steps, settings=settings,
     )  # fmt: skip
     if not enabled:
         # no run, no report
@@ -98,7 +105,7 @@ def psnr(a: np.ndarray, b: np.ndarray) -> float:
 def compare(dense: dict, sparse: dict, options) -> dict:
     report = sparse["report"]
     return {
-        "preset": options.preset,
+        "preset": options.preset + ("" if torch.cuda.is_available() else ", one search"),
         "prompt": options.prompt,
         "seed": options.seed,
         "sampler_steps": options.steps,
