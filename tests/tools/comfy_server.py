@@ -69,6 +69,7 @@ class ComfyServer(ComfyClient):
         port: None takes a free one.
         args: more arguments for ComfyUI's `main.py`.
         cpu: None looks whether torch sees an accelerator.
+        pack: the folder of the pack that it loads.
         end_with_parent: stop when this process dies; never needed on Windows.
     """
 
@@ -85,6 +86,7 @@ class ComfyServer(ComfyClient):
         cpu: bool | None = None,
         python: str = sys.executable,
         timeout: float = 240,
+        pack: Path = ROOT,
         env: dict[str, str] | None = None,
     ):
         self.comfyui_path = Path(comfyui_path).resolve()
@@ -97,6 +99,7 @@ class ComfyServer(ComfyClient):
         self.cpu = cpu
         self.python = str(python)
         self.timeout = timeout
+        self.pack = pack
         self.env = env or {}
         self.process: subprocess.Popen | None = None
         self.started_in = 0.0
@@ -121,7 +124,7 @@ class ComfyServer(ComfyClient):
         for name in FOLDERS:
             (self.base_directory / name).mkdir(parents=True, exist_ok=True)
         custom_nodes = self.base_directory / "custom_nodes"
-        link_pack(custom_nodes)
+        link_pack(custom_nodes, self.pack)
         for item in self.extra_custom_nodes:
             name, folder = item if isinstance(item, tuple) else (Path(item).name, item)
             folder = Path(folder).resolve()
