@@ -94,6 +94,7 @@ def test_tests_of_the_host_are_found_by_their_names():
     own = {
         Path(__file__),
         Path(__file__).with_name("test_environment.py"),
+        Path(__file__).with_name("test_archive.py"),
         tests / "tiny_model" / "test_procedural_video.py",
         tests / "lab" / "test_lab.py",
     }
