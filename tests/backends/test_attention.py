@@ -152,6 +152,16 @@ def test_reads_only_what_the_mask_keeps(attention, block_k, device):
     assert torch.equal(out, poisoned_out) and (lse is None or torch.equal(lse, poisoned_lse))
 
 
+def test_copies_rows_that_lie_too_far_apart():
+    pytest.importorskip("triton")
+    from sparse_attn.backends.triton.launch import aligned
+
+    x = torch.zeros(1, 1, 2, 2**23, dtype=torch.bfloat16)
+    assert aligned(x[..., :64]).stride(2) == 64
+    near = x.view(1, 1, 4, 2**22)[..., :64]
+    assert aligned(near) is near
+
+
 @KERNELS
 def test_reads_nothing_beside_its_tensors(attention, device):
     whole = [torch.full((1, 2, 400, 64), float("nan"), device=device) for _ in range(3)]

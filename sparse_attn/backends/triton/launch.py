@@ -8,6 +8,8 @@ import triton
 DTYPES = (torch.float16, torch.bfloat16)
 HEAD_DIMS = (64, 128)
 BLOCK_SIZES = (64, 128)
+# elements between rows
+FARTHEST_ROW = 2**23
 INTERPRETED = triton.knobs.runtime.interpret
 
 
@@ -71,6 +73,8 @@ def aligned(x: torch.Tensor) -> torch.Tensor:
     """x with D contiguous and every row on 16 bytes; a copy only when it is not so already."""
     strides = [s for s, n in zip(x.stride()[:3], x.shape[:3], strict=True) if n > 1]
     fits = x.stride(-1) == 1 and x.data_ptr() % 16 == 0 and all(s % 8 == 0 for s in strides)
+    # a tile's rows, 128 or 256, lie within 2^31 elements of its first
+    fits = fits and x.stride(2) < FARTHEST_ROW
     return x if fits else x.contiguous()
 
 
