@@ -20,7 +20,7 @@ test("a line without words, or of a newer server, is said as it came", () => {
 
 test("the page's own lines have English of their own", () => {
   assert.equal(line("count_dense", { count: 3 }).text, "3 dense");
-  assert.equal(say(line("count_dense", { count: 3 }), "ko"), "밀집 3");
+  assert.equal(say(line("count_dense", { count: 3 }), "ko"), "전체 3");
 });
 
 test("a message is read into lines of text", () => {
