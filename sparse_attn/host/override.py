@@ -1,5 +1,6 @@
 """The hook in ComfyUI's attention: what is ours goes to the run, all else goes on as it came."""
 
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,6 +14,8 @@ from .host_call import HostCall
 from .model_call import CONTEXT, IN_GRAPH, Declined, ModelCall
 
 _thread = threading.local()
+# from the hook to the host's call of it, those of `torch.compiler.disable` included
+FRAMES = 8
 # ComfyUI's attention functions that compiled graphs hold, by number
 _functions: list[Callable] = []
 # what the operator below takes, besides the arguments that have names in the hook itself
@@ -74,7 +77,8 @@ def _served(
     context = options.get(CONTEXT)
     previous = None if context is None else context.previous
     host = HostCall(
-        func if previous is None else partial(previous, func), q, k, v, heads, mask, skip_reshape,
+        _preferred(func) if previous is None else partial(previous, func), q, k, v, heads, mask,
+        skip_reshape,
         skip_output_reshape, {"attn_precision": attn_precision, **kwargs},
         foreign=previous is not None,
     )  # fmt: skip
@@ -84,6 +88,23 @@ def _served(
     if out is None:
         return host.as_it_came()
     return out if skip_output_reshape else out.transpose(1, 2).flatten(2)
+
+
+def _preferred(func: Callable) -> Callable:
+    """The attention that the calling layer's weights ask for, or `func`.
+
+    ComfyUI 0.34 and later run it in place of `func`, but keep it from overrides: what knows it is the
+    frame that called ours.
+    """
+    frame = sys._getframe(1)
+    for _ in range(FRAMES):
+        if frame is None:
+            break
+        if frame.f_code.co_name == "wrapper" and frame.f_locals.get("func") is func:
+            preferred = frame.f_locals.get("preferred_attention")
+            return getattr(preferred, "function", None) or func
+        frame = frame.f_back
+    return func
 
 
 _serve: Any = torch.compiler.disable(_served)

@@ -1,5 +1,7 @@
 """Other packs use the same hook: theirs still serves what is not ours, before or after ours."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -191,6 +193,54 @@ def test_newer_core_hands_our_override_plain_tensors():
     }  # fmt: skip
     # its mere presence would make the core pass containers and no function
     assert not hasattr(attention_override, "container_function")
+
+
+def preferring(preferred, func):
+    """As newer cores call an override for a layer whose weights ask for an attention."""
+
+    def wrapper(*args, **kwargs):
+        preferred_attention = kwargs.pop("preferred_attention", None)
+        kwargs["_inside_attn_wrapper"] = True
+        options = kwargs.get("transformer_options") or {}
+        if KEY in options:
+            return options[KEY](func, *args, **kwargs)
+        return (getattr(preferred_attention, "function", None) or func)(*args, **kwargs)
+
+    return lambda *args, **kwargs: wrapper(*args, preferred_attention=preferred, **kwargs)
+
+
+@pytest.mark.parametrize("other", [None, Override()], ids=["alone", "after another override"])
+def test_a_layer_that_asks_for_an_attention_gets_it_for_what_is_not_ours(load, monkeypatch, other):
+    from comfy.ldm.modules import attention
+    from comfy.ldm.wan import model as wan
+
+    usual, asked = [], []
+    plain = attention.attention_pytorch.__wrapped__
+
+    def noting(calls):
+        def function(*args, **kwargs):
+            calls.append(args[0].shape[-2])
+            return plain(*args, **kwargs)
+
+        return function
+
+    model = load("wan_h64")
+    if other is not None:
+        model = with_override(model, other)
+    layer = SimpleNamespace(function=noting(asked))
+    monkeypatch.setattr(wan, "optimized_attention", preferring(layer, noting(usual)))
+    patched, handle = sparse(model, warmup=0.5)
+    sample(patched)
+    # two dense steps, two prompts, two layers; cross-attention comes in all four steps
+    assert calls(handle) == {"dense": 8, "search": 4, "sparse": 4}
+    # an override stands before the layer's wish, as without us
+    served, left = (asked, usual) if other is None else (usual, asked)
+    assert len(served) == 8 + 16 and not left
+    layer.function = None
+    asked.clear()
+    usual.clear()
+    sample(patched)
+    assert len(usual) == 8 + 16 and not asked
 
 
 def test_predecessor_with_a_container_function_gets_plain_calls(load):
