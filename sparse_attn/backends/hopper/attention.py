@@ -113,6 +113,49 @@ def _start_values(b_p0, b_p1, b_acc, ring, turn, D: gl.constexpr):
 
 
 @gluon.jit
+def _start_turn(b_p0, b_p1, b_acc, b_q, ring, n, D: gl.constexpr, S: gl.constexpr):
+    """Start turn n: the scores of its keys, then P V of the turn before."""
+    b_s0, b_s1 = _start_pair(b_q, ring, 2 * n - 1, D, S)
+    ring.wait(2 * n)
+    return b_s0, b_s1, _start_values(b_p0, b_p1, b_acc, ring, 2 * n, D)
+
+
+@gluon.jit
+def _wait_scores(b_s0, b_s1, ring, n):
+    """The scores of turn n, while P V goes on."""
+    b_s0, b_s1 = warpgroup_mma_wait(2, deps=(b_s0, b_s1))
+    ring.release(2 * n - 1)
+    return b_s0, b_s1
+
+
+@gluon.jit
+def _end_turn(b_p0, b_p1, b_acc, b_e0, b_e1, b_rescale, ring, n, OPERAND: gl.constexpr):
+    """End turn n: P V of the turn before is rescaled, and its weights b_e become operands."""
+    # this wait's branch keeps the exponentials above the wait for P V, where they cost nothing; its
+    # turn is the next pair's keys, or the last values
+    ring.wait(2 * n + 1)
+    b_acc, b_p0, b_p1 = warpgroup_mma_wait(0, deps=(b_acc, b_p0, b_p1))
+    ring.release(2 * n)
+    b_acc = b_acc * gl.convert_layout(b_rescale, gl.SliceLayout(1, b_acc.type.layout))[:, None]
+    b_p0 = gl.convert_layout(b_e0.to(b_p0.dtype), OPERAND)
+    b_p1 = gl.convert_layout(b_e1.to(b_p1.dtype), OPERAND)
+    return b_p0, b_p1, b_acc
+
+
+@gluon.jit
+def _packed(b_p):
+    """The same weights, kept two to a register from one loop into the next.
+
+    Without it Triton 3.6 takes them apart and together again in every turn. A tail at density 0.2
+    took 66.5 ms, 74.1 without it, 70.0 with one loop for keys and means (128 rows, 24 heads x
+    119,040 x 128, H200).
+    """
+    return gl.inline_asm_elementwise(
+        "mov.b32 $0, $1;", "=r,r", [b_p], dtype=b_p.dtype, is_pure=True, pack=2
+    )
+
+
+@gluon.jit
 def _put_pair(b_strip, o_t, t, b_share0, b_share1):
     """Note what the rows give to tiles t and t + 1 in two columns of the strip."""
     # all 64 rows: with pairs of them added first, as in hopper/block_masses, a dense call took 331
@@ -190,59 +233,25 @@ def _consume(queries, ring, work, x, CONSUMER: gl.constexpr, D: gl.constexpr):
     b_p0 = gl.convert_layout(b_e0.to(dtype), OUT_OPERAND)
     b_p1 = gl.convert_layout(b_e1.to(dtype), OUT_OPERAND)
 
-    turns = work.num_pairs
-    if HAS_POOLED:
-        turns += work.num_pooled_pairs
-        num_words = 2 * gl.cdiv(x.num_pooled, TILE)
-        p_words = x.words + (i_bh * x.Nq + work.i_q) * num_words
-        p_sizes = x.log_sizes + work.i_b.to(gl.int64) * x.num_pooled
-        p_uneven = x.uneven_flags + work.i_b.to(gl.int64) * gl.cdiv(x.num_pooled, TILE)
-
-    # turn 1 is keys again, or the values of an only pair. One loop for keys and means: with two, the
-    # compiler unpacked the weights in every turn, and a tail took 74.1 ms instead of 70.0 (128 rows,
-    # density 0.2, 24 heads x 119,040 x 128, H200, Triton 3.6)
+    # turn 1 is keys again, or the values of an only pair
     ring.wait(1)
-    for n in range(1, turns):
-        b_s0, b_s1 = _start_pair(b_q, ring, 2 * n - 1, D, S)
-        ring.wait(2 * n)
-        b_acc = _start_values(b_p0, b_p1, b_acc, ring, 2 * n, D)
+    for n in range(1, work.num_pairs):
+        b_s0, b_s1, b_acc = _start_turn(b_p0, b_p1, b_acc, b_q, ring, n, D, S)
         if HAS_BIAS:
             k0, k1 = work.pair(n - 1)
-            biased = is_biased(p_flags, k0, k1, work.Lk, n < work.num_pairs)
-        if HAS_POOLED:
-            pooled = n >= work.num_pairs
-            i = gl.maximum(n - work.num_pairs, 0)
-            mean = 2 * i * TILE
-            uneven = is_biased(p_uneven, mean, mean + TILE, x.num_pooled, pooled)
-            words = load_words(p_words, i, num_words)
-        b_s0, b_s1 = warpgroup_mma_wait(2, deps=(b_s0, b_s1))
-        ring.release(2 * n - 1)
-
+            biased = is_biased(p_flags, k0, k1, work.Lk)
+        b_s0, b_s1 = _wait_scores(b_s0, b_s1, ring, n)
         if HAS_BIAS:  # noqa: SIM102  one is known to the compiler
             if biased:
                 b_s0 = add_bias(b_s0, p_bias, k0, o_k, work.Lk, scale_log2)
                 b_s1 = add_bias(b_s1, p_bias, k1, o_k, work.Lk, scale_log2)
-        if HAS_POOLED:
-            if pooled:
-                b_s0 = gl.where(is_listed(words[0], words[1], o_k)[None, :], float("-inf"), b_s0)
-                b_s1 = gl.where(is_listed(words[2], words[3], o_k)[None, :], float("-inf"), b_s1)
-            if uneven:
-                b_s0 = add_bias(b_s0, p_sizes, mean, o_k, x.num_pooled, scale_log2)
-                b_s1 = add_bias(b_s1, p_sizes, mean + TILE, o_k, x.num_pooled, scale_log2)
-        b_top = gl.max(gl.maximum(b_s0, b_s1), 1) * scale_log2
-        if HAS_POOLED:
-            weight = gl.where(pooled & (uneven == 0), LOG2_TILE, 0.0)
-            b_top += weight
-        b_new = gl.maximum(b_max, b_top)
+        b_new = gl.maximum(b_max, gl.max(gl.maximum(b_s0, b_s1), 1) * scale_log2)
         b_pivot = b_new
-        if HAS_BIAS or HAS_POOLED:
+        if HAS_BIAS:
             # a row may have met only keys at -inf so far
             b_pivot = gl.where(b_new == float("-inf"), 0.0, b_new)
-        b_shift = b_pivot
-        if HAS_POOLED:
-            b_shift -= weight
-        b_e0 = gl.exp2(gl.fma(b_s0, scale_log2, -b_shift[:, None]))
-        b_e1 = gl.exp2(gl.fma(b_s1, scale_log2, -b_shift[:, None]))
+        b_e0 = gl.exp2(gl.fma(b_s0, scale_log2, -b_pivot[:, None]))
+        b_e1 = gl.exp2(gl.fma(b_s1, scale_log2, -b_pivot[:, None]))
         b_rescale = gl.exp2(b_max - b_pivot)
         b_max = b_new
         if HAS_MASSES:
@@ -255,15 +264,45 @@ def _consume(queries, ring, work, x, CONSUMER: gl.constexpr, D: gl.constexpr):
                 store_masses(p_masses, gl.sum(b_strip, 0), 2 * n - STRIP, 0, end)
         else:
             b_sum = b_sum * b_rescale + gl.sum(b_e0 + b_e1, 1)
+        b_p0, b_p1, b_acc = _end_turn(
+            b_p0, b_p1, b_acc, b_e0, b_e1, b_rescale, ring, n, OUT_OPERAND
+        )  # fmt: skip
 
-        # this wait's branch keeps the exponentials above the wait for P V, where they cost
-        # nothing; its turn is the next pair's keys, or the last values
-        ring.wait(2 * n + 1)
-        b_acc, b_p0, b_p1 = warpgroup_mma_wait(0, deps=(b_acc, b_p0, b_p1))
-        ring.release(2 * n)
-        b_acc = b_acc * gl.convert_layout(b_rescale, OUT_ROWS)[:, None]
-        b_p0 = gl.convert_layout(b_e0.to(dtype), OUT_OPERAND)
-        b_p1 = gl.convert_layout(b_e1.to(dtype), OUT_OPERAND)
+    turns = work.num_pairs
+    if HAS_POOLED:
+        b_p0 = _packed(b_p0)
+        b_p1 = _packed(b_p1)
+        num_words = 2 * gl.cdiv(x.num_pooled, TILE)
+        p_words = x.words + (i_bh * x.Nq + work.i_q) * num_words
+        p_sizes = x.log_sizes + work.i_b.to(gl.int64) * x.num_pooled
+        p_uneven = x.uneven_flags + work.i_b.to(gl.int64) * gl.cdiv(x.num_pooled, TILE)
+        for i in range(work.num_pooled_pairs):
+            n = turns + i
+            k0 = 2 * i * TILE
+            b_s0, b_s1, b_acc = _start_turn(b_p0, b_p1, b_acc, b_q, ring, n, D, S)
+            uneven = is_biased(p_uneven, k0, k0 + TILE, x.num_pooled)
+            word0, word1, word2, word3 = load_words(p_words, i, num_words)
+            b_s0, b_s1 = _wait_scores(b_s0, b_s1, ring, n)
+            b_s0 = gl.where(is_listed(word0, word1, o_k)[None, :], float("-inf"), b_s0)
+            b_s1 = gl.where(is_listed(word2, word3, o_k)[None, :], float("-inf"), b_s1)
+            if uneven:
+                b_s0 = add_bias(b_s0, p_sizes, k0, o_k, x.num_pooled, scale_log2)
+                b_s1 = add_bias(b_s1, p_sizes, k0 + TILE, o_k, x.num_pooled, scale_log2)
+            weight = gl.where(uneven == 0, LOG2_TILE, 0.0)
+            b_top = gl.max(gl.maximum(b_s0, b_s1), 1) * scale_log2 + weight
+            b_new = gl.maximum(b_max, b_top)
+            # a row may have met only keys at -inf so far
+            b_pivot = gl.where(b_new == float("-inf"), 0.0, b_new)
+            b_shift = b_pivot - weight
+            b_e0 = gl.exp2(gl.fma(b_s0, scale_log2, -b_shift[:, None]))
+            b_e1 = gl.exp2(gl.fma(b_s1, scale_log2, -b_shift[:, None]))
+            b_rescale = gl.exp2(b_max - b_pivot)
+            b_max = b_new
+            b_sum = b_sum * b_rescale + gl.sum(b_e0 + b_e1, 1)
+            b_p0, b_p1, b_acc = _end_turn(
+                b_p0, b_p1, b_acc, b_e0, b_e1, b_rescale, ring, n, OUT_OPERAND
+            )  # fmt: skip
+        turns += work.num_pooled_pairs
 
     if HAS_MASSES:
         end = gl.where(in_range, last, 0)

@@ -215,10 +215,10 @@ def add_bias(b_s, p_bias, first, o_k, L, scale_log2):
 
 
 @gluon.jit
-def is_biased(p_flags, first0, first1, L, needed):
-    """Whether a key of these two tiles has a bias, if that is `needed`; the second may lie past L."""
-    flag0 = gl.load(p_flags + first0 // TILE, mask=needed, other=0)
-    return flag0 | gl.load(p_flags + first1 // TILE, mask=needed & (first1 < L), other=needed)
+def is_biased(p_flags, first0, first1, L):
+    """Whether a key of these two tiles has a bias; the second may lie past the end."""
+    flag = gl.load(p_flags + first1 // TILE, mask=first1 < L, other=1)
+    return gl.load(p_flags + first0 // TILE) | flag
 
 
 @gluon.jit
