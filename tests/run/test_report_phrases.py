@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from sparse_attn.config import AdaSpaConfig
+from sparse_attn.forecast.statistics import ForecastStatistics
 from sparse_attn.run import report
 from sparse_attn.run.pace import Speed
 from sparse_attn.run.statistics import RunStatistics
@@ -132,6 +133,11 @@ def low(calls=0, searches=0, declined=()) -> RunStatistics:
     return changed(change, configured(precision="int8"))
 
 
+def forecast(**fields) -> RunStatistics:
+    """A run of 20 steps with Skip Steps, of which it forecast two unless told otherwise."""
+    return sampled(forecast=ForecastStatistics(**{"steps": 20, "forecast": {5, 7}, **fields}))
+
+
 def estimated() -> RunStatistics:
     return changed(lambda run: setattr(run.patterns[0, "positive"], "exact", False))
 
@@ -142,6 +148,7 @@ UNSEEN = sampled(patterns=dense().patterns, unseen=Counter({"unknown why": 4}))
 RUNS = {
     "{} tokens": (a_run(), changed(lambda r: setattr(r, "layout", None), dense())),
     "{} of them skipped by a cache": (cached(), cached(skipped=())),
+    "{} of them forecast": (forecast(), forecast(forecast=set())),
     "density {}": (a_run(), dense()),
     "recall {}{}, worst head {}": (a_run(), dense()),
     "saved": (a_run(), timed(dense=[1.0], search=[9.0], sparse=[1.0])),
@@ -168,6 +175,17 @@ RUNS = {
     "parts of the video": (held(("tile", 0, 1)), held(*WINDOWS)),
     "Skipped by a cache: {} steps, {}{}": (cached(), sampled(unseen=Counter({"unknown why": 4}))),
     "; searched at step {}": (cached(), changed(lambda r: r.entered.update((0, 2)), dense())),
+    "Skip Steps: every step was computed": (forecast(forecast=set()), forecast()),
+    "the forecasts were too far off": (
+        forecast(forecast=set(), withheld={6}), forecast(forecast=set())
+    ),
+    "Skip Steps: {} of {} steps forecast, {}": (forecast(), forecast(forecast=set())),
+    "; saved about {}": (forecast(seconds=[2.0], evaluations=2), forecast()),
+    "Skip Steps stopped: {}": (forecast(why_not="too few steps"), forecast()),
+    "Computed steps were {} off a forecast of them, at most {}": (
+        forecast(errors={4: 0.01}), forecast()
+    ),
+    "Computed after all, as forecasts had drifted: {}": (forecast(withheld={6}), forecast()),
     "Tail: pooled, the average of every skipped block stands in for it": (
         configured(tail="pooled"), dense()
     ),
