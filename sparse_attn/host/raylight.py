@@ -20,12 +20,14 @@ from ..run.dense import DenseChoice
 from ..run.handle import RunHandle
 from ..run.statistics import Pattern, Patterns, RunStatistics
 from . import pattern_requests
-from .install import KEY, install
+from .install import install
 from .ulysses import sequence_parallel
 
 ROOT = Path(__file__).resolve().parents[2]
 # under this name a worker imports the pack
 WORKER_PACKAGE = "adaspa_on_worker"
+# names the wrapper of the diffusion model on a worker
+RANKS = "adaspa_ranks"
 
 
 # ---- on the node's side
@@ -132,9 +134,9 @@ def patched(model, settings: dict):
     model, handle = install(model, config)
     handle.dense_choice = DenseChoice(config.dense_attention, measures=False)
     kind = comfy.patcher_extension.WrappersMP.DIFFUSION_MODEL
-    model.remove_wrappers_with_key(kind, KEY)
+    model.remove_wrappers_with_key(kind, RANKS)
     if config.enabled:
-        model.add_wrapper_with_key(kind, KEY, sequence_parallel)
+        model.add_wrapper_with_key(kind, RANKS, sequence_parallel)
     return model
 
 
