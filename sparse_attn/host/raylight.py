@@ -131,6 +131,9 @@ def patched(model, settings: dict):
         settings: the fields of an `AdaSpaConfig`.
     """
     config = AdaSpaConfig(**settings)
+    if config.verdict == "auto":
+        # each would find out for itself, and they must agree
+        config = replace(config, verdict="sparse")
     model, handle = install(model, config)
     handle.dense_choice = DenseChoice(config.dense_attention, measures=False)
     kind = comfy.patcher_extension.WrappersMP.DIFFUSION_MODEL
