@@ -9,6 +9,7 @@ from ..call import Call
 from ..config import AdaSpaConfig
 from ..method.recall import sample_rows, sampled_recall
 from ..orders.choice import biased_video
+from ..orders.packed import same_blocks
 from .pattern import CarriedLayer, CarriedPattern
 
 # a carried mask may hold this much less of a layer than when it was found
@@ -75,7 +76,7 @@ def fitting_mask(
         order = in_place.expand(*q.shape[:3])
         if layer.order is not None:
             order = layer.order.to(q.device)
-        similar = (order != in_place).any(-1).float().mean(0)
+        similar = (~same_blocks(order, in_place.expand_as(order), call.layout)).float().mean(0)
     rows = sample_rows(call.layout.tokens, SAMPLED_ROWS)
     held = sampled_recall(call, mask, rows, order)
     # not (a >= b): also where it is NaN

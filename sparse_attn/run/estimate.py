@@ -6,6 +6,7 @@ from ..backends.permuted import BLOCK
 from ..config import AdaSpaConfig
 from ..method.selection import row_budget
 from ..method.text_sink import count_sinks
+from ..orders.packed import packed_bytes
 from ..orders.position import video_first
 from ..schedule import Schedule, StepKind
 from ..sentences import Sentence
@@ -116,7 +117,8 @@ def cache_size(
 ) -> CacheSize:
     """Predict the cache of one conditioning.
 
-    A mask takes one bit per block pair, the orders four bytes per token, head and layer, an LSE two.
+    A mask takes one bit per block pair, an LSE two bytes per token, head and layer, an order as many
+    and a little more.
     The LSE of the last warm-up step gives way to the masks layer by layer, so both are whole at once
     only when a later search needs the LSE again. What lives within a call alone, such as the permuted
     copies of q, k and v, is not counted.
@@ -127,7 +129,7 @@ def cache_size(
     rows, blocks = (work.layout.num_blocks(size) for size in config.blocks.values())
     heads = work.sparse_calls * work.batch * work.heads
     mask, lse = heads * rows * -(-blocks // 8), heads * work.layout.tokens * 2
-    order = 2 * lse if config.by_similarity else 0
+    order = heads * packed_bytes(work.layout) if config.by_similarity else 0
     # where a recall is asked for, every search measures its own LSE
     if config.recall:
         return CacheSize(mask, 0, order)

@@ -10,6 +10,7 @@ from ..backends.choice import Backend, Backends
 from ..block_mask import BlockMask
 from ..call import Call, LayerName
 from ..config import AdaSpaConfig
+from ..orders.packed import pack, unpack
 from ..orders.position import is_shared
 from ..patterns.pattern import CarriedLayer, CarriedPattern
 from ..token_layout import TokenLayout
@@ -23,7 +24,7 @@ class LayerPattern:
 
     Args:
         order: [B, H, L] int32, the token at every place of the mask's sequence, or None where that
-            is q's.
+            is q's. One that is kept, and that other layers do not share, is packed.
         density, recall: [H], of the search that found the mask.
         similar: [H], the share of the batch that is ordered by similarity, or None without a tail.
         carried: whether another run found the mask.
@@ -156,18 +157,22 @@ class Layers(dict[Hashable, Layer]):
     def install(self, layer: Layer, pattern: LayerPattern) -> LayerPattern:
         """Put a pattern in the place of a layer's earlier one; returns it as the cache keeps it."""
         own, earlier = pattern.own_order, layer.pattern
-        order = pattern.order if own is None else self.cache.keep(own)
+        order = pattern.order if own is None else self.cache.keep(pack(own, layer.layout))
         mask = pattern.mask.with_bits(self.cache.keep(pattern.mask.bits))
         if earlier is not None:
             self.cache.forget(earlier.mask.bits, earlier.order)
         layer.pattern = kept = replace(pattern, mask=mask, order=order)
         return kept
 
-    def fetch(self, pattern: LayerPattern, device: torch.device) -> tuple:
-        """A pattern's mask and order on `device`."""
+    def fetch(self, layer: Layer, device: torch.device) -> tuple:
+        """Mask and order of a layer's pattern, [B, H, L] int32 or None, on `device`."""
+        pattern = layer.pattern
+        assert pattern is not None, "the caller has seen it"
         mask = pattern.mask.with_bits(self.cache.fetch(pattern.mask.bits, device))
-        order = None if pattern.order is None else self.cache.fetch(pattern.order, device)
-        return mask, order
+        if pattern.order is None:
+            return mask, None
+        order = self.cache.fetch(pattern.order, device)
+        return mask, order if pattern.own_order is None else unpack(order, layer.layout)
 
     def count_held(self) -> None:
         """Note the most bytes ever held."""
@@ -194,7 +199,7 @@ class Layers(dict[Hashable, Layer]):
                     pattern.mask.bits.cpu(),
                     tuple(pattern.density.tolist()),
                     tuple(pattern.recall.tolist()),
-                    None if order is None else order.cpu(),
+                    None if order is None else unpack(order.cpu(), layer.layout),
                 )
         if first is None:
             return None

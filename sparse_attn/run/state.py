@@ -227,7 +227,7 @@ class RunState:
 
     def _sparse_step(self, call, layer, *, quantised: bool):
         with self.timer.attempt("sparse", call.q):
-            mask, order = self.layers.fetch(layer.pattern, call.q.device)
+            mask, order = self.layers.fetch(layer, call.q.device)
             with self.outlives_block():
                 self.layers.prefetch_next(call.key, call.q.device)
             return sparse_step(layer.backend, call, mask, order, quantised)
@@ -240,7 +240,7 @@ class RunState:
         layer.pattern = replace(layer.pattern, sampled_at=call.step)
         recall = None
         with self.timer.attempt("sample", call.q):
-            mask, order = self.layers.fetch(layer.pattern, call.q.device)
+            mask, order = self.layers.fetch(layer, call.q.device)
             rows = sample_rows(call.layout.tokens, SAMPLED_ROWS)
             sampled = sampled_recall(call, mask, rows, order)
             with self.outlives_block():

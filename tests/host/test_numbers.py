@@ -133,13 +133,14 @@ def captured(monkeypatch):
         pattern = self.layers[call.key].pattern if call.key else None
         if pattern is not None and pattern.searched_at == call.step:
             q, k = call.q.clone(), call.k.clone()
-            if pattern.order is not None:
+            _, order = self.layers.fetch(self.layers[call.key], q.device)
+            if order is not None:
                 # in the order of the mask
-                q, k = (reference.in_order(x, pattern.order) for x in (q, k))
+                q, k = (reference.in_order(x, order) for x in (q, k))
                 bias = call.key_bias
                 if bias is not None:
                     # it weighs text, which has one place in all heads
-                    bias = bias[:, pattern.order[0, 0]]
+                    bias = bias[:, order[0, 0]]
                 call = replace(call, key_bias=bias)
             found[call.layer, call.role] = (call, q, k, pattern.mask)
         return out
@@ -249,9 +250,10 @@ def test_later_recall_is_an_estimate_from_the_kept_lse(load, captured):
         true = (masses * keep).sum((-1, -2)) / masses.sum((-1, -2))
         shown = statistics.patterns[key]
         assert shown.step == 2
-        # with the LSE that the first search kept, every row mended to its sum
+        # with the LSE that the first search kept, in half precision, every row mended to its sum
         _, old_q, old_k, _ = first[key]
         lse = reference.scaled_logits(old_q.double(), old_k.double(), call.scale).logsumexp(-1)
+        lse = lse.half().double()
         masses = reference.block_masses(
             q.double(), k.double(), lse, block_q=64, block_k=64, scale=call.scale
         )

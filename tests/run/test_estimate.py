@@ -155,7 +155,7 @@ def test_a_mask_takes_what_its_bits_take(tokens, block_size):
     assert size == CacheSize(mask_bytes=2 * bits.nbytes, lse_bytes=0)
 
 
-MASK, LSE, ORDER = 2 * 3 * 16 * 2, 2 * 3 * 1000 * 2, 2 * 3 * 1000 * 4
+MASK, LSE, ORDER = 2 * 3 * 16 * 2, 2 * 3 * 1000 * 2, 2 * 3 * 1000 * 2
 
 FULLEST = [
     # kinds, one pass, mask bytes, LSE bytes
@@ -173,7 +173,7 @@ def test_what_is_held_at_the_fullest_moment(kinds, one_pass, mask, lse):
     assert sizes(kinds, one_pass) == CacheSize(mask, lse)
 
 
-def test_orders_take_twice_as_much_as_an_lse_and_stay_with_the_masks():
+def test_orders_take_as_much_as_an_lse_and_stay_with_the_masks():
     for kinds, one_pass, lse in (("DSss", True, 0), ("DSsS", True, LSE), ("Ssss", False, 0)):
         assert sizes(kinds, one_pass, tail="pooled") == CacheSize(MASK, lse, ORDER)
     assert sizes("DDDD", tail="pooled").total == 0
