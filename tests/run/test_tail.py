@@ -401,6 +401,7 @@ def test_the_report_tells_of_the_tail():
         run = TailRun("Ss", **config)
         for step in range(2):
             _, did = run.attend(step, tensors(step))
+        run.state.end_step()
         statistics = run.statistics
         assert (text in statistics.lines()) == said == ("permute" in did)
         assert statistics.as_dict()["tail"] == ("pooled" if said else "none")
