@@ -294,7 +294,9 @@ def test_report_says_when_the_samples_are_not_the_run_s(load, attention, report)
 
 def two_runs(load, attention):
     """One patched model in two samplers of other steps: their samples, and the handle."""
-    settings = {"preset": "Custom", "sparsity": 0.6, "warmup": 0.0, "min_tokens": 64}
+    settings = {
+        "preset": "Custom", "sparsity": 0.6, "warmup": 0.0, "min_tokens": 64, "verdict": "sparse"
+    }  # fmt: skip
     model, handle = attention(load("wan_h64"), **settings).args
     return [{"samples": sample(model, steps=steps)} for steps in (3, 5)], handle
 
