@@ -231,7 +231,7 @@ def test_memory_is_told_for_each_context_window(load):
     model, handle = sparse(windowed(load("wan_h64")))
     sample(model, LONG)
     statistics = handle.latest()
-    assert statistics.expected.endswith("for each prompt and each context window")
+    assert statistics.expected.endswith("for each prompt and each context window.")
     # two prompts in two windows
     assert statistics.memory.held_bytes == 4 * statistics.memory.predicted_bytes
     (line,) = [line for line in statistics.lines() if line.startswith("Memory held")]
