@@ -5,6 +5,7 @@ from comfy_api.latest import ComfyExtension
 from .attention import AdaSpaAttention
 from .attention_pair import AdaSpaAttentionPair
 from .compare import AdaSpaCompare
+from .forecast import AdaSpaForecast
 from .load_pattern import AdaSpaLoadPattern
 from .raylight import AdaSpaRaylight, is_installed
 from .report import AdaSpaReport
@@ -21,5 +22,6 @@ class AdaSpaExtension(ComfyExtension):
             AdaSpaCompare,
             AdaSpaSavePattern,
             AdaSpaLoadPattern,
+            AdaSpaForecast,
             *several_gpus,
         ]

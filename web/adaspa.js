@@ -21,6 +21,7 @@ const HINTS = {
   [COMPARE]: line("hint_compare"),
   AdaSpaSavePattern: line("hint_save"),
   AdaSpaLoadPattern: line("hint_load"),
+  AdaSpaForecast: line("hint_forecast"),
 };
 // under this name the interface looks for a node's progress text; owning it shows one line, not two
 const STATUS_WIDGET = "$$node-text-preview";

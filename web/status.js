@@ -2,7 +2,7 @@
 
 import { readLine } from "./speak.js";
 
-export const KINDS = ["dense", "search", "sparse"];
+export const KINDS = ["dense", "search", "sparse", "computed", "forecast"];
 
 /** A message as `adaspa.status` brings it, or null if it names no node. */
 export function readStatus(detail) {

@@ -6,7 +6,13 @@ const CLASS = "adaspa-status";
 import { line, say } from "./speak.js";
 import { countKinds, stepStrip } from "./status.js";
 
-const COLORS = { dense: "#8b93a1", search: "#e8a33d", sparse: "#35b597" };
+const COLORS = {
+  dense: "#8b93a1",
+  search: "#e8a33d",
+  sparse: "#35b597",
+  computed: "#8b93a1",
+  forecast: "#8f7fe8",
+};
 const STYLE = {
   box: "display:flex; flex-direction:column; gap:6px; box-sizing:border-box; width:100%; height:100%; overflow:hidden; padding:4px 2px;",
   strip: "display:flex; gap:1px; height:10px; flex:none; border-radius:3px; overflow:hidden;",

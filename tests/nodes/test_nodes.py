@@ -9,7 +9,11 @@ import torch
 from tests.host.host_fixtures import VIDEO, assert_same_video, conditioning, sample
 from tests.tools import comfy_inprocess
 
-SOCKETS = {"AdaSpaAttention": ["model"], "AdaSpaReport": ["samples", "adaspa"]}
+SOCKETS = {
+    "AdaSpaAttention": ["model"],
+    "AdaSpaReport": ["samples", "adaspa"],
+    "AdaSpaForecast": ["model"],
+}
 # order and defaults are what saved workflows rely on: new widgets go last
 WIDGETS = {
     "AdaSpaAttention": {
@@ -33,6 +37,7 @@ WIDGETS = {
         "verdict": "auto",
     },
     "AdaSpaReport": {"layer": 0, "head": 0},
+    "AdaSpaForecast": {"level": "off"},
 }
 OPTIONS = {
     "preset": ["Balanced", "Quality", "Fast", "Paper", "Custom"],
@@ -43,6 +48,7 @@ OPTIONS = {
     "tail": ["pooled", "none"],
     "token_order": ["similarity", "position"],
     "verdict": ["auto", "sparse", "dense"],
+    "level": ["off", "careful", "fast"],
 }
 # what the interface shows without unfolding
 FACE = ["preset", "enabled"]
@@ -86,7 +92,7 @@ def report(nodes):
 def test_pack_offers_its_nodes(nodes):
     assert list(nodes) == [
         "AdaSpaAttention", "AdaSpaAttentionPair", "AdaSpaReport", "AdaSpaCompare",
-        "AdaSpaSavePattern", "AdaSpaLoadPattern",
+        "AdaSpaSavePattern", "AdaSpaLoadPattern", "AdaSpaForecast",
     ]  # fmt: skip
 
 

@@ -26,6 +26,12 @@ test("a message without a node is ignored", () => {
   }
 });
 
+test("steps that were forecast are a kind of their own", () => {
+  const steps = ["computed", "forecast", "computed", "forecast"];
+  assert.deepEqual(readStatus({ ...MESSAGE, steps }).steps, steps);
+  assert.deepEqual(countKinds(["dense", "search", "sparse", "forecast"]).at(-1), { kind: "forecast", count: 1 });
+});
+
 test("malformed fields become harmless ones", () => {
   const status = readStatus({ node: "12:5", steps: ["dense", "<b>", 3], step: 99, done: "yes" });
   assert.deepEqual(status.steps, ["dense"]);

@@ -5,7 +5,10 @@ import re
 import pytest
 
 ATTENTION = ("AdaSpaAttention", "AdaSpaAttentionPair")
-OURS = (*ATTENTION, "AdaSpaReport", "AdaSpaCompare", "AdaSpaSavePattern", "AdaSpaLoadPattern")
+OURS = (
+    *ATTENTION, "AdaSpaReport", "AdaSpaCompare", "AdaSpaSavePattern", "AdaSpaLoadPattern",
+    "AdaSpaForecast",
+)  # fmt: skip
 # the first front end here whose panel leaves out a widget that asks for it; 1.45.15 lists every one
 HIDES_IN_PANEL = (1, 47)
 # makes a node, sets widgets as a user does, and wires "node slot node slot"

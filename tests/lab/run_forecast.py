@@ -1,0 +1,153 @@
+"""Compares ways not to compute every step, on whole generations of the lab's models.
+
+    python tests/lab/run_forecast.py --comfyui PATH --models tiny wan128 --out OUT/forecast.json
+
+Every contestant samples the prompts and seeds of the dense run, one by one, since a gate or a cache
+decides for a whole batch. Rows count the calls of the model that were really made. The result is
+rewritten after every row; with `--more` rows of an earlier result are kept and not made again.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+PATHS = [str(ROOT), str(ROOT / "tests" / "tiny_model"), str(HERE)]
+sys.path[:0] = [path for path in PATHS if path not in sys.path]
+
+import check_model  # noqa: E402
+import procedural_video as video  # noqa: E402
+import torch  # noqa: E402
+from generation import Subject  # noqa: E402
+from models import MODELS  # noqa: E402
+from run_lab import latent_size  # noqa: E402
+
+from sparse_attn.forecast.plan import LEVELS, Level  # noqa: E402
+from sparse_attn.video_metrics import mean_squared_error, psnr  # noqa: E402
+from tests.bench.record import facts  # noqa: E402
+
+NEVER = float("inf")
+# equal videos have 100 dB
+LEAST_ERROR = 1e-10
+NAMES = ("constant", "linear", "quadratic")
+
+
+def forecast(level: Level):
+    def install(model):
+        from sparse_attn.host.forecast import install
+
+        return install(model, level)
+
+    return install
+
+
+def cache(node: str, threshold: float):
+    """ComfyUI's own node with its defaults but for the threshold."""
+
+    def install(model):
+        from comfy_extras import nodes_easycache
+
+        return getattr(nodes_easycache, node).execute(model, threshold, 0.15, 0.95, False).args[0]
+
+    return install
+
+
+def contestants(steps: int) -> dict[str, tuple]:
+    """By name, what is done to the model, and the steps that are sampled."""
+    found: dict[str, tuple] = {}
+    for fewer in (0.7, 0.65, 0.6, 0.5):
+        found[f"{round(fewer * steps)} steps"] = lambda model: model, round(fewer * steps)
+    for threshold in (0.02, 0.05, 0.1, 0.2):
+        found[f"EasyCache {threshold}"] = cache("EasyCacheNode", threshold), steps
+        found[f"LazyCache {threshold}"] = cache("LazyCacheNode", threshold), steps
+    for in_row, name in ((1, "every other"), (2, "two of three"), (3, "three of four")):
+        for degree, shape in enumerate(NAMES):
+            found[f"{name}, {shape}"] = forecast(Level(degree, in_row, NEVER)), steps
+    for name, level in LEVELS.items():
+        found[name] = forecast(level), steps
+    return found
+
+
+class Counter:
+    """Counts the calls that a model makes of its first block."""
+
+    def __init__(self, patcher):
+        inner = patcher.model.diffusion_model
+        blocks = getattr(inner, "double_blocks", None) or inner.blocks
+        self.calls = 0
+        blocks[0].register_forward_pre_hook(self.count)
+
+    def count(self, *_):
+        self.calls += 1
+
+
+class Contest:
+    def __init__(self, name: str, options):
+        self.subject = Subject(MODELS[name], options.comfyui, options.seeds, options.latent)
+        self.counter = Counter(self.subject.model)
+        self.dense: list[torch.Tensor] = []
+
+    def sample(self, model, steps: int, seed: int) -> tuple[torch.Tensor, int]:
+        """A video [1, 3, F, Y, X] in [0, 1], and how often the model was evaluated for it."""
+        before = self.counter.calls
+        prompts, noise = (
+            self.subject.prompts[seed : seed + 1],
+            self.subject.noise()[seed : seed + 1],
+        )
+        found = check_model.generate(model, prompts, self.subject.latent, steps, 0, noise=noise)
+        return video.decode(found).clamp(0, 1), self.counter.calls - before
+
+    def row(self, install, steps: int, whole: int) -> dict:
+        seeds = range(len(self.subject.prompts))
+        if not self.dense:
+            self.dense = [self.sample(self.subject.model, whole, i)[0] for i in seeds]
+        found = [self.sample(install(self.subject.model), steps, i) for i in seeds]
+        pairs = zip(self.dense, [made for made, _ in found], strict=True)
+        db = [psnr(max(mean_squared_error(a, b), LEAST_ERROR)) for a, b in pairs]
+        return {
+            "steps": steps,
+            "evaluations": statistics.fmean(calls for _, calls in found),
+            "db": round(statistics.fmean(db), 2),
+            "stderr": round(statistics.stdev(db) / len(db) ** 0.5, 2) if len(db) > 1 else None,
+            "by_seed": [round(x, 2) for x in db],
+        }
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--comfyui", required=True)
+    parser.add_argument("--models", nargs="+", choices=tuple(MODELS), default=["tiny"])
+    parser.add_argument("--out", type=Path, required=True, help="file of the results")
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--seeds", type=int, default=4)
+    parser.add_argument("--latent", type=latent_size, help="TxHxW instead of the models' own")
+    parser.add_argument("--rules", nargs="+", help="some of the contestants, by name")
+    parser.add_argument("--more", type=Path, help="an earlier result to go on from")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    rows = json.loads(options.more.read_text())["rows"] if options.more else []
+    for name in options.models:
+        contest = Contest(name, options)
+        for rule, (install, steps) in contestants(options.steps).items():
+            wanted = not options.rules or rule in options.rules
+            if not wanted or any((row["rule"], row["model"]) == (rule, name) for row in rows):
+                continue
+            began = time.perf_counter()
+            rows.append({"rule": rule, "model": name, **contest.row(install, steps, options.steps)})
+            print(rows[-1], f"{time.perf_counter() - began:.0f} s", flush=True)
+            result = {
+                "what": "whole generations against the dense one of the same seed, PSNR in dB",
+                "latent": options.latent,
+                "seeds": options.seeds,
+                "rows": rows,
+                **facts(),
+            }
+            options.out.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
