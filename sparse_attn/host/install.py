@@ -18,8 +18,9 @@ from ..sentences import Sentence
 from . import pattern_requests, status, timing
 from .backend_history import publish
 from .families import family_of
+from .guard import go_on_without_us
 from .model_call import CAPTURED, CONTEXT, Declined, ModelCall, captured
-from .override import attention_override, model_call, options_of_call
+from .override import attention_override, this_thread
 from .sampling import SAMPLING, WRAPPED, Sampling
 from .sigmas import progress_of
 
@@ -76,48 +77,58 @@ def _outer_sample(handle: RunHandle, node_id):
     def wrapper(
         executor, noise, latent_image, sampler, sigmas, denoise_mask=None, callback=None, *args, **kwargs
     ):  # fmt: skip
-        patcher = executor.class_obj.model_patcher
-        work = timing.work_of(executor.class_obj, sampler, noise)
-        run = _begin(handle, patcher, sigmas, work)
-        handle.runs.append(run.statistics)
-        sampling = Sampling(run, tuple(noise.shape), executor.class_obj)
-
-        denoised = None
-
-        def spoken(*said, **more):
-            nonlocal denoised
-            run.steps.spoken()
-            denoised = said[1] if len(said) > 1 else None
-            if callback is not None:
-                callback(*said, **more)
-
+        sampling, out, told, clock = None, None, callback, None
         try:
+            guider = executor.class_obj
+            work = timing.work_of(guider, sampler, noise)
+            run = _begin(handle, guider.model_patcher, sigmas, work)
+            sampling = Sampling(run, tuple(noise.shape), guider)
+            handle.runs.append(run.statistics)
             sampling.enter()
-            with timing.clock_in(executor.class_obj) as clock:
-                out = executor(
-                    noise, latent_image, sampler, sigmas, denoise_mask, spoken, *args, **kwargs
-                )
-        except BaseException:
-            run.stop()
-            _tell_the_end(node_id, run.statistics, max(run.step, 0))
-            raise
-        else:
-            pattern_requests.end(run, patcher, handle)
-            run.statistics.results.append(fingerprint(out))
-            if denoised is not None:
-                # as the sampler's second output has it
-                denoised = patcher.model.process_latent_out(denoised.cpu())
-                run.statistics.results.append(fingerprint(denoised))
-            run.statistics.took = clock.took
-            run.statistics.sampled = timing.with_sigmas(work, sigmas)
-            run.statistics.seconds_off = timing.PACE.off.get(run.statistics.sampled)
-            _tell_the_end(node_id, run.statistics, len(run.schedule.kinds) - 1)
-            handle.note(handle.metadata)
+            told, sampling.work = sampling.listener(callback), work
+            clock = timing.Clock()
+            guider.model_options["transformer_options"][timing.CLOCK] = clock
+        except Exception as error:
+            go_on_without_us(error, None if sampling is None else sampling.run)
+        try:
+            out = executor(
+                noise, latent_image, sampler, sigmas, denoise_mask, told, *args, **kwargs
+            )
             return out
         finally:
-            sampling.leave()
+            if sampling is not None:
+                try:
+                    _end(sampling, handle, node_id, out, sigmas, clock)
+                except Exception as error:
+                    go_on_without_us(error)
 
     return wrapper
+
+
+def _end(sampling: Sampling, handle: RunHandle, node_id, out, sigmas, clock) -> None:
+    """End a run that returned `out`, or None where it was interrupted."""
+    run, guider, statistics = sampling.run, sampling.guider, sampling.run.statistics
+    try:
+        if out is None:
+            run.stop()
+            _tell_the_end(node_id, statistics, max(run.step, 0))
+            return
+        pattern_requests.end(run, guider.model_patcher, handle)
+        statistics.results.append(fingerprint(out))
+        if sampling.denoised is not None:
+            # as the sampler's second output has it
+            denoised = guider.model_patcher.model.process_latent_out(sampling.denoised.cpu())
+            statistics.results.append(fingerprint(denoised))
+        if clock is not None:
+            statistics.took = clock.took
+            statistics.sampled = timing.with_sigmas(sampling.work, sigmas)
+            statistics.seconds_off = timing.PACE.off.get(statistics.sampled)
+        _tell_the_end(node_id, statistics, len(run.schedule.kinds) - 1)
+        handle.note(handle.metadata)
+    finally:
+        run.free()
+        sampling.leave()
+        guider.model_options.get("transformer_options", {}).pop(timing.CLOCK, None)
 
 
 def _outer_sample_off(handle: RunHandle, node_id):
@@ -178,51 +189,77 @@ def _apply_model(node_id):
 
     def wrapper(executor, x, t, c_concat=None, c_crossattn=None, control=None,
                 transformer_options=None, **inputs):  # fmt: skip
-        # the run's dictionary is shared by its steps; ours lives for this call
-        options = dict(transformer_options or {})
-        sampling = options.get(SAMPLING)
-        if sampling is None or not sampling.run.schedule.kinds:
-            return executor(x, t, c_concat, c_crossattn, control, transformer_options, **inputs)
-        run = sampling.run
-        previous = options.get(OVERRIDE)
-        previous = None if previous is attention_override else previous
-        options[OVERRIDE] = attention_override
-        if captured(t.device):
-            # which step it is lies on the device, and to read it would break the capture
-            options[CONTEXT] = Declined(run, max(run.step, 0), previous, CAPTURED)
-            with model_call(options):
-                return executor(x, t, c_concat, c_crossattn, control, options, **inputs)
-        step = run.steps.of(float(t.flatten()[0]))
-        first = run.step < 0
-        new = run.enter_step(step)
-        model = executor.class_obj.diffusion_model
-        # a compiled model is a wrapper of another class
-        model = getattr(model, "_orig_mod", model)
-        given = {**inputs, "c_crossattn": c_crossattn}
-        known = {**given, "transformer_options": options}
-        layout = announce = None
-        family, reason = family_of(model)
-        if family is not None:
-            run.statistics.model = family.name
-            layout, reason = _layout(family, model, x, known)
-        place, unplaced = sampling.place_of(x, options)
-        options.pop(WRAPPED, None)
-        if family is None or layout is None:
-            call = Declined(run, step, previous, reason)
-        else:
-            announce = _announcer(run, layout, node_id) if first else None
-            call = ModelCall(
-                run, step, previous, model, family, layout, sampling.callers(family, model),
-                place, unplaced, announce, given, attention_override,
-            )  # fmt: skip
-        if new and announce is None:
-            said = status.progress(run.statistics, step) + run.expected()
-            status.send(node_id, run.statistics, said, step, False)
-        options[CONTEXT] = call
-        publish(options, run, step)
-        entered = _noting_entry(options)
-        with model_call(options):
+        run, options, leave, before = None, transformer_options, None, this_thread.options
+        try:
+            sampling = (transformer_options or {}).get(SAMPLING)
+            if sampling is not None and sampling.run.schedule.kinds and not sampling.run.given_up:
+                run = sampling.run
+                known = {**inputs, "c_crossattn": c_crossattn}
+                model = executor.class_obj.diffusion_model
+                options, leave = _enter(sampling, model, x, t, transformer_options, known, node_id)
+        except Exception as error:
+            go_on_without_us(error, run)
+        this_thread.options = options
+        try:
             out = executor(x, t, c_concat, c_crossattn, control, options, **inputs)
+        finally:
+            this_thread.options = before
+        try:
+            if leave is not None:
+                leave()
+        except Exception as error:
+            go_on_without_us(error, run)
+        return out
+
+    return wrapper
+
+
+def _enter(sampling: Sampling, model, x, t, options, inputs, node_id) -> tuple:
+    """Begin a call of the diffusion model.
+
+    Args:
+        x, t, inputs: what it is called with. options: its `transformer_options`.
+
+    Returns:
+        The options that it is to get, and what to do once it has answered, or None.
+    """
+    # the run's dictionary is shared by its steps; ours lives for this call
+    run, options = sampling.run, dict(options)
+    previous = options.get(OVERRIDE)
+    previous = None if previous is attention_override else previous
+    options[OVERRIDE] = attention_override
+    if captured(t.device):
+        # which step it is lies on the device, and to read it would break the capture
+        options[CONTEXT] = Declined(run, max(run.step, 0), previous, CAPTURED)
+        return options, None
+    step = run.steps.of(float(t.flatten()[0]))
+    first = run.step < 0
+    new = run.enter_step(step)
+    # a compiled model is a wrapper of another class
+    model = getattr(model, "_orig_mod", model)
+    layout = announce = None
+    family, reason = family_of(model)
+    if family is not None:
+        run.statistics.model = family.name
+        layout, reason = _layout(family, model, x, {**inputs, "transformer_options": options})
+    place, unplaced = sampling.place_of(x, options)
+    options.pop(WRAPPED, None)
+    if family is None or layout is None:
+        call = Declined(run, step, previous, reason)
+    else:
+        announce = _announcer(run, layout, node_id) if first else None
+        call = ModelCall(
+            run, step, previous, model, family, layout, sampling.callers(family, model),
+            place, unplaced, announce, inputs, attention_override,
+        )  # fmt: skip
+    if new and announce is None:
+        said = status.progress(run.statistics, step) + run.expected()
+        status.send(node_id, run.statistics, said, step, False)
+    options[CONTEXT] = call
+    publish(options, run, step)
+    entered = _noting_entry(options)
+
+    def leave():
         sampling.tells_entry |= bool(entered)
         # a cache may answer without the model, but not in a run's first call
         if entered or not sampling.tells_entry:
@@ -231,9 +268,8 @@ def _apply_model(node_id):
         if announce is not None:
             # said here if no attention call was ours
             announce([])
-        return out
 
-    return wrapper
+    return options, leave
 
 
 def _noting_entry(options: dict) -> list[dict]:
@@ -249,9 +285,12 @@ def _noting_entry(options: dict) -> list[dict]:
 def _note_entry(executor, *args, **inputs):
     # a graph that holds the model would be parted, or made anew for every call of it
     if not torch.compiler.is_compiling():
-        options = options_of_call()
-        given = [x for x in (*args, *inputs.values()) if isinstance(x, dict) and CONTEXT in x]
-        options[ENTERED].append(given[0] if given else options)
+        try:
+            options = this_thread.options or {}
+            given = [x for x in (*args, *inputs.values()) if isinstance(x, dict) and CONTEXT in x]
+            options[ENTERED].append(given[0] if given else options)
+        except Exception as error:
+            go_on_without_us(error)
     return executor(*args, **inputs)
 
 

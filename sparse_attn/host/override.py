@@ -2,18 +2,25 @@
 
 import sys
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
 
 from .backend_history import leave_receipt
+from .guard import go_on_without_us
 from .host_call import HostCall
 from .model_call import CONTEXT, IN_GRAPH, Declined, ModelCall
 
-_thread = threading.local()
+
+class _Thread(threading.local):
+    """What a thread knows: the options of the call of the model that it is in, or None."""
+
+    options: dict | None = None
+
+
+this_thread = _Thread()
 # from the hook to the host's call of it, those of `torch.compiler.disable` included
 FRAMES = 8
 # ComfyUI's attention functions that compiled graphs hold, by number
@@ -55,39 +62,37 @@ def attention_override(
     )
 
 
-@contextmanager
-def model_call(options: dict) -> Iterator[None]:
-    """Let the operators that this thread runs in a call of the model know its options."""
-    outer, _thread.options = options_of_call(), options
-    try:
-        yield
-    finally:
-        _thread.options = outer
-
-
-def options_of_call() -> dict:
-    """The options of the call of the model that this thread is in; empty outside."""
-    return getattr(_thread, "options", None) or {}
-
-
 def _served(
     func, q, k, v, heads, mask, attn_precision, skip_reshape, skip_output_reshape, **kwargs
 ):  # fmt: skip
-    options = kwargs.get("transformer_options") or {}
-    context = options.get(CONTEXT)
-    previous = None if context is None else context.previous
-    host = HostCall(
-        _preferred(func) if previous is None else partial(previous, func), q, k, v, heads, mask,
-        skip_reshape,
-        skip_output_reshape, {"attn_precision": attn_precision, **kwargs},
-        foreign=previous is not None,
-    )  # fmt: skip
-    if context is None:
-        return host.as_it_came()
-    out = serve(context, host, options)
-    if out is None:
-        return host.as_it_came()
-    return out if skip_output_reshape else out.transpose(1, 2).flatten(2)
+    context = out = None
+    hosts = func
+    try:
+        hosts = _preferred(func)
+        context = (kwargs.get("transformer_options") or {}).get(CONTEXT)
+        if context is not None:
+            foreign = context.previous is not None
+            host = HostCall(
+                partial(context.previous, func) if foreign else hosts, q, k, v, heads, mask,
+                skip_reshape, skip_output_reshape, {"attn_precision": attn_precision, **kwargs},
+                foreign=foreign,
+            )  # fmt: skip
+            out = serve(context, host, kwargs["transformer_options"])
+            if out is not None and not skip_output_reshape:
+                out = out.transpose(1, 2).flatten(2)
+    except Exception as error:
+        go_on_without_us(error, None if context is None else context.run)
+        out = None
+    if out is not None:
+        return out
+    # without a call of ours, which could fail
+    more = {
+        "mask": mask, "attn_precision": attn_precision, "skip_reshape": skip_reshape,
+        "skip_output_reshape": skip_output_reshape, **kwargs,
+    }  # fmt: skip
+    if context is None or context.previous is None:
+        return hosts(q, k, v, heads, **more)
+    return context.previous(func, q, k, v, heads, **more)
 
 
 def _preferred(func: Callable) -> Callable:
@@ -116,11 +121,15 @@ def serve(context: Declined | ModelCall, host: HostCall, options: dict) -> torch
     Returns:
         [B, H, L, D], or None where the call is not ours; the reason is counted.
     """
-    context.run.statistics.entered.add(context.step)
+    run = context.run
+    run.statistics.entered.add(context.step)
+    if run.given_up:
+        run.statistics.kept_dense[run.given_up] += 1
+        return None
     calls = context.calls_of(host, options)
     if calls is None:
         return None
-    outs = [context.run.attend(call) for call in calls]
+    outs = [run.attend(call) for call in calls]
     leave_receipt(options)
     return outs[0] if len(outs) == 1 else torch.cat(outs)
 
@@ -159,7 +168,7 @@ def _attend_in_graph(
     Returns:
         [B, L, H * D], or [B, H, L, D] with `skip_output_reshape`.
     """
-    options, named = {**options_of_call(), IN_GRAPH: True}, {}
+    options, named = {**(this_thread.options or {}), IN_GRAPH: True}, {}
     if block_index >= 0:
         options["block_index"] = block_index
     if block_type:

@@ -13,6 +13,7 @@ import torch
 
 from ..run.state import RunState
 from .families.family import Block, Family
+from .guard import go_on_without_us
 
 # under these keys a sampling, and the input of another node's wrapper, travel through
 # transformer_options
@@ -40,6 +41,10 @@ class Sampling:
     guider: Any
     # whether the model has shown that it tells when it is entered
     tells_entry: bool = False
+    # the sampler's latest, [B, C, T, H, W]
+    denoised: Any = None
+    # what decides how long a step takes
+    work: Any = None
     _wrapper: Callable = _apply
     _callers: dict[int, tuple[int, Block]] = field(default_factory=dict)
     # keeps every `id` above taken
@@ -57,7 +62,22 @@ class Sampling:
             self._wrapper = options[WRAPPER]
             options[WRAPPER] = self._noting_the_input
 
+    def listener(self, callback: Callable | None) -> Callable:
+        """What a sampler tells of its steps, for us and for `callback`."""
+
+        def told(*said, **more):
+            try:
+                self.run.steps.spoken()
+                self.denoised = said[1] if len(said) > 1 else None
+            except Exception as error:
+                go_on_without_us(error, self.run)
+            if callback is not None:
+                callback(*said, **more)
+
+        return told
+
     def leave(self) -> None:
+        self.denoised = None
         options = self.guider.model_options
         options.get("transformer_options", {}).pop(SAMPLING, None)
         if options.get(WRAPPER) == self._noting_the_input:
@@ -65,9 +85,12 @@ class Sampling:
 
     def _noting_the_input(self, apply_model, args):
         """Another node's wrapper may call the model on pieces of what it gets."""
-        options = args["c"].get("transformer_options")
-        if options is not None:
-            options[WRAPPED] = args["input"]
+        try:
+            options = args["c"].get("transformer_options")
+            if options is not None:
+                options[WRAPPED] = args["input"]
+        except Exception as error:
+            go_on_without_us(error, self.run)
         return self._wrapper(apply_model, args)
 
     def callers(self, family: Family, model: torch.nn.Module) -> dict[int, tuple[int, Block]]:

@@ -43,6 +43,8 @@ IN_VAIN = "prompts or parts of the video are new at every step, so no pattern is
 MOST_IN_VAIN = 2
 # of a list that the user has written, in a warning
 MOST_SHOWN = 8
+# characters
+MOST_OF_AN_ERROR = 200
 LAST_STEP = "the run's last step, after which no pattern is of use"
 
 
@@ -104,6 +106,8 @@ class RunState:
         self._in_vain = 0
         self._attended: set[int] = set()
         self.step = -1
+        # why the rest of the run is dense, or an empty string
+        self.given_up = ""
         self._step_began = 0.0
         self._lock = threading.Lock()
 
@@ -476,6 +480,14 @@ class RunState:
     def stop(self) -> None:
         """End an interrupted run: what waits on the device is not read."""
         self.statistics.stopped_at = self.schedule.first_step + max(self.step, 0)
+        self.free()
+
+    def give_up(self, error: Exception) -> None:
+        """Let the rest of the run be dense after an error that nobody expected."""
+        if not self.given_up:
+            self.given_up = f"an error in AdaSpa, {repr(error)[:MOST_OF_AN_ERROR]}"
+            step = self.schedule.first_step + max(self.step, 0)
+            self.statistics.warn(f"{self.given_up}: every call runs dense from step {step}")
         self.free()
 
     def free(self) -> None:

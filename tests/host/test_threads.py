@@ -82,7 +82,7 @@ def test_prompts_in_two_threads(model_paths, split, threads_seen, name, layers, 
     assert_other_video(out, sample(fresh(model_paths, name)))
 
 
-def test_an_error_in_one_thread_ends_the_run_cleanly(model_paths, split, monkeypatch):
+def test_an_error_in_one_thread_leaves_the_rest_to_the_host(model_paths, split, monkeypatch):
     class Failure(RuntimeError):
         pass
 
@@ -97,7 +97,8 @@ def test_an_error_in_one_thread_ends_the_run_cleanly(model_paths, split, monkeyp
     model = split(model)
     with monkeypatch.context() as patch:
         patch.setattr(RunState, "attend", fails)
-        with pytest.raises(Failure):
-            sample(model)
-    assert not handle.latest().finished
+        assert torch.isfinite(sample(model)).all()
+    assert handle.latest().finished
+    (warning,) = handle.latest().warnings
+    assert warning.startswith("an error in AdaSpa, Failure(): every call runs dense from step 1")
     assert_same_video(sample(model), sample(sparse(fresh(model_paths, "wan_h64"))[0]))

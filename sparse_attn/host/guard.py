@@ -1,0 +1,19 @@
+"""Nothing of ours ends a run: after an error what the host was about to do goes on without us."""
+
+from ..run.state import RunState
+from .status import log
+
+
+def go_on_without_us(error: Exception, run: RunState | None = None) -> None:
+    """Log an error of ours, and let its run be dense from here on.
+
+    Raises:
+        InterruptProcessingException: `error`, where it is the host's own interrupt.
+    """
+    import comfy.model_management
+
+    if isinstance(error, comfy.model_management.InterruptProcessingException):
+        raise error
+    log.warning("AdaSpa: an error that nobody expected; the host goes on alone", exc_info=error)
+    if run is not None:
+        run.give_up(error)
