@@ -20,7 +20,7 @@ import torch.nn.functional as F
 
 ROOT = Path(__file__).resolve().parents[2]
 # no test of several ranks takes as long
-SECONDS = 240
+SECONDS = 600
 
 
 def run(program, ranks: int, folder: Path, *args) -> list:

@@ -158,11 +158,15 @@ def not_a_number(rank, monkeypatch):
 # ---- tests
 
 
+def needs_yunchang():
+    if importlib.util.find_spec("yunchang") is None:
+        pytest.skip("yunchang is not installed; `python run.py test` installs it")
+
+
 @pytest.fixture(scope="session")
 def of_two_ranks(comfyui, model_paths, tmp_path_factory):
     """By case, latents and runs of two ranks."""
-    if importlib.util.find_spec("yunchang") is None:
-        pytest.skip("yunchang is not installed; `python run.py test` installs it")
+    needs_yunchang()
     paths = {name: str(path) for name, path in model_paths.items()}
     folder = tmp_path_factory.mktemp("ranks")
     by_rank = ranks.run(on_rank, 2, folder, paths, {**CASES, **OTHERS})
@@ -212,7 +216,7 @@ def test_two_ranks_give_the_video_of_one(name, of_two_ranks, load):
 @pytest.mark.long
 @pytest.mark.parametrize("world", [4, 8])
 def test_more_ranks_give_the_video_of_one(world, comfyui, model_paths, load, tmp_path):
-    pytest.importorskip("yunchang")
+    needs_yunchang()
     model = "wan_h64" if world == 4 else "wan_h32"
     cases = {"none": Case(model), "tail": Case(model, fields=POSITION)}
     paths = {model: str(model_paths[model])}
