@@ -1,6 +1,7 @@
 """What goes to Raylight's workers, and what comes back."""
 
 import importlib
+import os
 import pickle
 from collections import Counter
 from dataclasses import replace
@@ -174,9 +175,9 @@ def test_two_ray_actors_give_the_video_of_one_process(load, model_paths, tmp_pat
     fields = {"tail": "none", "search_points": (), "dense_attention": "host"}
     settings = sparse(load("wan_h64"), **fields)[1].config
     expected = sample(sparse(load("wan_h64"), **fields)[0], VIDEO)
-    ray.init(
-        num_cpus=2, include_dashboard=False, runtime_env={"env_vars": {"PYTHONPATH": str(ROOT)}}
-    )
+    paths = [str(ROOT), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
+    variables = {"PYTHONPATH": os.pathsep.join(paths)}
+    ray.init(num_cpus=2, include_dashboard=False, runtime_env={"env_vars": variables})
     try:
         actor = ray.remote(num_cpus=1)(RankActor)
         path = str(model_paths["wan_h64"])
