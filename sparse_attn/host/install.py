@@ -86,8 +86,7 @@ def _outer_sample(handle: RunHandle, node_id):
             handle.runs.append(run.statistics)
             sampling.enter()
             told, sampling.work = sampling.listener(callback), work
-            clock = timing.Clock()
-            guider.model_options["transformer_options"][timing.CLOCK] = clock
+            clock = timing.start_clock(guider)
         except Exception as error:
             go_on_without_us(error, None if sampling is None else sampling.run)
         try:
@@ -135,15 +134,22 @@ def _outer_sample_off(handle: RunHandle, node_id):
     """One sampler run with AdaSpa off, which is timed and otherwise left alone."""
 
     def wrapper(executor, noise, latent_image, sampler, sigmas, *args, **kwargs):
-        guider = executor.class_obj
-        work = timing.work_of(guider, sampler, noise)
-        with timing.clock_in(guider) as clock:
-            out = executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
-        run = timing.off_run(handle.config, work, sigmas, clock.took)
-        run.part, run.results = handle.part, [fingerprint(out)]
-        handle.runs.append(run)
-        _tell_the_end(node_id, run, len(run.schedule.kinds) - 1)
-        handle.note(handle.metadata)
+        guider, work, clock = executor.class_obj, None, None
+        try:
+            work = timing.work_of(guider, sampler, noise)
+            clock = timing.start_clock(guider)
+        except Exception as error:
+            go_on_without_us(error)
+        out = executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
+        try:
+            if clock is not None:
+                run = timing.off_run(handle.config, work, sigmas, clock.took)
+                run.part, run.results = handle.part, [fingerprint(out)]
+                handle.runs.append(run)
+                _tell_the_end(node_id, run, len(run.schedule.kinds) - 1)
+                handle.note(handle.metadata)
+        except Exception as error:
+            go_on_without_us(error)
         return out
 
     return wrapper

@@ -1,8 +1,7 @@
 """How long samplers take, with AdaSpa and with it off, and what this process knows of it."""
 
 import time
-from collections.abc import Hashable, Iterator
-from contextlib import contextmanager
+from collections.abc import Hashable
 
 import torch
 
@@ -10,6 +9,7 @@ from ..config import AdaSpaConfig
 from ..run.pace import Pace
 from ..run.statistics import RunStatistics
 from ..schedule import Schedule, StepKind
+from .guard import go_on_without_us
 
 # kept until ComfyUI restarts
 PACE = Pace()
@@ -27,27 +27,30 @@ class Clock:
         return self
 
 
-@contextmanager
-def clock_in(guider) -> Iterator[Clock]:
+def start_clock(guider) -> Clock:
     """Put a clock into the options of a guider, for `time_sampler`."""
     options = guider.model_options.setdefault("transformer_options", {})
     options[CLOCK] = clock = Clock()
-    try:
-        yield clock
-    finally:
-        options.pop(CLOCK, None)
+    return clock
 
 
 def time_sampler(executor, guider, sigmas, extra_args, *args, **kwargs):
     """Wrap ComfyUI's sampler: note in the clock how long it takes, until its result is computed."""
-    began = time.perf_counter()
+    clock, began = None, 0.0
+    try:
+        clock = extra_args.get("model_options", {}).get("transformer_options", {}).get(CLOCK)
+        began = time.perf_counter()
+    except Exception as error:
+        go_on_without_us(error)
     out = executor(guider, sigmas, extra_args, *args, **kwargs)
-    if isinstance(out, torch.Tensor):
-        # waits for the device, after the last step
-        out.flatten()[:1].cpu()
-    clock = extra_args.get("model_options", {}).get("transformer_options", {}).get(CLOCK)
-    if clock is not None:
-        clock.took = time.perf_counter() - began
+    try:
+        if clock is not None:
+            if isinstance(out, torch.Tensor):
+                # waits for the device, after the last step
+                out.flatten()[:1].cpu()
+            clock.took = time.perf_counter() - began
+    except Exception as error:
+        go_on_without_us(error)
     return out
 
 
