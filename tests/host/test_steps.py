@@ -319,7 +319,7 @@ def test_a_list_that_turns_or_stays_is_walked_step_by_step(load, steps_seen, nam
     steps = len(LISTS[name]) - 1
     sample_sigmas(model, LISTS[name], sampler=sampler)
     assert steps_seen == sorted(steps_seen) and set(steps_seen) == set(range(steps))
-    assert describe(handle).startswith("steps 1-2 dense, 3 search, 3-")
+    assert describe(handle).startswith("steps 1-2 dense, 3 search, 4-")
     assert calls(handle)["search"] == 2
     assert handle.latest().skipped() == []
 
