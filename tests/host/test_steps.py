@@ -333,7 +333,7 @@ def test_step_by_step_samplers_search_nothing_that_nobody_uses(load):
     for step in range(4):
         sample(model, cfg=1.0, start_step=step, last_step=step + 1, disable_noise=step > 0,
                force_full_denoise=step == 3)  # fmt: skip
-        assert describe(handle) == f"step {step} dense"
+        assert describe(handle) == f"step {step + 1} dense"
         assert calls(handle) == {"dense": 2}
 
 

@@ -75,9 +75,9 @@ def test_the_node_names_the_settings_and_the_model_that_will_run_dense(pair, loa
 
 
 def test_the_second_expert_begins_with_the_pattern_of_the_first(pair, load):
-    # one set of weights twice: the pattern of the first fits the second
+    # one set of weights twice; in a sample of this video's tokens the pattern still holds its recall
     high, low, handle = pair(load("wan_h64"), load("wan_h64")).args
-    halves(high, low)
+    halves(high, low, seed=2)
     first, second = handle.runs
     assert [run.part for run in handle.runs] == ["high noise", "low noise"]
     assert handle.latest() is second

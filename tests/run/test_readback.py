@@ -31,7 +31,7 @@ def test_a_layer_that_met_nan_runs_dense_after_the_step_and_its_mask_does_not_co
     statistics = run.statistics
     assert [*statistics.patterns] == [(1, "positive")]
     assert run.layer().dense_reason == NOT_A_NUMBER and run.pattern() is None
-    assert statistics.warnings == [f"{NOT_A_NUMBER}: the layers concerned run dense after step 7"]
+    assert statistics.warnings == [f"{NOT_A_NUMBER}: the layers concerned run dense after step 8"]
     assert run.attend(1)[1] == ["host"] and run.attend(1, key="other")[1] == ["sparse"]
     assert statistics.kept_dense == {NOT_A_NUMBER: 1}
 
