@@ -8,7 +8,7 @@ import pytest
 
 from sparse_attn.sentences import ENGLISH
 
-FILE = Path(__file__).resolve().parents[2] / "web" / "sentences.js"
+FILE = Path(__file__).resolve().parents[1] / "web" / "sentences.js"
 TABLE = json.loads(
     FILE.read_text(encoding="utf-8").partition("SENTENCES =")[2].strip().removesuffix(";")
 )
