@@ -65,6 +65,11 @@ class Truth:
         return bool(self.met) and all(len(places) == 1 for places in self.met.values())
 
 
+@pytest.fixture(autouse=True)
+def no_graphs_of_other_tests():
+    torch._dynamo.reset()
+
+
 @pytest.fixture
 def truth(monkeypatch):
     return Truth(monkeypatch)
