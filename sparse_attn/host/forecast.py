@@ -17,6 +17,7 @@ from ..run.report import forecast_lines
 from ..run.state import RunState
 from ..schedule import StepCounter, place
 from . import status
+from .guard import go_on_without_us
 from .sampling import SAMPLING
 from .sigmas import progress_of
 
@@ -25,6 +26,7 @@ FORECASTING = KEY = "adaspa_forecast"
 # hooks by which a sampler reads the predictions before guidance, as those of CFG++ do
 READS = ("sampler_post_cfg_function", "sampler_pre_cfg_function", "sampler_cfg_function")
 BEFORE_GUIDANCE = "the sampler reads what the model returns before guidance"
+FAILED = "an error in AdaSpa, which the log has"
 COMPUTED = "computed"
 # nodes that skip steps themselves, by what they put into the options
 SKIPPERS = {"easycache": "EasyCache or LazyCache", "spectrum_h3_binding": "Spectrum"}
@@ -53,24 +55,27 @@ def _outer_sample(level: Level, node_id: str | None):
     def wrapper(
         executor, noise, latent_image, sampler, sigmas, denoise_mask=None, callback=None, *args, **kwargs
     ):  # fmt: skip
-        guider = executor.class_obj
-        shapes = kwargs.get("latent_shapes") or ()
-        forecasting = Forecasting(level, guider, sigmas.tolist(), shapes, node_id)
-
-        def spoken(*said, **more):
-            forecasting.spoken()
-            if callback is not None:
-                callback(*said, **more)
-
-        options = guider.model_options.setdefault("transformer_options", {})
-        options[FORECASTING] = forecasting
+        forecasting, told = None, callback
+        try:
+            guider = executor.class_obj
+            shapes = kwargs.get("latent_shapes") or ()
+            forecasting = Forecasting(level, guider, sigmas.tolist(), shapes, node_id)
+            guider.model_options.setdefault("transformer_options", {})[FORECASTING] = forecasting
+            told = forecasting.listener(callback)
+        except Exception as error:
+            go_on_without_us(error)
+            if forecasting is not None:
+                forecasting.failed = True
         try:
             return executor(
-                noise, latent_image, sampler, sigmas, denoise_mask, spoken, *args, **kwargs
+                noise, latent_image, sampler, sigmas, denoise_mask, told, *args, **kwargs
             )
         finally:
-            options.pop(FORECASTING, None)
-            forecasting.end()
+            try:
+                if forecasting is not None:
+                    forecasting.end()
+            except Exception as error:
+                go_on_without_us(error)
 
     return wrapper
 
@@ -78,12 +83,22 @@ def _outer_sample(level: Level, node_id: str | None):
 def _predict_noise(executor, x, timestep, model_options=None, seed=None):
     options = (model_options or {}).get("transformer_options", {})
     forecasting = options.get(FORECASTING)
-    if forecasting is None:
+    if forecasting is None or forecasting.failed:
         return executor(x, timestep, model_options or {}, seed)
-    return forecasting.predict(
-        x, float(timestep.flatten()[0]), model_options,
-        lambda: executor(x, timestep, model_options, seed),
-    )  # fmt: skip
+    found = None
+    try:
+        found = forecasting.forecast(x, timestep, model_options)
+    except Exception as error:
+        forecasting.give_up(error)
+    if found is not None:
+        return found
+    began = time.perf_counter()
+    found = executor(x, timestep, model_options, seed)
+    try:
+        forecasting.learn(timestep, found, began)
+    except Exception as error:
+        forecasting.give_up(error)
+    return found
 
 
 class Forecasting:
@@ -99,6 +114,7 @@ class Forecasting:
         self.shapes, self.node_id = shapes, node_id
         self.run: RunState | None = None
         self.forecaster: Forecaster | None = None
+        self.failed = False
 
     def __deepcopy__(self, memo):
         # options are copied by nodes that change some of them, for the same sampling
@@ -126,19 +142,34 @@ class Forecasting:
                 self.forecaster.refuse(f"{name} skips steps already")
         return self.forecaster
 
-    def spoken(self) -> None:
-        """Note that the sampler has evaluated the model once for its step, as its callback says."""
-        if self.forecaster is not None:
-            self.forecaster.counter.spoken()
+    def listener(self, callback: Callable | None) -> Callable:
+        """What a sampler tells of its steps, for us and for `callback`."""
 
-    def predict(
-        self, x: torch.Tensor, sigma: float, options: dict, compute: Callable
-    ) -> torch.Tensor:
-        """The guided prediction: what `compute` returns, or a forecast of it.
+        def told(*said, **more):
+            try:
+                if self.forecaster is not None:
+                    self.forecaster.counter.spoken()
+            except Exception as error:
+                self.give_up(error)
+            if callback is not None:
+                callback(*said, **more)
+
+        return told
+
+    def give_up(self, error: Exception) -> None:
+        """Compute every step from here on, after an error that nobody expected."""
+        self.failed = True
+        go_on_without_us(error)
+        if self.forecaster is not None:
+            self.forecaster.refuse(FAILED)
+
+    def forecast(self, x: torch.Tensor, timestep, options: dict) -> torch.Tensor | None:
+        """The guided prediction, or None where it is to be computed.
 
         Args:
             options: those of the call, by which a sampler may ask for more.
         """
+        sigma = float(timestep.flatten()[0])
         forecaster = self.forecaster or self.begin(options)
         if any(options.get(read) != self.guider.model_options.get(read) for read in READS):
             forecaster.refuse(BEFORE_GUIDANCE)
@@ -148,15 +179,18 @@ class Forecasting:
         found = forecaster.forecast(sigma, _regime(self.guider, x, sigma), owed)
         if forecaster.step != before:
             self.tell(forecaster)
-        if found is not None:
-            return found
-        began = time.perf_counter()
-        found = compute()
+        return found
+
+    def learn(self, timestep, found: torch.Tensor, began: float) -> None:
+        """Take in a prediction that was computed, since `began`."""
+        forecaster, run = self.forecaster, self.run and self.run.statistics
+        if self.failed or forecaster is None:
+            # what declined the forecast has failed
+            return
         # a node beside ours may have answered for the model: nothing is to be learned from that
         skipped = run is not None and run.was_skipped(forecaster.step)
-        if not skipped and forecaster.learn(sigma, found):
+        if not skipped and forecaster.learn(float(timestep.flatten()[0]), found):
             forecaster.statistics.seconds.append(time.perf_counter() - began)
-        return found
 
     def tell(self, forecaster: Forecaster, done: bool = False) -> None:
         """Show on the node where the run is, or in the end what it came to."""
@@ -171,6 +205,7 @@ class Forecasting:
 
     def end(self) -> None:
         """Say what the forecasts came to."""
+        self.guider.model_options.get("transformer_options", {}).pop(FORECASTING, None)
         if self.forecaster is not None:
             status.log.info("AdaSpa: %s", "; ".join(forecast_lines(self.forecaster.statistics)))
             self.tell(self.forecaster, done=True)

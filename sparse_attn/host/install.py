@@ -1,4 +1,4 @@
-"""Installs AdaSpa on a ModelPatcher: two wrappers, nothing on the model, nothing on the module."""
+"""Installs AdaSpa on a ModelPatcher: wrappers, nothing on the model, nothing on the module."""
 
 import threading
 
@@ -127,7 +127,7 @@ def _end(sampling: Sampling, handle: RunHandle, node_id, out, sigmas, clock) -> 
     finally:
         run.free()
         sampling.leave()
-        guider.model_options.get("transformer_options", {}).pop(timing.CLOCK, None)
+        timing.drop_clock(guider)
 
 
 def _outer_sample_off(handle: RunHandle, node_id):
@@ -143,6 +143,7 @@ def _outer_sample_off(handle: RunHandle, node_id):
         out = executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
         try:
             if clock is not None:
+                timing.drop_clock(guider)
                 run = timing.off_run(handle.config, work, sigmas, clock.took)
                 run.part, run.results = handle.part, [fingerprint(out)]
                 handle.runs.append(run)

@@ -110,7 +110,8 @@ def end(run, patcher, handle: RunHandle) -> None:
 def _save(kept: CarriedPattern | None, request: SaveRequest, statistics) -> None:
     if kept is None:
         request.failed()
-        statistics.warn("no pattern was saved, because no layer ran sparse")
+        why = "the run ended dense" if statistics.patterns else "no layer ran sparse"
+        statistics.warn(f"no pattern was saved, because {why}")
         return
     try:
         status.say(request.node_id, Sentence("writing", size=gib(kept.nbytes())))

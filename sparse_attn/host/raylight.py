@@ -169,6 +169,8 @@ def joined(ranks: list[RunStatistics]) -> RunStatistics:
         patterns=_joined_patterns([run.patterns for run in ranks]),
         memory=replace(first.memory, held_bytes=max(run.memory.held_bytes for run in ranks)),
         kept_dense=_joined_counts([run.kept_dense for run in ranks]),
+        beside=_joined_counts([run.beside for run in ranks]),
+        unseen=_joined_counts([run.unseen for run in ranks]),
         warnings=_joined_warnings([run.warnings for run in ranks]),
     )
 

@@ -34,6 +34,10 @@ def start_clock(guider) -> Clock:
     return clock
 
 
+def drop_clock(guider) -> None:
+    guider.model_options.get("transformer_options", {}).pop(CLOCK, None)
+
+
 def time_sampler(executor, guider, sigmas, extra_args, *args, **kwargs):
     """Wrap ComfyUI's sampler: note in the clock how long it takes, until its result is computed."""
     clock, began = None, 0.0

@@ -189,18 +189,9 @@ def _attend(own: Callable, ulysses, ring, joint: bool, q, k, v, *args, **named):
     model, out = _thread.model, None
     if model is not None:
         statistics = model.call.run.statistics
-        ranks = _size(ulysses)
         try:
-            if _size(ring) > 1:
-                reason = RING
-            elif joint:
-                reason = JOINT
-            elif named.get("causal"):
-                reason = CAUSAL
-            else:
-                reason, out = _served(model, partial(own, *args), ranks, q, k, v, named)
-            if reason:
-                statistics.kept_dense[reason] += 1
+            local = partial(_in_heads, lambda *heads: own(*heads, *args, **named))
+            out = _served(model, local, _size(ulysses), _size(ring), joint, q, k, v, named)
         except BaseException:
             # an interrupt too: on one rank alone it would leave the others waiting
             status.log.warning("AdaSpa: %s", FAILED, exc_info=True)
@@ -209,33 +200,49 @@ def _attend(own: Callable, ulysses, ring, joint: bool, q, k, v, *args, **named):
     return own(q, k, v, *args, **named) if out is None else out
 
 
-def _served(model: _Model, own: Callable, ranks: int, q, k, v, named: dict):
-    """("", the output as the ranks hold it), or (why not, None)."""
-    call = model.call
+def _in_heads(own: Callable, q, k, v, heads, mask=None, **_) -> torch.Tensor:
+    """An engine's own attention in the form of ComfyUI's; all are [B, H, L, D]."""
+    out = own(*(x.transpose(1, 2) for x in (q, k, v)))
+    return (out[0] if isinstance(out, tuple) else out).transpose(1, 2)
+
+
+def _served(model: _Model, local: Callable, ranks, ring_ranks, joint, q, k, v, named: dict):
+    """The output as the ranks hold it, or None where the call is not ours; the reason is counted."""
+    call, statistics = model.call, model.call.run.statistics
     found = calling_block(call.callers)
     lengths: Sequence[int] = (call.layout.tokens,)
     if found is not None and call.family.segments is not None:
         lengths = call.family.segments(found[1].kind, call.layout, call.inputs)
-    if len(lengths) > 1 and any(length % ranks for length in lengths[:-1]):
+    reason = ""
+    if ring_ranks > 1:
+        reason = RING
+    elif joint:
+        reason = JOINT
+    elif named.get("causal"):
+        reason = CAUSAL
+    elif any(length % ranks for length in lengths[:-1]):
         # the engine then counts its padding in the positions of what comes behind
-        return f"{lengths[0]:,} text tokens cannot be shared evenly by {ranks} GPUs", None
+        reason = f"{lengths[0]:,} text tokens cannot be shared evenly by {ranks} GPUs"
+    if reason:
+        if q.shape == k.shape:
+            # it came, so nobody has replaced it
+            call.caller(model.options)
+            statistics.kept_dense[reason] += 1
+        return None
     shards = Shards(tuple(lengths), ranks)
     if q.shape == k.shape == v.shape:
         if q.shape[1] != shards.gathered:
-            return f"{q.shape[1]:,} tokens are not the {shards.gathered:,} of the video", None
+            why = f"{q.shape[1]:,} tokens are not the {shards.gathered:,} of the video"
+            statistics.beside[why] += 1
+            return None
         q, k, v = (shards.in_order(x) for x in (q, k, v))
-
-    def engine(q, k, v, heads, mask=None, **_):
-        out = own(*(x.transpose(1, 2) for x in (q, k, v)), **named)
-        return (out[0] if isinstance(out, tuple) else out).transpose(1, 2)
-
     more = {"transformer_options": model.options}
     if named.get("softmax_scale") is not None:
         more["scale"] = named["softmax_scale"]
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    host = HostCall(engine, q, k, v, q.shape[1], None, True, True, more)
+    host = HostCall(local, q, k, v, q.shape[1], None, True, True, more)
     out = serve(call, host, model.options)
-    return "", None if out is None else shards.gather(out.transpose(1, 2).contiguous())
+    return None if out is None else shards.gather(out.transpose(1, 2).contiguous())
 
 
 def _size(group) -> int:

@@ -486,7 +486,7 @@ class RunState:
         """Let the rest of the run be dense after an error that nobody expected."""
         if not self.given_up:
             self.given_up = f"an error in AdaSpa, {repr(error)[:MOST_OF_AN_ERROR]}"
-            step = self.schedule.first_step + max(self.step, 0)
+            step = self.schedule.number(max(self.step, 0))
             self.statistics.warn(f"{self.given_up}: every call runs dense from step {step}")
         self.free()
 

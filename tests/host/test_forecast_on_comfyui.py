@@ -111,6 +111,27 @@ def test_a_second_installation_takes_the_place_of_the_first(load, told):
     assert sorted(run.forecast) == EXPECTED
 
 
+@pytest.mark.parametrize(
+    "where", ["__init__", "listener", "begin", "forecast", "learn", "tell", "end"]
+)
+def test_an_error_of_ours_leaves_the_rest_computed(load, told, monkeypatch, where):
+    from sparse_attn.host.forecast import Forecasting
+
+    calls = []
+
+    def broken(self, *args, **kwargs):
+        calls.append(where)
+        raise RuntimeError("broken")
+
+    monkeypatch.setattr(Forecasting, where, broken)
+    expected = trace(answering(load("wan_h64"), Answers()))
+    found = trace(skipping(answering(load("wan_h64"), Answers())))
+    assert_same_trace(found, expected)
+    # once in a run, and where the end is told
+    assert calls == [where] * (2 if where == "tell" else 1)
+    assert not [run for run in told if run.forecast and where != "end"]
+
+
 def test_few_steps_have_the_bits_of_before(load, told):
     found, expected, run = run_both(load, told, steps=11)
     assert all(map(torch.equal, found, expected))

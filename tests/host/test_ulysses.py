@@ -210,7 +210,7 @@ def test_two_ranks_give_the_video_of_one(name, of_two_ranks, load):
         density, recall = found[key]
         assert density == pattern.density
         assert recall == pytest.approx(pattern.recall, abs=1e-4)
-    assert all(run.timing.sparse and not run.warnings for run in runs)
+    assert all(run.timing.sparse and not run.warnings and not run.unseen for run in runs)
 
 
 @pytest.mark.long
@@ -228,6 +228,8 @@ def test_more_ranks_give_the_video_of_one(world, comfyui, model_paths, load, tmp
 def test_a_text_that_ranks_cannot_share_evenly_runs_by_the_engine(of_two_ranks):
     for _, run in of_two_ranks["hunyuan, odd text"]:
         assert "7 text tokens cannot be shared evenly by 2 GPUs" in run.kept_dense
+        # they came, so no node is said to have replaced them
+        assert not run.unseen
 
 
 def test_a_wrong_order_is_seen(of_two_ranks, load):
@@ -254,12 +256,16 @@ def test_a_rank_that_fails_leaves_nobody_waiting(name, of_two_ranks):
 )
 def test_what_is_not_ours_runs_by_the_engine(ring, joint, named, reason, monkeypatch):
     statistics = RunStatistics(AdaSpaConfig(), Schedule((), 0, 0, ()))
-    call = SimpleNamespace(run=SimpleNamespace(statistics=statistics))
+    met = []
+    call = SimpleNamespace(
+        run=SimpleNamespace(statistics=statistics), callers={}, caller=met.append,
+        layout=SimpleNamespace(tokens=4), family=SimpleNamespace(segments=None),
+    )  # fmt: skip
     monkeypatch.setattr(ulysses._thread, "model", ulysses._Model(call, {}))
     monkeypatch.setattr(ulysses, "_size", lambda group: ring if group == "ring" else 2)
     q = torch.ones(1, 4, 2, 8)
     out = ulysses._attend(lambda q, k, v, **_: q + 1, "ulysses", "ring", joint, q, q, q, **named)
-    assert torch.equal(out, q + 1) and statistics.kept_dense == {reason: 1}
+    assert torch.equal(out, q + 1) and statistics.kept_dense == {reason: 1} and len(met) == 1
 
 
 def test_a_number_that_is_none_on_one_rank_leaves_the_other_sparse(of_two_ranks):
