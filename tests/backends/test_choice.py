@@ -95,11 +95,7 @@ def test_an_operation_has_one_signature_and_a_truth(operation):
         modules = [import_module(f"sparse_attn.backends.{x}.{y}") for x, y in files]
         modules.append(reference)
     signatures = [inspect.signature(getattr(module, operation)) for module in modules]
-    # benchmarks may ask kernels for another tile
-    asked = {
-        tuple((x.name, x.kind, x.default) for x in s.parameters.values() if x.name != "tile")
-        for s in signatures
-    }
+    asked = {tuple((x.name, x.kind, x.default) for x in s.parameters.values()) for s in signatures}
     assert len(asked) == 1, signatures
 
 

@@ -386,24 +386,24 @@ def _launch(x: Operands, scale, tile: tiles.HopperTile, previous_lse=None, masse
 
 
 def attention(
-    q, k, v, *, scale, key_bias=None, mask=None, pooled=None, order=None, tile=None
+    q, k, v, *, scale, key_bias=None, mask=None, pooled=None, order=None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """As `triton.attention.attention`."""
     x = operands_of(q, k, v, key_bias=key_bias, mask=mask, pooled=pooled, order=order)
     if x.out.numel():
         block_q = 128 if mask is None else mask.block_q
-        _launch(x, scale, tile or tiles.hopper_attention(block_q))
+        _launch(x, scale, tiles.hopper_attention(block_q))
     return x.out, x.lse
 
 
 def attention_with_masses(
-    q, k, v, *, scale, previous_lse, block_q, block_k, key_bias=None, tile=None
+    q, k, v, *, scale, previous_lse, block_q, block_k, key_bias=None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """As `triton.attention.attention_with_masses`."""
     x = operands_of(q, k, v, key_bias=key_bias)
     previous_lse = launch.checked(previous_lse, "previous_lse", q.shape[:3])
     masses = empty_masses(q, k, TILE.value, TILE.value)
     if x.out.numel():
-        _launch(x, scale, tile or tiles.hopper_attention(128), previous_lse, masses)
+        _launch(x, scale, tiles.hopper_attention(128), previous_lse, masses)
     found, wanted = (TILE.value, TILE.value), (block_q, block_k)
     return x.out, x.lse, to_granularity(masses, q.shape[2], found, wanted, renormalise=True)

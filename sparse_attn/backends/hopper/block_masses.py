@@ -247,11 +247,11 @@ def hopper_block_masses_kernel(
 
 
 def block_masses(
-    q, k, lse, *, block_q, block_k, scale, key_bias=None, renormalise=True, int8=False, tile=None
+    q, k, lse, *, block_q, block_k, scale, key_bias=None, renormalise=True, int8=False
 ) -> torch.Tensor:
     """As `triton.block_masses.block_masses`."""
     masses = empty_masses(q, k, TILE.value, TILE.value)
-    tile = tile or tiles.hopper_block_masses(int8, key_bias is not None)
+    tile = tiles.hopper_block_masses(int8, key_bias is not None)
     if masses.numel():
         with launch.on_device(q):
             x = MassOperands.of(q, k, lse, scale, key_bias, int8)

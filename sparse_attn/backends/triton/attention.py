@@ -283,7 +283,7 @@ def _launch(x: Operands, scale, tile: tiles.Tile, block_k: int, previous_lse=Non
 
 
 def attention(
-    q, k, v, *, scale, key_bias=None, mask=None, pooled=None, order=None, tile=None
+    q, k, v, *, scale, key_bias=None, mask=None, pooled=None, order=None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention over all keys, or over the blocks that a mask keeps and the means of the others.
 
@@ -306,14 +306,12 @@ def attention(
     # without lists the larger one is faster
     block_q, block_k = (128, 64) if mask is None else (mask.block_q, mask.block_k)
     if x.out.numel():
-        _launch(
-            x, scale, tile or tiles.attention(tiles.card_of(q.device), block_q, q.shape[3]), block_k
-        )
+        _launch(x, scale, tiles.attention(tiles.card_of(q.device), block_q, q.shape[3]), block_k)
     return x.out, x.lse
 
 
 def attention_with_masses(
-    q, k, v, *, scale, previous_lse, block_q, block_k, key_bias=None, tile=None
+    q, k, v, *, scale, previous_lse, block_q, block_k, key_bias=None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Attention over all keys, and block masses by an earlier step's LSE.
 
@@ -328,7 +326,7 @@ def attention_with_masses(
     previous_lse = launch.checked(previous_lse, "previous_lse", q.shape[:3])
     # a bias takes registers, which spill with 128 rows
     rows = 128 if key_bias is None else 64
-    tile = tile or tiles.attention(tiles.card_of(q.device), rows, q.shape[3])
+    tile = tiles.attention(tiles.card_of(q.device), rows, q.shape[3])
     found = (MASS_BLOCK, MASS_BLOCK)
     masses = empty_masses(q, k, *found).zero_()
     if x.out.numel():

@@ -161,7 +161,7 @@ class MassOperands:
 
 
 def block_masses(
-    q, k, lse, *, block_q, block_k, scale, key_bias=None, renormalise=True, int8=False, tile=None
+    q, k, lse, *, block_q, block_k, scale, key_bias=None, renormalise=True, int8=False
 ) -> torch.Tensor:
     """Softmax mass of every block pair: sum over its rows and keys of exp(score - lse).
 
@@ -181,7 +181,7 @@ def block_masses(
     found = TILE, TILE
     masses = empty_masses(q, k, *found).zero_()
     if masses.numel():
-        tile = tile or tiles.block_masses(tiles.card_of(q.device))
+        tile = tiles.block_masses(tiles.card_of(q.device))
         with launch.on_device(q):
             x = MassOperands.of(q, k, lse, scale, key_bias, int8)
             B, H, Lq, Lk, D = x.sizes

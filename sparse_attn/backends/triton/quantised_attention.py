@@ -226,7 +226,7 @@ def _quantised_attention_kernel(
 
 
 def quantised_attention(
-    q, k, v, *, scale, key_bias=None, mask=None, pooled=None, order=None, tile=None
+    q, k, v, *, scale, key_bias=None, mask=None, pooled=None, order=None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention in eight bits; arguments and results are those of `attention`."""
     x = operands_of(q, k, v, key_bias=key_bias, mask=mask, pooled=pooled, order=order)
@@ -235,7 +235,7 @@ def quantised_attention(
         return x.out, x.lse
     if Lk == 0:
         return x.out.zero_(), x.lse.fill_(float("-inf"))
-    tile = tile or tiles.quantised_attention(mask is not None, pooled is not None)
+    tile = tiles.quantised_attention(mask is not None, pooled is not None)
     block_q, block_k = (tile.tile_q, TILE) if mask is None else (mask.block_q, mask.block_k)
     Nq = triton.cdiv(Lq, block_q)
     with launch.on_device(q):
