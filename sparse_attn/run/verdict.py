@@ -25,7 +25,7 @@ def verdict(run) -> list[Sentence]:
         return [Sentence("took_off", took=seconds(run.took or 0))]
     if run.dense_from is not None and run.why_dense:
         code = "dense_from" if run.patterns else "dense_all"
-        step = str(run.schedule.first_step + run.dense_from + 1)
+        step = str(run.schedule.number(run.dense_from))
         return [*_time(run), Sentence(code, step=step, why=run.why_dense)]
     if not run.patterns:
         return [*_took(run), why_all_dense(run)]
