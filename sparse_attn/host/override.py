@@ -1,5 +1,6 @@
 """The hook in ComfyUI's attention: what is ours goes to the run, all else goes on as it came."""
 
+import re
 import sys
 import threading
 from collections.abc import Callable
@@ -191,8 +192,10 @@ def _attend_in_graph(
 # a CUDA graph would repeat one step; not every torch knows the tag
 _UNSAFE = getattr(torch.Tag, "cudagraph_unsafe", None)
 _TAGS: dict[str, Any] = {"tags": (_UNSAFE,)} if _UNSAFE else {}
+# the name is the process's, where two copies of the pack may be loaded; each has functions of its own
+_NAMESPACE = re.sub(r"\W", "_", f"adaspa_{__name__}")
 _operator: Any = torch.library.custom_op(
-    "adaspa::attention", _attend_in_graph, mutates_args=(), **_TAGS
+    f"{_NAMESPACE}::attention", _attend_in_graph, mutates_args=(), **_TAGS
 )
 
 

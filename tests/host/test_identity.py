@@ -1,5 +1,6 @@
 """No mask ever meets another layer's q, another part's of the video, or another sampling's."""
 
+import importlib
 import random
 import threading
 from collections import defaultdict
@@ -63,11 +64,6 @@ class Truth:
 
     def holds(self):
         return bool(self.met) and all(len(places) == 1 for places in self.met.values())
-
-
-@pytest.fixture(autouse=True)
-def no_graphs_of_other_tests():
-    torch._dynamo.reset()
 
 
 @pytest.fixture
@@ -242,6 +238,16 @@ def test_a_graph_that_does_not_tell_its_layers_runs_dense_and_says_so_at_once(co
     torch.compiler.reset()
     assert kept_dense(handle)[ONE_GRAPH] == 4 and not calls(handle)
     assert said[0][-1] == f"Everything will run dense: {ONE_GRAPH}."
+
+
+def test_two_copies_of_the_pack_have_operators_of_their_own(comfyui):
+    """ComfyUI loads a pack by its path, and a folder may lie there twice."""
+    from sparse_attn.host import override
+    from tests.tools import comfy_inprocess
+
+    pack = comfy_inprocess.load_pack()
+    other = importlib.import_module(f"{pack.__name__}.sparse_attn.host.override")
+    assert other is not override and other._operator._qualname != override._operator._qualname
 
 
 def test_a_compiled_graph_without_a_run_calls_the_hosts_attention():
