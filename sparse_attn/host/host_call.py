@@ -45,8 +45,8 @@ class HostCall:
         ]
 
     def wants_gradients(self) -> bool:
-        tensors = (x for x in (self.q, self.k, self.v, self.mask) if x is not None)
-        return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+        tensors = self.q, self.k, self.v, self.mask
+        return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
 
     def of_conditioning(self, number: int, rows: slice) -> "HostCall":
         """The rows of one conditioning, with options that name this one alone."""

@@ -2,6 +2,7 @@
 
 import gc
 import itertools
+import sys
 import weakref
 from collections import Counter
 from pathlib import Path
@@ -100,8 +101,10 @@ def alive(monkeypatch):
         send_progress_text=lambda *args: None,
     )  # fmt: skip
     monkeypatch.setattr(status, "_server", lambda: server)
-    # pytest keeps what is logged, and with an error the frames it came through
+    # pytest keeps what is logged, and with an error the frames it came through; so it does with
+    # errors that nobody can catch, as those at the close of a generator
     monkeypatch.setattr(status.log, "disabled", True)
+    monkeypatch.setattr(sys, "unraisablehook", lambda unraisable: None)
     return found
 
 
