@@ -187,3 +187,27 @@ def test_server_lists_the_nodes(comfy_server):
     # nodes of ComfyUI's own may miss a package that nothing here needs
     failed = [line for line in comfy_server.log.splitlines() if "IMPORT FAILED" in line]
     assert not [line for line in failed if "custom_nodes" in line or "adaspa" in line]
+
+
+def test_the_server_serves_a_help_page_for_every_node(comfy_server):
+    from tests.web.test_web import WEB, fetch
+
+    def inputs_of(name):
+        order = comfy_server.object_info()[name]["input_order"]
+        return {*order.get("required", []), *order.get("optional", [])}
+
+    names = [name for name in comfy_server.object_info() if name.startswith("AdaSpa")]
+    names = [name for name in names if "HostTest" not in name]
+    pages = {page.stem for page in (WEB / "docs").glob("*.md")}
+    # that node is listed only where Raylight is installed
+    assert set(names) == pages - {"AdaSpaRaylight"}
+    for name in names:
+        text = fetch(comfy_server, f"/extensions/adaspa/docs/{name}.md")
+        assert text == (WEB / "docs" / f"{name}.md").read_text(encoding="utf-8")
+        own = inputs_of(name)
+        if name == "AdaSpaAttentionPair":
+            # its page names the page of the settings that both have
+            assert "*AdaSpa*" in text
+            own -= inputs_of("AdaSpaAttention")
+        for put in own:
+            assert f"**{put}**" in text, (name, put)
