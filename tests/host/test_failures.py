@@ -102,12 +102,12 @@ def test_an_error_inside_an_attention_call_leaves_the_rest_to_the_host(load, wat
     monkeypatch.setattr(status.log, "disabled", True)
     with monkeypatch.context() as patch:
         patch.setattr(attention, "_attend_rows", fails)
-        # a search answers with dense attention
+        # the search of step 1 answers with dense attention, made otherwise
         assert_same_video(sample(model), sample(load("hunyuan")))
     assert_nothing_stays(watched, handle)
     run = handle.latest()
     reason = "an error in AdaSpa, Failure('no such thing')"
-    assert run.warnings == [f"{reason}: every call runs dense from step 1"]
+    assert run.warnings == [f"{reason}: every call runs dense from step 2"]
     # what is left of the call of the model that met it; in later ones ours is not there
     assert run.finished and reason in run.kept_dense
     assert_same_video(sample(model), sample(sparse(load("hunyuan"))[0]))

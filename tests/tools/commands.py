@@ -223,7 +223,7 @@ ONCE = ("-m", "not any_comfyui")
 
 def host_tests() -> list[str]:
     tests = environment.ROOT / "tests"
-    return sorted(str(file) for name in HOST_TESTS for file in (tests / name).glob("test_*.py"))
+    return sorted(str(file) for name in HOST_TESTS for file in (tests / name).rglob("test_*.py"))
 
 
 # serve
