@@ -1,21 +1,16 @@
 """AdaSpa Compare: the dense and the sparse video of one seed, side by side and in numbers."""
 
-import math
-
 import torch
 from comfy_api.latest import io
 
 from ..sparse_attn.run.report import seconds
 from ..sparse_attn.sentences import Sentence
-from ..sparse_attn.video_metrics import mean_squared_error, psnr, ssim
+from ..sparse_attn.video_metrics import ALIKE, mean_squared_error, psnr, ssim
 from .compare_preview import preview
 from .settings import spoken
 from .sockets import AdaSpaRun
 
 AMPLIFIED = 8
-# least PSNR in dB and SSIM for each word. In the lab whole runs of Balanced have 34 dB and 0.97 to dense
-# on average, runs of Fast 29 dB and 0.94
-ALIKE = {"hard_to_see": (34.0, 0.97), "small": (28.0, 0.93), "different": (-math.inf, -1.0)}
 # a number that every node downstream can take, for videos without any difference
 IDENTICAL = 100.0
 FLOOR = (

@@ -1,9 +1,11 @@
 """AdaSpa Skip Steps: MODEL in, a MODEL that does not compute every step out."""
 
-from comfy_api.latest import io, ui
+from comfy_api.latest import io
 
 from ..sparse_attn.forecast.plan import LEAST_STEPS, LEVELS
 from ..sparse_attn.host.forecast import install
+from ..sparse_attn.sentences import Sentence
+from .settings import spoken
 
 OFF = "off"
 
@@ -48,6 +50,6 @@ class AdaSpaForecast(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, level) -> io.NodeOutput:
-        text = "Skip Steps is off" if level == OFF else f"Skip Steps is ready: {level}"
+        said = Sentence("skip_off") if level == OFF else Sentence("skip_ready", level=level)
         patched = install(model, LEVELS.get(level), cls.hidden.unique_id)
-        return io.NodeOutput(patched, ui=ui.PreviewText(text))
+        return io.NodeOutput(patched, ui=spoken([said]))

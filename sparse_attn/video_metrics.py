@@ -7,6 +7,9 @@ import torch.nn.functional as F
 
 # Wang, Bovik, Sheikh, Simoncelli 2004: a Gaussian window of 11 pixels
 WINDOW, SIGMA, K1, K2 = 11, 1.5, 0.01, 0.03
+# least PSNR in dB and SSIM for each word. In the lab whole runs of Balanced have 34 dB and 0.97 to dense
+# on average, runs of Fast 29 dB and 0.94
+ALIKE = {"hard_to_see": (34.0, 0.97), "small": (28.0, 0.93), "different": (-math.inf, -1.0)}
 
 
 def mean_squared_error(a: torch.Tensor, b: torch.Tensor) -> float:

@@ -5,6 +5,7 @@ from collections.abc import Hashable, Sequence
 import torch
 
 from ..schedule import StepCounter
+from ..sentences import Sentence
 from .plan import ForecastPlan, Level
 from .polynomial import extrapolate
 from .statistics import ForecastStatistics
@@ -13,8 +14,8 @@ from .statistics import ForecastStatistics
 MOST_EVALUATIONS = 3
 # how far from a step's beginning an evaluation may be, as a share of the step
 NEAR = 0.1
-OFF_THE_LIST = "the sampler does not keep to the list of steps"
-MANY_EVALUATIONS = "the sampler asks the model again and again at one noise level"
+OFF_THE_LIST = Sentence("skip_off_the_list")
+MANY_EVALUATIONS = Sentence("skip_many")
 
 
 class Forecaster:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from math import ceil
 
 from ..schedule import Schedule, StepKind
+from ..sentences import Sentence
 
 # shorter schedules have too little between the first fifth and the last step
 LEAST_STEPS = 12
@@ -50,7 +51,8 @@ class ForecastPlan:
     def why_not(self) -> str:
         """Why no step of the run is forecast, or an empty string."""
         if self.total_steps < LEAST_STEPS:
-            return f"{self.total_steps} steps are too few, {LEAST_STEPS} are needed"
+            steps, least = str(self.total_steps), str(LEAST_STEPS)
+            return Sentence("skip_few_steps", steps=steps, least=least)
         return ""
 
 

@@ -16,6 +16,7 @@ from ..forecast.plan import Level, plan_forecasts
 from ..run.report import forecast_lines
 from ..run.state import RunState
 from ..schedule import StepCounter, place
+from ..sentences import Sentence
 from . import status
 from .guard import go_on_without_us
 from .sampling import SAMPLING
@@ -25,8 +26,8 @@ from .sigmas import progress_of
 FORECASTING = KEY = "adaspa_forecast"
 # hooks by which a sampler reads the predictions before guidance, as those of CFG++ do
 READS = ("sampler_post_cfg_function", "sampler_pre_cfg_function", "sampler_cfg_function")
-BEFORE_GUIDANCE = "the sampler reads what the model returns before guidance"
-FAILED = "an error in AdaSpa, which the log has"
+BEFORE_GUIDANCE = Sentence("skip_guidance")
+FAILED = Sentence("skip_failed")
 COMPUTED = "computed"
 # nodes that skip steps themselves, by what they put into the options
 SKIPPERS = {"easycache": "EasyCache or LazyCache", "spectrum_h3_binding": "Spectrum"}
@@ -139,7 +140,7 @@ class Forecasting:
             self.run.statistics.forecast = self.forecaster.statistics
         for key, name in SKIPPERS.items():
             if key in options or key in known:
-                self.forecaster.refuse(f"{name} skips steps already")
+                self.forecaster.refuse(Sentence("skip_another", name=name))
         return self.forecaster
 
     def listener(self, callback: Callable | None) -> Callable:
@@ -198,7 +199,8 @@ class Forecasting:
         kinds = (
             self.run.statistics.step_kinds() if self.run else told.kinds([COMPUTED] * told.steps)
         )
-        said = [f"Step {plan.first_step + step + 1} of {plan.total_steps}: {kinds[step]}."]
+        number, total = str(plan.first_step + step + 1), str(plan.total_steps)
+        said = [Sentence(f"step_{kinds[step]}", step=number, total=total)]
         if done:
             said = forecast_lines(told)
         status.show_steps(self.node_id, said, kinds, plan.first_step, step, done)
@@ -207,7 +209,7 @@ class Forecasting:
         """Say what the forecasts came to."""
         self.guider.model_options.get("transformer_options", {}).pop(FORECASTING, None)
         if self.forecaster is not None:
-            status.log.info("AdaSpa: %s", "; ".join(forecast_lines(self.forecaster.statistics)))
+            status.log.info("AdaSpa: %s", " ".join(forecast_lines(self.forecaster.statistics)))
             self.tell(self.forecaster, done=True)
 
 

@@ -2,6 +2,8 @@
 
 from statistics import fmean, median
 
+from ..sentences import Sentence
+
 
 def summary(run) -> str:
     """One line for the log: the verdict, then the numbers."""
@@ -112,29 +114,28 @@ def _recall(run) -> str:
     return text
 
 
-def forecast_lines(told) -> list[str]:
+def forecast_lines(told) -> list[Sentence]:
     """What Skip Steps did in a run; `told` is its `ForecastStatistics`."""
-    if not told.forecast:
-        why = told.why_not or ("the forecasts were too far off" if told.withheld else "")
-        text = ["Skip Steps: every step was computed" + (f": {why}" if why else "")]
+    why, saved = told.why_not, told.saved()
+    if told.forecast:
+        values = {
+            "count": str(len(told.forecast)), "total": str(told.steps),
+            "steps": ranges(told.numbers(told.forecast)),
+        }  # fmt: skip
+        if saved:
+            text = [Sentence("skipped_saved", **values, saved=seconds(saved))]
+        else:
+            text = [Sentence("skipped", **values)]
+        if why:
+            text.append(Sentence("skip_stopped", why=why))
     else:
-        saved = told.saved()
-        text = [
-            f"Skip Steps: {len(told.forecast)} of {told.steps} steps forecast, "
-            f"{ranges(told.numbers(told.forecast))}"
-            + (f"; saved about {seconds(saved)}" if saved else "")
-        ]
-        if told.why_not:
-            text.append(f"Skip Steps stopped: {told.why_not}")
+        why = why or (Sentence("skip_drifted") if told.withheld else "")
+        text = [Sentence("skipped_none_why", why=why) if why else Sentence("skipped_none")]
     if told.errors:
-        errors = told.errors.values()
-        text.append(
-            f"Computed steps were {fmean(errors):.1%} off a forecast of them, at most {max(errors):.1%}"
-        )
+        mean, most = fmean(told.errors.values()), max(told.errors.values())
+        text.append(Sentence("skip_errors", mean=f"{mean:.1%}", most=f"{most:.1%}"))
     if told.withheld and told.forecast:
-        text.append(
-            f"Computed after all, as forecasts had drifted: {ranges(told.numbers(told.withheld))}"
-        )
+        text.append(Sentence("skip_withheld", steps=ranges(told.numbers(told.withheld))))
     return text
 
 

@@ -77,7 +77,7 @@ def test_a_model_that_no_forecast_fits_samples_as_with_adaspa_alone(load, told, 
     model, handle = both(load, order, Level(1, 1, 1e-4))
     assert all(map(torch.equal, trace(model, steps=STEPS, cfg=1.0), expected))
     (line,) = [line for line in handle.latest().lines() if line.startswith("Skip Steps")]
-    assert line == "Skip Steps: every step was computed: the forecasts were too far off"
+    assert line == "Skip Steps: every step was computed: the forecasts were too far off."
 
 
 def test_without_skip_steps_the_report_says_nothing_of_it(load, told):

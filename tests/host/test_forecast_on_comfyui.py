@@ -87,6 +87,19 @@ def test_samplers_that_need_more_are_left_alone(load, told, sampler):
     assert not run.forecast and run.why_not == REFUSED[sampler]
 
 
+def test_every_line_on_its_node_is_a_sentence(load, told, monkeypatch):
+    from sparse_attn.host import status
+
+    lines = []
+    monkeypatch.setattr(status, "show_steps", lambda node, said, *steps: lines.extend(said))
+    for sampler in ("euler", "euler_cfg_pp", "dpm_fast"):
+        trace(skipping(answering(load("wan_h64"), Answers())), sampler=sampler)
+    codes = {line.code for line in lines}
+    assert {"step_computed", "step_forecast", "skipped_none_why", "skip_errors"} <= codes
+    reasons = [line.values["why"] for line in lines if "why" in line.values]
+    assert {why.code for why in reasons} == {"skip_guidance", "skip_off_the_list"}
+
+
 def run_both(
     load, told, around=lambda model: model, level=QUADRATIC, run=trace, jump=-1.0, **options
 ):

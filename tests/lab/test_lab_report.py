@@ -11,6 +11,7 @@ import torch
 TESTS = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(TESTS / "lab"), str(TESTS / "tiny_model")]
 
+import closeness  # noqa: E402
 import compare_presets  # noqa: E402
 import contestants  # noqa: E402
 import cost  # noqa: E402
@@ -19,6 +20,8 @@ import plots  # noqa: E402
 import procedural_video as video  # noqa: E402
 import report  # noqa: E402
 from rule import PAPER  # noqa: E402
+
+from sparse_attn.run import verdict  # noqa: E402
 
 
 def test_likeness_of_equal_and_of_different_videos():
@@ -239,3 +242,28 @@ def test_presets_are_summed_up_over_seeds():
     table, points = compare_presets.summary(rows)
     assert "| Fast | 21.00 | 0.900 | 1.00 | 10.0 | 20.0 |" in table
     assert points == {"Fast": [(10.0, 21.0)], "Quality": [(10.0, 30.0)]}
+
+
+def test_words_of_the_verdict_begin_where_the_lab_says():
+    found = closeness.derive()
+    assert json.loads(json.dumps(found)) == json.loads(closeness.OUT.read_text(encoding="utf-8"))
+    least = {word: row["recall"] for word, row in found["words"].items()}
+    assert least | {"may_differ": 0.0} == verdict.CLOSENESS
+    bare = found["without_a_tail"]
+    assert round(bare["most_recall"], 2) == verdict.MAY_DIFFER_WITHOUT_A_TAIL
+    # the help's figures
+    judged = found["judged"]
+    shares = {word: round(100 * row["small_or_less"]) for word, row in judged.items()}
+    text = (TESTS.parent / "web" / "docs" / "AdaSpaAttention.md").read_text(encoding="utf-8")
+    assert f"{shares['very_close']} % of the videos called very close" in text
+    assert f"{shares['close']} % of those called close" in text
+    assert bare["small_or_less"] < judged["may_differ"]["small_or_less"]
+
+
+def test_lines_through_runs_say_where_a_word_begins():
+    def run(recall):
+        # 100 dB and an SSIM of 1 at a recall of 1, and 0.5 of an SSIM less at 0
+        return {"recall": recall, "psnr": [90 * recall + 10], "ssim": [0.5 + 0.5 * recall]}
+
+    found = closeness.least_recall([run(recall) for recall in (0.2, 0.5, 0.9)], "small")
+    assert found == {"psnr": 0.2, "ssim": 0.86, "recall": 0.86}

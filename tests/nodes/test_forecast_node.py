@@ -15,7 +15,7 @@ def skip(comfyui):
 
     def skip(model, level):
         out = node.execute(model=model, level=level)
-        return out.args[0], out.ui.as_dict()["text"][0]
+        return out.args[0], out.ui["text"][0]
 
     return skip
 
@@ -23,13 +23,13 @@ def skip(comfyui):
 def test_off_installs_nothing_and_says_so(load, skip):
     model = load("wan_h64")
     off, text = skip(skip(model, "fast")[0], "off")
-    assert text == "Skip Steps is off" and "adaspa_forecast" not in str(off.wrappers)
+    assert text == "Skip Steps is off." and "adaspa_forecast" not in str(off.wrappers)
 
 
 @pytest.mark.parametrize("level, forecast", [("careful", 6), ("fast", 8)])
 def test_a_level_forecasts_as_many_steps_as_it_may(load, skip, level, forecast):
     answers = Answers(degree=LEVELS[level].degree)
     model, text = skip(answering(load("wan_h64"), answers), level)
-    assert text == f"Skip Steps is ready: {level}"
+    assert text == f"Skip Steps is ready: {level}."
     trace(model, cfg=1.0)
     assert len(answers.sigmas) == STEPS - forecast

@@ -15,6 +15,7 @@ from sparse_attn.run.pace import Speed
 from sparse_attn.run.statistics import RunStatistics
 from sparse_attn.run.timer import Timing
 from sparse_attn.schedule import StepKind
+from sparse_attn.sentences import ENGLISH
 from tests.run.fakes import schedule
 from tests.run.test_statistics import a_run
 
@@ -31,10 +32,20 @@ def template(node: ast.expr) -> str:
 
 
 def phrases_of(source: str) -> set[str]:
-    """Every string in the functions of a module that has a word in it, and is not part of another."""
+    """Every string in the functions of a module that has a word in it, and is not part of another.
+
+    A sentence counts by its English text.
+    """
     found = set()
 
     def visit(node):
+        if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "Sentence":
+            found.add(re.sub(r"\{\w+\}", "{}", ENGLISH[node.args[0].value]))
+            return
+        if isinstance(node, ast.Dict):
+            for value in node.values:
+                visit(value)
+            return
         if isinstance(node, ast.JoinedStr | ast.Constant):
             if not isinstance(node, ast.Constant) or isinstance(node.value, str):
                 found.add(template(node))
@@ -175,17 +186,22 @@ RUNS = {
     "parts of the video": (held(("tile", 0, 1)), held(*WINDOWS)),
     "Skipped by a cache: {} steps, {}{}": (cached(), sampled(unseen=Counter({"unknown why": 4}))),
     "; searched at step {}": (cached(), changed(lambda r: r.entered.update((0, 2)), dense())),
-    "Skip Steps: every step was computed": (forecast(forecast=set()), forecast()),
+    "Skip Steps: every step was computed.": (forecast(forecast=set()), forecast()),
+    "Skip Steps: every step was computed: {}.": (
+        forecast(forecast=set(), why_not="too few steps"), forecast(forecast=set())
+    ),
     "the forecasts were too far off": (
         forecast(forecast=set(), withheld={6}), forecast(forecast=set())
     ),
-    "Skip Steps: {} of {} steps forecast, {}": (forecast(), forecast(forecast=set())),
-    "; saved about {}": (forecast(seconds=[2.0], evaluations=2), forecast()),
-    "Skip Steps stopped: {}": (forecast(why_not="too few steps"), forecast()),
-    "Computed steps were {} off a forecast of them, at most {}": (
+    "Skip Steps: {} of {} steps forecast, {}.": (forecast(), forecast(forecast=set())),
+    "Skip Steps: {} of {} steps forecast, {}; saved about {}.": (
+        forecast(seconds=[2.0], evaluations=2), forecast()
+    ),
+    "Skip Steps stopped: {}.": (forecast(why_not="too few steps"), forecast()),
+    "Computed steps were {} off a forecast of them, at most {}.": (
         forecast(errors={4: 0.01}), forecast()
     ),
-    "Computed after all, as forecasts had drifted: {}": (forecast(withheld={6}), forecast()),
+    "Computed after all, as forecasts had drifted: {}.": (forecast(withheld={6}), forecast()),
     "Tail: pooled, the average of every skipped block stands in for it": (
         configured(tail="pooled"), dense()
     ),

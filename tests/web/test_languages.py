@@ -112,3 +112,26 @@ def test_help_says_the_same_in_every_language(page, language):
     assert text.startswith(f"# {title}\n")
     shares = [re.findall(r"\d+ %|0\.\d+", x) for x in (english, text)]
     assert set(shares[0]) - set(shares[1]) <= {"0.0002"}
+
+
+KOREAN = [
+    LOCALES / "ko" / "nodeDefs.json",
+    WEB / "sentences.js",
+    *sorted((WEB / "docs").glob("*/ko.md")),
+]
+# words that end in a consonant, and in a vowel, and the particles that only follow the other
+WRONG = (
+    r"(?:스텝|모델|토큰|블록|패턴|프레임|설정|프리셋)(?:는|가|를|와|로)"
+    r"|(?:비디오|노드|샘플러|전문가|헤드|레이어|메모리|워크플로)(?:은|이|을|과|으로)"
+) + r"(?![가-힣])"
+
+
+@pytest.mark.parametrize("file", KOREAN, ids=lambda path: path.parent.name)
+def test_korean_particles_fit_their_words(file):
+    assert not re.findall(WRONG, file.read_text(encoding="utf-8"))
+
+
+def test_a_pattern_has_one_name_in_chinese():
+    texts = [(WEB / "sentences.js").read_text(encoding="utf-8")]
+    texts += [path.read_text(encoding="utf-8") for path in (WEB / "docs").glob("*/zh.md")]
+    assert not any("模式" in text for text in texts)
