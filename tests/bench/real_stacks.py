@@ -1,7 +1,7 @@
 """A few layers of ComfyUI's own video models, at their real width and length, on random weights."""
 
 import functools
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import comfy.latent_formats
 import comfy.model_patcher
@@ -136,6 +136,9 @@ STACKS = {
         {"model_dim": 256, "ff_dim": 256, "time_dim": 64, "in_text_dim": 64}, 64,
     ),
 }  # fmt: skip
+STACKS["wan480"] = replace(
+    STACKS["wan"], video="832x480, 81 frames", shapes=((1, 16, 21, 60, 104),)
+)
 
 
 def build(stack: Stack, device, *, small=False, seed=0, shift=0.0):

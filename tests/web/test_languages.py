@@ -135,3 +135,26 @@ def test_a_pattern_has_one_name_in_chinese():
     texts = [(WEB / "sentences.js").read_text(encoding="utf-8")]
     texts += [path.read_text(encoding="utf-8") for path in (WEB / "docs").glob("*/zh.md")]
     assert not any("模式" in text for text in texts)
+
+
+def test_help_of_several_gpus_reckons_with_what_was_measured():
+    file = WEB.parent / "tests" / "bench" / "results" / "ulysses_h200.json"
+    rows = {
+        (row["gpus"], row["kind"], row["precision"], row["density"]): row["ms"]
+        for row in json.loads(file.read_text(encoding="utf-8"))["rows"]
+    }
+    # full steps with int8: the rows of bf16 at density 0.2 hold compiling on one GPU
+    figures = []
+    for kind, attention, setting in (
+        ("step dense", "dense", ("int8", 0.2)), ("step sparse", "sparse", ("bf16", 0.2)),
+    ):  # fmt: skip
+        one, two = (rows[(gpus, kind, *setting)] for gpus in (1, 2))
+        square = rows[(1, attention, *setting)]
+        for length in (0.5, 2):
+            alone = (one - square) * length + square * length**2
+            shared = alone / 2 + (two - one / 2) * length
+            figures.append(f"{alone / shared:.2f}")
+    pages = [WEB / "docs" / "AdaSpaRaylight.md", *(WEB / "docs" / "AdaSpaRaylight").glob("*.md")]
+    for page in pages:
+        text = page.read_text(encoding="utf-8")
+        assert len(pages) == 4 and all(figure in text for figure in figures), (page, figures)
