@@ -5,6 +5,7 @@ import json
 import re
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -210,3 +211,20 @@ def test_gpu_tests_are_refused_in_a_sentence_where_there_is_no_gpu(capsys, monke
     monkeypatch.setattr(commands.environment, "prepare", lambda *args: env)
     assert commands.main(["test", "--gpu"], ROOT) == 1
     assert "--gpu needs an NVIDIA GPU" in capsys.readouterr().out
+
+
+def test_serve_names_the_graph_that_needs_no_model(monkeypatch, tmp_path, capsys):
+    class Server(nullcontext):
+        started_in, address, log_path = 1.0, "there", "log"
+
+        def is_alive(self):
+            raise KeyboardInterrupt
+
+    env = SimpleNamespace(device="cpu", home=str(tmp_path), comfyui="comfyui", python="python")
+    for name in ("ADASPA_DEVICE", "ADASPA_HOME"):
+        monkeypatch.setenv(name, "")
+    monkeypatch.setattr(commands, "prepared", lambda *asked: env)
+    monkeypatch.setattr(commands, "ComfyServer", lambda *where, **how: Server())
+    assert commands.serve(SimpleNamespace(port=None, listen=""), []) == 0
+    (graph,) = (tmp_path / "serve" / "user" / "default" / "workflows").glob("*.json")
+    assert f"Workflows in the sidebar, {graph.stem}, Run" in capsys.readouterr().out

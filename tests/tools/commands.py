@@ -250,6 +250,8 @@ def serve(options, extra: list[str]) -> int:
     with server:
         say(f"ComfyUI is up after {seconds(server.started_in)}: {server.address}")
         say(f"Its log is {server.log_path}")
+        for graph in sorted(tiny.glob("workflows/*.json")):
+            say(f"To try it without any model: Workflows in the sidebar, {graph.stem}, Run")
         say(f"Put your own models into {base / 'models'}")
         say("Stop it with Ctrl-C.")
         try:
