@@ -22,6 +22,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "lab")]
 
 import numpy as np  # noqa: E402
+import perceptual  # noqa: E402
 import plots  # noqa: E402
 import torch  # noqa: E402
 from metrics import likeness  # noqa: E402
@@ -110,18 +111,18 @@ def compare(client, graph, seeds, presets) -> list[dict]:
 
 def summary(rows: list[dict]) -> tuple[str, dict[str, list]]:
     """A table in Markdown, and {preset: [(mean seconds, mean PSNR)]}."""
-    lines = [
-        "| preset | PSNR dB | SSIM | flicker, 1/255 | seconds | dense seconds |",
-        "| --- | --- | --- | --- | --- | --- |",
-    ]
+    columns = {"psnr": 2, "ssim": 3, "perceptual": 4, "changes": 4, "flicker": 2, "seconds": 1,
+               "dense_seconds": 1}  # fmt: skip
+    columns = {name: digits for name, digits in columns.items() if name in rows[0]}
+    titles = {"psnr": "PSNR dB", "ssim": "SSIM", "flicker": "flicker, 1/255"}
+    heads = [titles.get(name, name.replace("_", " ")) for name in columns]
+    lines = [f"| preset | {' | '.join(heads)} |", "| --- |" + " --- |" * len(columns)]
     points = {}
     for preset in dict.fromkeys(row["preset"] for row in rows):
         mine = [row for row in rows if row["preset"] == preset]
         mean = {k: statistics.mean(row[k] for row in mine) for k in mine[0] if k != "preset"}
-        lines.append(
-            f"| {preset} | {mean['psnr']:.2f} | {mean['ssim']:.3f} | {mean['flicker']:.2f} "
-            f"| {mean['seconds']:.1f} | {mean['dense_seconds']:.1f} |"
-        )
+        cells = [f"{mean[name]:.{digits}f}" for name, digits in columns.items()]
+        lines.append(f"| {preset} | {' | '.join(cells)} |")
         points[preset] = [(mean["seconds"], mean["psnr"])]
     return "\n".join(lines) + "\n", points
 
@@ -143,6 +144,8 @@ def main():
     table, points = summary(rows)
     (options.out / "presets.md").write_text(table)
     print(table)
+    if perceptual.weights_file() is None:
+        print(perceptual.MISSING)
     try:
         path = options.out / "presets.svg"
         plots.lines(points, "seconds of the prompt", "PSNR to dense, dB", "Presets", path)

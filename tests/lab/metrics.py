@@ -2,16 +2,14 @@
 
 import os
 from concurrent.futures import ProcessPoolExecutor
-from functools import cache
 from multiprocessing import get_context
 
+import perceptual
 import torch
-import torch.nn.functional as F
 
 from sparse_attn.video_metrics import psnr
 
 WORDS = ("shape", "direction", "speed")
-FLAT = 0.3  # feature norm of a faint edge; keeps noise in flat areas from counting as structure
 
 
 def structural_similarity(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -29,7 +27,8 @@ def structural_similarity(a: torch.Tensor, b: torch.Tensor) -> float:
 def likeness(
     dense: torch.Tensor, other: torch.Tensor, ssim=structural_similarity
 ) -> dict[str, list[float]]:
-    """Per video of [n, 3, F, Y, X] in [0, 1]: PSNR (dB), SSIM, feature distance, flicker.
+    """Per video of [n, 3, F, Y, X] in [0, 1]: PSNR (dB), SSIM, flicker, and if its network is there
+    the perceptual distance of frames ("perceptual") and of their changes ("changes").
 
     Flicker is the mean difference between the two videos' changes from frame to frame, in 1/255.
 
@@ -41,41 +40,15 @@ def likeness(
     # frames as channels: SSIM is a mean over channels
     pairs = zip(dense, other, strict=True)
     frames = [[x.flatten(0, 1).movedim(0, -1) for x in pair] for pair in pairs]
-    return {
+    found = {
         "psnr": [psnr(max(e, 1e-10)) for e in error],
         "ssim": [ssim(a, b) for a, b in frames],
-        "features": feature_distance(dense, other),
         "flicker": change.tolist(),
     }
-
-
-@cache
-def _filters(device: str) -> list[torch.Tensor]:
-    """Three layers of fixed random filters, the first ones without a mean."""
-    generator = torch.Generator().manual_seed(5)
-    shapes = [(32, 3, 5, 5), (64, 32, 3, 3), (64, 64, 3, 3)]
-    filters = [torch.randn(shape, generator=generator) for shape in shapes]
-    filters[0] -= filters[0].mean((2, 3), keepdim=True)
-    return [(f / f.flatten(1).norm(dim=1)[:, None, None, None]).to(device) for f in filters]
-
-
-def feature_distance(a: torch.Tensor, b: torch.Tensor) -> list[float]:
-    """Distance of random convolution features, per video; every fourth frame.
-
-    Built as LPIPS is (features of every layer normalised over channels, squared differences), but
-    the filters are random, not trained: it weighs edges and texture, not meaning.
-    """
-    distances = []
-    for pair in zip(a[:, :, ::4], b[:, :, ::4], strict=True):
-        x = torch.cat([v.transpose(0, 1) for v in pair]) * 2 - 1
-        total = 0.0
-        for weight in _filters(str(a.device)):
-            x = F.relu(F.conv2d(x, weight.to(x.dtype), padding=weight.shape[-1] // 2, stride=2))
-            unit = x / (x.norm(dim=1, keepdim=True) + FLAT)
-            left, right = unit.chunk(2)
-            total = total + (left - right).square().sum(1).mean()
-        distances.append(total)
-    return torch.stack(distances).tolist()
+    if perceptual.weights_file():
+        apart = [perceptual.distance(a, b) for a, b in zip(dense, other, strict=True)]
+        found["perceptual"], found["changes"] = map(list, zip(*apart, strict=True))
+    return found
 
 
 def read_back(scene, clip) -> float:

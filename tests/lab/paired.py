@@ -34,7 +34,7 @@ def error(values) -> float:
 
 
 def values(rows: dict, column: str, models) -> list[float]:
-    return [x for model in models for x in rows[model][column] or []]
+    return [x for model in models for x in rows[model].get(column) or []]
 
 
 class Difference(NamedTuple):
@@ -62,7 +62,7 @@ def difference(pairs) -> Difference:
 
 def paired(rows: dict, base: dict, column: str) -> Difference:
     """Over the seeds of the models that have the column in both."""
-    models = sorted(m for m in set(rows) & set(base) if rows[m][column] and base[m][column])
+    models = sorted(m for m in set(rows) & set(base) if rows[m].get(column) and base[m].get(column))
     return difference(
         pair for m in models for pair in zip(rows[m][column], base[m][column], strict=True)
     )

