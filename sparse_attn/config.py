@@ -54,6 +54,8 @@ class AdaSpaConfig:
             the pattern is kept for another run and this is 0.
         verdict: whether sparse is faster here: "auto" finds out in the first sparse step, once for each
             shape and settings, and runs the rest dense where it is not; "sparse" and "dense" pin it.
+        query_stride: a search measures one of so many query rows, 1 or 4. A first search that knows
+            the LSE of the step before may measure all in one pass with its dense attention.
         enabled: False leaves the model as it is.
 
     Raises:
@@ -78,6 +80,7 @@ class AdaSpaConfig:
     token_order: str = "similarity"
     search_gap: int = 0
     verdict: str = "sparse"
+    query_stride: int = 1
 
     def __post_init__(self):
         if not 0.0 <= self.sparsity <= MAX_SPARSITY:
@@ -117,6 +120,8 @@ class AdaSpaConfig:
                 "`start_percent` must be at least 0 and below `end_percent`, which is at most 1, "
                 f"got {self.start_percent} and {self.end_percent}. Try 0 and 1."
             )
+        if self.query_stride not in (1, 4):
+            raise ValueError(f"`query_stride` must be 1 or 4, got {self.query_stride}. Try 4.")
         if self.min_tokens < 0:
             raise ValueError(f"`min_tokens` must be 0 or more, got {self.min_tokens}. Try 8192.")
         if not (self.recall == 0 or LEAST_RECALL <= self.recall <= MAX_RECALL):
@@ -129,6 +134,11 @@ class AdaSpaConfig:
                 "`recall` gives every head the blocks it needs by itself, so `head_adaptive` must "
                 "be off. Switch one of them off; the preset Paper is head-adaptive."
             )
+
+    @property
+    def search_stride(self) -> int:
+        """Of how many query rows a search measures one: all, where a recall is asked for."""
+        return 1 if self.recall else self.query_stride
 
     @property
     def low_precision(self) -> str | None:
@@ -184,11 +194,14 @@ class AdaSpaConfig:
 # the second of two samplers, it would take back too much of the time
 SEARCH_GAP = 3
 # on the lab's three models closer to the dense video than 0.6, with hardly more flicker
-HALFWAY = {"search_points": (0.45,), "search_gap": SEARCH_GAP}
+HALFWAY = (0.45,)
+QUERY_STRIDE = 1
+# what no widget decides
+CUSTOM = AdaSpaConfig(search_gap=SEARCH_GAP, query_stride=QUERY_STRIDE)
 PRESETS = {
-    "Balanced": AdaSpaConfig(sparsity=0.8, warmup=0.12, **HALFWAY),
-    "Quality": AdaSpaConfig(sparsity=0.7, warmup=0.2, search_points=(0.6,), search_gap=SEARCH_GAP),
-    "Fast": AdaSpaConfig(sparsity=0.9, warmup=0.06, **HALFWAY),
+    "Balanced": replace(CUSTOM, sparsity=0.8, warmup=0.12, search_points=HALFWAY),
+    "Quality": replace(CUSTOM, sparsity=0.7, warmup=0.2, search_points=(0.6,)),
+    "Fast": replace(CUSTOM, sparsity=0.9, warmup=0.06, search_points=HALFWAY),
     "Paper": AdaSpaConfig(
         sparsity=0.8, warmup=0.2, search_points=(0.6,), head_adaptive=True, tail="none"
     ),
@@ -205,7 +218,7 @@ def from_preset(preset: str, **fields) -> AdaSpaConfig:
         ValueError: an unknown preset, or a field out of range.
     """
     if preset == "Custom":
-        return AdaSpaConfig(**{"search_gap": SEARCH_GAP, **fields})
+        return replace(CUSTOM, **fields)
     if preset not in PRESETS:
         raise ValueError(f"`preset` must be one of {[*PRESETS, 'Custom']}, got {preset!r}.")
     chosen = {name: value for name, value in fields.items() if name not in PRESET_FIELDS}

@@ -185,7 +185,7 @@ def block_masses(card: Card) -> Tile:
 # 64 rows: 5.6; others not measured. A warp owns sixteen rows, the height of a matrix instruction
 def pooled_masses(block_q: int) -> Tile:
     """The tile of pooled masses."""
-    return Tile(block_q, 64, 4 if block_q == 64 else 8, 2)
+    return Tile(block_q, 64, block_q // 16, 2)
 
 
 # bits of a mask per turn of one warp: 256 took 0.18, 512 0.16, 4 warps with 1,024 0.23, 8 with 2,048

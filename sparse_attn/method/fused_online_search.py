@@ -1,7 +1,8 @@
-"""Fused online search: dense attention that also yields exact block masses (AdaSpa, algorithm 1).
+"""Fused online search: dense attention that also yields block masses (AdaSpa, algorithm 1).
 
 With the LSE of an earlier step at hand one pass does both; without it a second pass recomputes
-QK^T and sums exp(S - LSE). Either way the dense output is the step's output.
+QK^T, of all rows or of a sample, and sums exp(S - LSE). Either way the dense output is the step's
+output.
 """
 
 from collections.abc import Callable
@@ -29,26 +30,26 @@ def fused_online_search(
     if previous_lse is None or not backend.one_pass_search:
         out, lse = dense(call)
         found = lse_cached_search(backend, call, config, lse, int8=False)
-        return found._replace(exact=True, out=out, lse=lse)
+        return found._replace(exact=config.search_stride == 1, out=out, lse=lse)
     out, lse = empty_output(call.v), torch.empty_like(previous_lse, dtype=torch.float32)
     attend = backend.attention_with_masses
     assert attend is not None, "`one_pass_search` says so"
 
-    def measure(call, heads, order):
+    def measure(call, heads, rows):
         some = previous_lse[:, heads].float()
-        if order is not None:
-            some = some.gather(-1, order.long())
+        if rows is not None:
+            some = some.gather(-1, rows.long())
         # one pass knows its rows' LSE only when it ends, and takes the earlier one's
         found, found_lse, masses = attend(
             call.q, call.k, call.v, previous_lse=some, scale=call.scale, key_bias=call.key_bias,
             **config.blocks,
         )  # fmt: skip
         for whole, part in ((out, found), (lse, found_lse)):
-            if order is None:
+            if rows is None:
                 whole[:, heads] = part
             else:
-                put_in_raster(whole[:, heads], part, order)
-        return Masses(masses, found_lse)
+                put_in_raster(whole[:, heads], part, rows)
+        return Masses(masses, found_lse, config.block_q)
 
     mask, recall, order, similar = search_mask(backend, call, config, measure, copies=1)
     return Found(mask, recall, False, order, similar, out, lse)

@@ -20,24 +20,24 @@ def lse_cached_search(
     Args:
         int8: measure with INT8 q and k, where the backend can.
     """
-    rows = rows_of(call.layout.tokens, config.block_q, lse.device)[:, None]
+    stride = config.search_stride
+    block_q = config.block_q // stride
 
-    def measure(call, heads, order):
+    def measure(call, heads, rows):
         some = lse[:, heads].float()
-        if order is not None:
-            some = some.gather(-1, order.long())
+        if rows is not None:
+            some = some.gather(-1, rows.long())
         masses = backend.block_masses(
             call.q, call.k, some, scale=call.scale, key_bias=call.key_bias, int8=int8,
-            renormalise=order is None, **config.blocks,
+            renormalise=False, block_q=block_q, block_k=config.block_k,
         )  # fmt: skip
-        if order is None:
-            return Masses(masses, some)
         # the drift of the LSE is the same for the masses of keys and of pooled keys
         total = masses.sum(-1, keepdim=True)
-        drift = (rows / total).where(total > 0, 1.0)
-        return Masses(masses.mul_(drift), some, drift)
+        counts = rows_of(call.q.shape[2], block_q, total.device)[:, None]
+        drift = (counts / total).where(total > 0, 1.0)
+        return Masses(masses.mul_(drift), some, block_q, drift)
 
-    mask, recall, order, similar = search_mask(backend, call, config, measure)
+    mask, recall, order, similar = search_mask(backend, call, config, measure, stride=stride)
     return Found(mask, recall, False, order, similar)
 
 

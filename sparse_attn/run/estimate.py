@@ -89,17 +89,17 @@ def estimate(
         windows: whether the run samples in context windows; `work` is that of one.
     """
     density = kept_share(work.layout, config)
-    spent, found = 0.0, carried
+    spent, found, search = 0.0, carried, SEARCH_WORK / config.search_stride
     for i, kind in enumerate(schedule.kinds):
         if kind is StepKind.DENSE:
             spent += 1
         elif kind is StepKind.SPARSE or (carried and StepKind.SEARCH not in schedule.kinds[:i]):
             spent += density
         elif found:
-            spent += density + SEARCH_WORK
+            spent += density + search
         else:
             has_lse = one_pass and i > 0 and schedule.wants_lse(i - 1)
-            spent += 1 if has_lse else 1 + SEARCH_WORK
+            spent += 1 if has_lse else 1 + search
             found = True
     steps = max(len(schedule.kinds), 1)
     skipped = (1 - spent / steps) * work.sparse_calls / work.calls if work.calls else 0.0

@@ -18,6 +18,9 @@ from .pace import Speed
 from .timer import Timing
 from .verdict import verdict
 
+# settings without a widget
+NO_WIDGET = ("search_gap", "query_stride")
+
 
 @dataclass
 class Pattern:
@@ -273,7 +276,7 @@ class RunStatistics:
     def record(self, preset: str) -> dict:
         """What the metadata of a saved video hold."""
         settings = {
-            name: value for name, value in vars(self.config).items() if name != "search_gap"
+            name: value for name, value in vars(self.config).items() if name not in NO_WIDGET
         }
         return {
             "preset": preset, "settings": settings, "part": self.part,

@@ -21,6 +21,8 @@ CASES = [
     (1, 1, 256, 256, 128, 128, 64),  # tall blocks, nothing ragged
     (1, 1, 130, 330, 128, 64, 128),  # wide blocks
     (1, 1, 300, 450, 64, 128, 128),  # large blocks, ragged
+    (2, 2, 150, 331, 64, 16, 64),  # rows sampled of blocks of 64, ragged both ways
+    (1, 1, 200, 130, 128, 32, 128),  # the same of 128
 ]
 MASS_TOLERANCE = 1e-3
 
@@ -42,6 +44,19 @@ def test_matches_reference(block_masses, case, renormalise, device):
     )
     exact = inputs.exact_masses(q, k, lse, scale, block_q, block_k)
     assert_within("masses", masses, exact, MASS_TOLERANCE)
+
+
+@pytest.mark.parametrize("int8", [False, True])
+@KERNELS
+def test_small_blocks_add_up_to_whole_ones(block_masses, int8, device):
+    """More rows than one program has, and more tiles of keys than one strip."""
+    q, k, v = inputs.make(1, 2, 400, 2400, 64, torch.bfloat16, device)
+    _, lse = inputs.exact_attention(q, k, v, 0.125)
+    options = {"block_k": 64, "scale": 0.125, "renormalise": False, "int8": int8}
+    small, whole = (block_masses(q, k, lse.float(), block_q=n, **options) for n in (16, 64))
+    assert small.shape[2] == 25
+    sums = torch.nn.functional.pad(small, (0, 0, 0, 3)).unflatten(2, (-1, 4)).sum(3)
+    assert_within("masses", sums, whole.double(), 1e-4)
 
 
 def relative(masses, exact):

@@ -15,6 +15,8 @@ CASES = [
     (1, 1, 1, 1, 64, 64),  # one row, one mean
     (2, 3, 200, 70, 64, 64),  # ragged rows and means; batch
     (1, 2, 300, 64, 128, 128),
+    (1, 2, 70, 65, 64, 16),  # rows sampled of a block
+    (1, 1, 70, 65, 128, 32),
 ]
 
 

@@ -253,7 +253,7 @@ def order_and_select(q):
 
     B, H, L, D = q.shape
     operation("triton", "permute")(q, q, q, torch.arange(L, dtype=torch.int32).expand(B, H, L))
-    for block_q in (64, 128):
+    for block_q in (16, 32, 64, 128):
         operation("triton", "pooled_masses")(
             q, q, torch.zeros(B, L), torch.zeros(B, H, L), block_q=block_q, scale=0.1
         )
@@ -287,6 +287,9 @@ def compile_all(arch):
             measure(folder, q, int8=True)
             attend(folder, q, name="quantised_attention")
         if arch in (90, 120):
+            # rows sampled of a block
+            measure(folder, q, 16)
+            measure(folder, q, 16, int8=True)
             attend(folder, q, 128, 128, bias=True)
             search(folder, q, 128, 128, bias=True)
             attend(folder, q, 128, name="quantised_attention", masked=False)
@@ -302,6 +305,7 @@ def compile_all(arch):
     if arch == 90:
         measure("hopper", q, int8=True, bias=True)
         measure("hopper", q, bias=True)
+        measure("hopper", q, 16, bias=True)
         attend("hopper", tensors(1, 2, 300, 64))
     found = []
     for name, stand in stands.items():
@@ -332,6 +336,7 @@ def compile_amd(arch):
         attend("triton", q, block, block)
         search("triton", q, block, block)
         measure("triton", q, block, block)
+    measure("triton", q, 16)
     found = []
     for name, stand in stands.items():
         for binary in stand.binaries.values():

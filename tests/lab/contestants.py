@@ -57,6 +57,7 @@ QUESTIONS = {
         EARLIER,
         TWO.but("similarity, second search at 0.8", again=(0.8,)),
     ],
+    "query rows": [TWO, TWO.but("similarity, one query row of four", query_stride=4)],
     "tails": [PLAIN, POSITION, TWO],
     "orders": [TWO, POSITION],
     "budgets": [TWO, TWO.but("similarity, head-adaptive", head_adaptive=True)],

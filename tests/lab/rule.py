@@ -20,7 +20,7 @@ class Rule:
         block_q, block_k: tokens per block.
         tail: what stands for the blocks that are left out: "none" or "pooled". The pack has an
             order with a tail and none without.
-        head_adaptive, precision, search_gap: as in `AdaSpaConfig`.
+        head_adaptive, precision, search_gap, query_stride: as in `AdaSpaConfig`.
         again: shares of the schedule at which the pack searches again.
         warmup: share of the steps before the first search, None for the schedule's own.
     """
@@ -37,6 +37,7 @@ class Rule:
     again: tuple[float, ...] = ()
     warmup: float | None = None
     search_gap: int = 0
+    query_stride: int = 1
 
     def but(self, name: str, **changes) -> "Rule":
         return replace(self, name=name, **changes)
@@ -69,6 +70,7 @@ class Rule:
             warmup=first / steps, search_points=self.again, search_gap=self.search_gap,
             head_adaptive=self.head_adaptive, tail=self.tail, precision=self.precision,
             token_order="position" if self.order == "raster" else self.order, min_tokens=0,
+            query_stride=self.query_stride,
         )  # fmt: skip
 
 
@@ -90,6 +92,7 @@ def of_preset(name: str) -> Rule:
         block_q=preset.block_q, block_k=preset.block_k, tail=preset.tail,
         head_adaptive=preset.head_adaptive, precision=preset.precision,
         again=preset.search_points, warmup=preset.warmup, search_gap=preset.search_gap,
+        query_stride=preset.query_stride,
     )  # fmt: skip
 
 

@@ -14,6 +14,7 @@ from sparse_attn.call import Call
 from sparse_attn.config import TOKEN_ORDERS, AdaSpaConfig
 from sparse_attn.method.fused_online_search import fused_online_search
 from sparse_attn.method.lse_cached_search import lse_cached_search
+from sparse_attn.method.query_sample import query_sample
 from sparse_attn.orders.position import serpentine_order
 from sparse_attn.token_layout import TokenLayout
 from tests.method.chosen import TORCH, measured
@@ -104,6 +105,45 @@ def test_both_searches_find_the_same_and_bear_a_drift_of_the_lse(block_size, tok
         *inputs[:2], lse.gather(-1, order), block_q=config.block_q, block_k=64, scale=SCALE
     )
     assert_within("masses", first.masses, masses, 1e-3)
+
+
+@pytest.mark.parametrize("later", [False, True], ids=["first", "later"])
+@pytest.mark.parametrize("block_size", ["64", "128x64"])
+@pytest.mark.parametrize(
+    "tail, token_order", [("none", "position"), ("pooled", "position"), ("pooled", "similarity")]
+)
+def test_a_sample_of_rows_is_measured_exactly(tail, token_order, block_size, later):
+    call = a_call()
+    config = AdaSpaConfig(
+        block_size=block_size, tail=tail, token_order=token_order, query_stride=4
+    )  # fmt: skip
+    found, seen = search(config, call)
+    if later:
+        # what all rows of a block have drifted by cancels
+        lse = found.lse + 0.4
+        found, seen = search_again(config, call, lse)
+    assert not found.exact
+    q, k, v = (x.double() for x in (call.q, call.k, call.v))
+    order = torch.arange(LAYOUT.tokens).expand(2, 2, -1)
+    if found.order is not None:
+        order = found.order.long()
+    _, lse = reference.attention(q, k, v, scale=SCALE)
+    rows = order[..., query_sample(LAYOUT.tokens, 4, call.q.device)]
+    q, lse = in_order(q, rows), lse.gather(-1, rows)
+    options = {"block_q": config.block_q // 4, "scale": SCALE}
+    moved = reference.permute(None, k, v, order)
+    masses = reference.block_masses(q, moved.k, lse, block_k=64, **options)
+    assert_within("masses", seen.masses, masses, 1e-3)
+    if found.order is not None:
+        pooled = moved.pooled
+        means = reference.pooled_masses(q, pooled.k_mean, pooled.log_sizes, lse, **options)
+        scores = reference.tail_error(masses, means, moved.v, pooled.v_mean)
+        assert_within("scores", seen.scores, scores, 5e-3 * scores.max().item())
+
+
+def test_a_recall_is_found_by_all_rows():
+    _, seen = search(AdaSpaConfig(recall=0.9, query_stride=4), a_call())
+    assert_within("rows", seen.masses.sum(-1)[..., 0], torch.full((2, 2), 64.0), 1e-3)
 
 
 def test_a_recall_needs_no_scores():

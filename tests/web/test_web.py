@@ -7,7 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from sparse_attn.config import PRESET_FIELDS, PRESETS, SEARCH_GAP, from_preset, parse_numbers
+from sparse_attn.config import (
+    PRESET_FIELDS,
+    PRESETS,
+    QUERY_STRIDE,
+    SEARCH_GAP,
+    from_preset,
+    parse_numbers,
+)
 
 WEB = Path(__file__).resolve().parents[2] / "web"
 NODES = ("AdaSpaAttention", "AdaSpaReport")
@@ -59,7 +66,7 @@ def test_interface_gets_the_presets_from_the_server(settings):
         assert values.keys() == fields <= settings.keys()
         numbers = {"search_points": parse_numbers(values["search_points"], float, "")}
         assert from_preset("Custom", **{**values, **numbers}) == replace(
-            PRESETS[name], search_gap=SEARCH_GAP
+            PRESETS[name], search_gap=SEARCH_GAP, query_stride=QUERY_STRIDE
         )
 
 

@@ -15,9 +15,10 @@ from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma_wait
 from .. import tiles
 from ..triton import launch
 from ..triton.block_masses import MassOperands
-from ..triton.mass_granularity import empty_masses, to_granularity
+from ..triton.mass_granularity import empty_masses, measured_rows, to_granularity
 from ..triton.softmax import LOG2_E
 from .pipeline import (
+    MAX_MASS,
     STRIP,
     TILE,
     add_bias,
@@ -121,7 +122,23 @@ def _put_last(
 
 
 @gluon.jit
-def _consume(queries, ring, work, x, CONSUMER: gl.constexpr, D: gl.constexpr):
+def _store(p_masses, b_strip, first, end, num_small, Nk, BLOCK_Q: gl.constexpr):
+    """Store the sums of a strip of tiles, of all rows or of each warp's sixteen."""
+    if BLOCK_Q == TILE:
+        store_masses(p_masses, gl.sum(b_strip.reshape([32, STRIP]), 0), first, 0, end)
+    else:
+        b_mass = gl.sum(b_strip, 1)
+        b_mass = gl.where(b_mass > MAX_MASS, MAX_MASS, b_mass)
+        o_q = gl.arange(0, 4, layout=gl.SliceLayout(1, b_mass.type.layout))
+        o_t = first + gl.arange(0, STRIP, layout=gl.SliceLayout(0, b_mass.type.layout))
+        p_out = p_masses + o_q[:, None] * Nk + o_t[None, :]
+        gl.store(p_out, b_mass, mask=(o_q < num_small)[:, None] & (o_t < end)[None, :])
+
+
+@gluon.jit
+def _consume(
+    queries, ring, work, x, CONSUMER: gl.constexpr, D: gl.constexpr, BLOCK_Q: gl.constexpr
+):  # fmt: skip
     INT8: gl.constexpr = x.q_scale is not None
     HAS_BIAS: gl.constexpr = x.key_bias is not None
     BYTES: gl.constexpr = queries.tiles.dtype.primitive_bitwidth // 8
@@ -134,7 +151,9 @@ def _consume(queries, ring, work, x, CONSUMER: gl.constexpr, D: gl.constexpr):
     Nk = gl.cdiv(Lk, TILE)
     o_q = first_q + gl.arange(0, TILE, layout=gl.SliceLayout(1, S))
     o_k = gl.arange(0, TILE, layout=gl.SliceLayout(0, S))
-    p_masses = x.masses + (i_bh * gl.cdiv(x.Lq, TILE) + first_q // TILE) * Nk
+    num_q = gl.cdiv(x.Lq, BLOCK_Q)
+    p_masses = x.masses + (i_bh * num_q + first_q // BLOCK_Q) * Nk
+    num_small = num_q - first_q // BLOCK_Q
     # rows past Lq and rows without a key have no mass
     b_lse = gl.load(x.lse + i_bh * x.Lq + o_q, mask=o_q < x.Lq, other=float("inf"))
     b_scale = x.scale_log2
@@ -178,8 +197,7 @@ def _consume(queries, ring, work, x, CONSUMER: gl.constexpr, D: gl.constexpr):
             b_strip, o_t, 2 * n + 1, b_t, b_lse, b_factor1, p_bias, p_flags, o_k, Lk, HAS_BIAS
         )  # fmt: skip
         if (2 * n + 2) % STRIP == 0:
-            b_mass = gl.sum(b_strip.reshape([32, STRIP]), 0)
-            store_masses(p_masses, b_mass, 2 * n + 2 - STRIP, 0, end)
+            _store(p_masses, b_strip, 2 * n + 2 - STRIP, end, num_small, Nk, BLOCK_Q)
         ring.wait(n + 1)
         b_s = warpgroup_mma_wait(0, deps=(b_s,))
 
@@ -194,8 +212,7 @@ def _consume(queries, ring, work, x, CONSUMER: gl.constexpr, D: gl.constexpr):
     b_strip = _put_last(
         b_strip, o_t, 2 * last + 1, b_t, b_lse, b_factor1, p_bias, o_k, Lk, HAS_BIAS
     )  # fmt: skip
-    b_mass = gl.sum(b_strip.reshape([32, STRIP]), 0)
-    store_masses(p_masses, b_mass, 2 * last // STRIP * STRIP, 0, end)
+    _store(p_masses, b_strip, 2 * last // STRIP * STRIP, end, num_small, Nk, BLOCK_Q)
 
 
 @gluon.jit(
@@ -209,6 +226,7 @@ def hopper_block_masses_kernel(
     H, Lq, Lk, Nq, num_rows,
     scale_log2,
     D: gl.constexpr,
+    BLOCK_Q: gl.constexpr,
     CONSUMERS: gl.constexpr,
     STAGES: gl.constexpr,
     CONSUMER_REGISTERS: gl.constexpr,
@@ -224,9 +242,9 @@ def hopper_block_masses_kernel(
     if CONSUMERS == 3:
         gl.warp_specialize(
             [
-                (_consume, (queries, ring, work, x, 0, D)),
-                (_consume, (queries, ring, work, x, 1, D)),
-                (_consume, (queries, ring, work, x, 2, D)),
+                (_consume, (queries, ring, work, x, 0, D, BLOCK_Q)),
+                (_consume, (queries, ring, work, x, 1, D, BLOCK_Q)),
+                (_consume, (queries, ring, work, x, 2, D, BLOCK_Q)),
                 (_produce, (q_desc, k_desc, queries, ring, work)),
             ],
             [4, 4, 1],
@@ -235,10 +253,10 @@ def hopper_block_masses_kernel(
     else:
         gl.warp_specialize(
             [
-                (_consume, (queries, ring, work, x, 0, D)),
-                (_consume, (queries, ring, work, x, 1, D)),
-                (_consume, (queries, ring, work, x, 2, D)),
-                (_consume, (queries, ring, work, x, 3, D)),
+                (_consume, (queries, ring, work, x, 0, D, BLOCK_Q)),
+                (_consume, (queries, ring, work, x, 1, D, BLOCK_Q)),
+                (_consume, (queries, ring, work, x, 2, D, BLOCK_Q)),
+                (_consume, (queries, ring, work, x, 3, D, BLOCK_Q)),
                 (_produce, (q_desc, k_desc, queries, ring, work)),
             ],
             [4, 4, 4, 1],
@@ -250,7 +268,8 @@ def block_masses(
     q, k, lse, *, block_q, block_k, scale, key_bias=None, renormalise=True, int8=False
 ) -> torch.Tensor:
     """As `triton.block_masses.block_masses`."""
-    masses = empty_masses(q, k, TILE.value, TILE.value)
+    found, wanted = (measured_rows(block_q), TILE.value), (block_q, block_k)
+    masses = empty_masses(q, k, *found)
     tile = tiles.hopper_block_masses(int8, key_bias is not None)
     if masses.numel():
         with launch.on_device(q):
@@ -263,7 +282,7 @@ def block_masses(
                 H, Lq, Lk, Nq, x.q.shape[2],
                 x.scale * LOG2_E.value,
                 D=D,
+                BLOCK_Q=found[0],
                 **tile.options,
             )  # fmt: skip
-    found, wanted = (TILE.value, TILE.value), (block_q, block_k)
     return to_granularity(masses, q.shape[2], found, wanted, renormalise)

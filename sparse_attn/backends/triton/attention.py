@@ -215,7 +215,7 @@ def _attention_kernel(
             b_held = gather_masses(
                 b_held, b_shares, p_masses, t * TILE_K // BLOCK_K,
                 (end % (HELD * BLOCK_K) == 0) | (t + 2 >= num_tiles), i_mass, num_masses, Nk,
-                TILE_Q, HELD,
+                TILE_Q, BLOCK_K, HELD,
             )  # fmt: skip
     # an odd tile, and those of a block that runs past Lk
     for t in tl.range(num_whole // 2 * 2, num_tiles, 2, num_stages=1):
@@ -231,7 +231,7 @@ def _attention_kernel(
             b_held = gather_masses(
                 b_held, b_shares, p_masses, t * TILE_K // BLOCK_K,
                 (end % (HELD * BLOCK_K) == 0) | (t + 2 >= num_tiles), i_mass, num_masses, Nk,
-                TILE_Q, HELD,
+                TILE_Q, BLOCK_K, HELD,
             )  # fmt: skip
     if HAS_POOLED:
         p_bits = bits + row * tl.cdiv(num_pooled, 8)

@@ -14,7 +14,7 @@ import triton.language as tl
 
 from .. import tiles
 from . import launch
-from .mass_granularity import empty_masses, to_granularity
+from .mass_granularity import empty_masses, measured_rows, to_granularity
 from .quantise import TILE, quantise_qk
 from .softmax import (
     LOG2_E,
@@ -41,8 +41,8 @@ MAX_MASS = tl.constexpr(1e30)
 def _gather_block(
     b_held, b_q, b_scale, k, k_scale, p_masses, key_bias, b_lse, i_b, i_h, i_k, i_q, Nq, Nk,
     stride_kb, stride_kh, stride_kl, Lk, scale_log2,
-    D: tl.constexpr, BLOCK: tl.constexpr, TILE_Q: tl.constexpr, HELD: tl.constexpr,
-    HAS_BIAS: tl.constexpr, INT8: tl.constexpr, RAGGED: tl.constexpr,
+    D: tl.constexpr, BLOCK: tl.constexpr, TILE_Q: tl.constexpr, BLOCK_Q: tl.constexpr,
+    HELD: tl.constexpr, HAS_BIAS: tl.constexpr, INT8: tl.constexpr, RAGGED: tl.constexpr,
 ):  # fmt: skip
     """`gather_masses` of one block of keys."""
     first = i_k * BLOCK
@@ -58,7 +58,7 @@ def _gather_block(
     b_shares = tl.sum(weights(b_s, b_lse, scale_log2, HAS_BIAS), 1)
     b_shares = tl.where(b_shares > MAX_MASS, MAX_MASS, b_shares)
     full = ((i_k + 1) % HELD == 0) | (i_k + 1 == Nk)
-    return gather_masses(b_held, b_shares, p_masses, i_k, full, i_q, Nq, Nk, TILE_Q, HELD)
+    return gather_masses(b_held, b_shares, p_masses, i_k, full, i_q, Nq, Nk, TILE_Q, BLOCK_Q, HELD)
 
 
 @triton.jit(
@@ -74,6 +74,7 @@ def _block_masses_kernel(
     D: tl.constexpr,
     BLOCK: tl.constexpr,
     TILE_Q: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     INT8: tl.constexpr,
 ):  # fmt: skip
@@ -86,8 +87,8 @@ def _block_masses_kernel(
     o_q = first_q + o_tile
     if HAS_BIAS:
         key_bias += i_b.to(tl.int64) * Lk
-    Nq = tl.cdiv(Lq, BLOCK)
-    i_q = first_q // BLOCK
+    Nq = tl.cdiv(Lq, BLOCK_Q)
+    i_q = first_q // BLOCK_Q
     p_masses = masses + (i_bh.to(tl.int64) * Nq + i_q) * Nk
 
     # rows past Lq and rows without a key have no mass
@@ -104,20 +105,21 @@ def _block_masses_kernel(
         q, i_b, i_h, first_q, o_tile, 0, stride_qb, stride_qh, stride_ql, Lq, D, RAGGED=True
     )
     HELD: tl.constexpr = 32
-    b_held = tl.zeros([TILE_Q // 32, HELD], dtype=tl.float32)
+    SUM_Q: tl.constexpr = 16 if BLOCK_Q == 16 else 32
+    b_held = tl.zeros([TILE_Q // SUM_Q, HELD], dtype=tl.float32)
     whole = Lk // BLOCK
     for i_k in tl.range(0, whole):
         b_held = _gather_block(
             b_held, b_q, b_scale, k, k_scale, p_masses, key_bias, b_lse, i_b, i_h, i_k, i_q, Nq, Nk,
             stride_kb, stride_kh, stride_kl, Lk, scale_log2,
-            D, BLOCK, TILE_Q, HELD, HAS_BIAS, INT8, RAGGED=False,
+            D, BLOCK, TILE_Q, BLOCK_Q, HELD, HAS_BIAS, INT8, RAGGED=False,
         )  # fmt: skip
     # at most one turn
     for i_k in tl.range(whole, Nk, num_stages=1):
         b_held = _gather_block(
             b_held, b_q, b_scale, k, k_scale, p_masses, key_bias, b_lse, i_b, i_h, i_k, i_q, Nq, Nk,
             stride_kb, stride_kh, stride_kl, Lk, scale_log2,
-            D, BLOCK, TILE_Q, HELD, HAS_BIAS, INT8, RAGGED=True,
+            D, BLOCK, TILE_Q, BLOCK_Q, HELD, HAS_BIAS, INT8, RAGGED=True,
         )  # fmt: skip
 
 
@@ -168,6 +170,7 @@ def block_masses(
     Args:
         q: [B, H, Lq, D] float16 or bfloat16; k: [B, H, Lk, D].
         lse: [B, H, Lq] float32, of these q and k or of an earlier step.
+        block_q: 16 or 32, for rows sampled of larger blocks, or 64 or 128. block_k: 64 or 128.
         scale: positive factor of the scores.
         key_bias: [B, Lk] float32 added to the scaled scores, or None.
         renormalise: make every block row sum to its number of query rows; needed when the LSE is
@@ -178,7 +181,7 @@ def block_masses(
     Returns:
         [B, H, Nq, Nk] float32.
     """
-    found = TILE, TILE
+    found = measured_rows(block_q), TILE
     masses = empty_masses(q, k, *found).zero_()
     if masses.numel():
         tile = tiles.block_masses(tiles.card_of(q.device))
@@ -193,6 +196,7 @@ def block_masses(
                 D=D,
                 BLOCK=TILE,
                 TILE_Q=tile.tile_q,
+                BLOCK_Q=found[0],
                 HAS_BIAS=x.key_bias is not None,
                 INT8=int8,
                 **tile.options,

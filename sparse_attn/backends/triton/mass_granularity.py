@@ -3,6 +3,14 @@
 import torch
 import triton
 
+# query rows: what a warp owns of a tile, and a whole block
+SMALL, WHOLE = 16, 64
+
+
+def measured_rows(block_q: int) -> int:
+    """Query rows of the blocks that a kernel measures for blocks of `block_q`."""
+    return WHOLE if block_q % WHOLE == 0 else SMALL
+
 
 def empty_masses(q, k, block_q: int, block_k: int) -> torch.Tensor:
     """Room for the masses of q [B, H, Lq, D] and k [B, H, Lk, D] in blocks of this size."""

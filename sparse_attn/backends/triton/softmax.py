@@ -151,27 +151,31 @@ def neighbours(TILE_Q: tl.constexpr):
 
 @triton.jit
 def gather_masses(
-    b_held, b_shares, p_masses, i_k, full, i_q, Nq, Nk, TILE_Q: tl.constexpr, HELD: tl.constexpr
+    b_held, b_shares, p_masses, i_k, full, i_q, Nq, Nk,
+    TILE_Q: tl.constexpr, BLOCK_Q: tl.constexpr, HELD: tl.constexpr,
 ):  # fmt: skip
-    """Gather masses of 64 x 64 from rows in the order of `neighbours`, and write them when `full`.
+    """Gather masses of BLOCK_Q rows x 64 keys, rows in the order of `neighbours`; write when `full`.
 
-    A sum over 32 rows stays within a warp. Two such sums make up a mass: whichever is added first,
-    the mass is the same.
+    A sum over at most 32 rows stays within a warp. Two such sums make up a mass of 64 rows:
+    whichever is added first, the mass is the same.
 
     Args:
-        b_held: [TILE_Q / 32, HELD], the sums of the last key blocks.
+        b_held: [TILE_Q / min(BLOCK_Q, 32), HELD], the sums of the last key blocks.
         b_shares: [TILE_Q] shares of key block i_k, or of a part of it.
+        i_q: the tile's first block of BLOCK_Q rows, 16 or 64; there are Nq of them.
 
     Returns:
         b_held, zeros after it was written.
     """
     GROUPS: tl.constexpr = TILE_Q // 32
+    SUMS: tl.constexpr = b_held.shape[0]
     b_shares = tl.reshape(b_shares, [GROUPS // 2, GROUPS, 4 // GROUPS, 16])
-    b_sums = tl.sum(tl.reshape(tl.permute(b_shares, [1, 0, 2, 3]), [GROUPS, 32]), 1)
+    b_shares = tl.reshape(tl.permute(b_shares, [1, 0, 2, 3]), [SUMS, TILE_Q // SUMS])
+    b_sums = tl.sum(b_shares, 1)
     o_held = tl.arange(0, HELD)
     b_held += tl.where((o_held == i_k % HELD)[None, :], b_sums[:, None], 0.0)
     if full:
-        o_row = tl.arange(0, GROUPS) // 2
+        o_row = tl.arange(0, SUMS) // (BLOCK_Q * SUMS // TILE_Q)
         o_k = i_k - i_k % HELD + o_held
         p_out = p_masses + o_row.to(tl.int64)[:, None] * Nk + o_k[None, :]
         m_out = (i_q + o_row < Nq)[:, None] & (o_k <= i_k)[None, :]
