@@ -2,6 +2,7 @@
 
 from comfy_api.latest import io
 
+from ..sparse_attn.host.compiling import compile_ahead
 from ..sparse_attn.host.install import install, why_not
 from .settings import answer, check, config_of, describe, setting_inputs
 from .sockets import AdaSpaRun
@@ -50,6 +51,7 @@ class AdaSpaAttention(io.ComfyNode):
     @classmethod
     def execute(cls, model, **settings) -> io.NodeOutput:
         config = config_of(**settings)
+        compile_ahead(model, config, cls.hidden.unique_id)
         patched, handle = install(model, config, cls.hidden.unique_id)
         describe(handle, cls.hidden, settings["preset"])
         return io.NodeOutput(patched, handle, ui=answer(config, settings, why_not(model)))

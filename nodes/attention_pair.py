@@ -2,6 +2,7 @@
 
 from comfy_api.latest import io
 
+from ..sparse_attn.host.compiling import compile_ahead
 from ..sparse_attn.host.install import install, why_not
 from .settings import answer, check, config_of, describe, setting_inputs
 from .sockets import AdaSpaRun
@@ -47,6 +48,8 @@ class AdaSpaAttentionPair(io.ComfyNode):
     def execute(cls, model_high, model_low, **settings) -> io.NodeOutput:
         config = config_of(**settings)
         node_id = cls.hidden.unique_id
+        # both experts are of one architecture
+        compile_ahead(model_high, config, node_id)
         high, handle = install(model_high, config, node_id, part="high noise")
         low, second = install(model_low, config, node_id, first=handle, part="low noise")
         for one in (handle, second):

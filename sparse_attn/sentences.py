@@ -21,6 +21,8 @@ ENGLISH = {
     "holds": "Holds {size} for each prompt.",
     "holds_windows": "Holds {size} for each prompt and each context window.",
     # while it runs
+    "compiling": "Preparing kernels: what is new for this card is compiled once, which may take a "
+    "minute.",
     "step_dense": "Step {step} of {total}: dense.",
     "step_search": "Step {step} of {total}: search.",
     "step_sparse": "Step {step} of {total}: sparse.",

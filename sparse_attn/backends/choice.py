@@ -4,7 +4,7 @@ Nobody else picks. An operation has one name and one signature in `torch`, `trit
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib import import_module
 
@@ -146,8 +146,9 @@ def triton_kernels(device: torch.device | None = None) -> Backend:
     card = tiles.card_of(device)
     folder = "hopper" if card == tiles.HOPPER and _has_gluon() else "triton"
     attention, masses = _kernel("attention", folder), _kernel("block_masses", folder)
+    said = tiles.in_use(card)[1]
     return Backend(
-        name="Triton kernels",
+        name=f"Triton kernels ({said})" if said else "Triton kernels",
         one_pass_search=True,
         attention=attention.attention,
         attention_with_masses=attention.attention_with_masses,
@@ -158,6 +159,22 @@ def triton_kernels(device: torch.device | None = None) -> Backend:
         permute=_kernel("permute").permute,
         **_asked_at_every_call(),
     )
+
+
+def compiling_kernels(card: tuple[int, int], claim: Callable, done: Callable) -> Backend:
+    """The kernels for a card that need not be here, whose launches do nothing but compile.
+
+    For a process that does nothing else; see `triton.compiling.only_compile`.
+    """
+    tiles.stand_for(card)
+    compiler().only_compile(card, claim, done)
+    alone = {name: getattr(_kernel(name), name) for name in _asked_at_every_call()}
+    return replace(triton_kernels(), **alone)
+
+
+def compiler():
+    """The module that knows of compiling without running; needs Triton."""
+    return _kernel("compiling")
 
 
 def plain_torch(device: torch.device | None = None) -> Backend:

@@ -2,21 +2,26 @@
 
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
 from ..block_mask import BlockMask
-from . import choice, reference, tiles
+from . import choice, reference, tiles, tuned
 from .cudnn import cudnn_serves, torch_cudnn
 
 # a kernel may err this many times as much as torch does in the same dtype
 FACTOR = 4.0
 
 
-def report() -> bool:
-    """Print the checks; True when every result is right."""
+def report(user_directory: str | None = None) -> bool:
+    """Print the checks; True when every result is right.
+
+    Args:
+        user_directory: of ComfyUI, where tuned tiles may lie.
+    """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    right = True
+    right, said = True, tiles_of(device, user_directory)
     for head_dim, dtype in _cases(device):
         q, k, v = _inputs(device, dtype, 2, 500, head_dim)
         backend, why = choice.choose(q, k, v, 64, 64)
@@ -29,21 +34,23 @@ def report() -> bool:
         for check, passed, detail in _check(backend, q, k, v):
             right &= passed
             print(f"check      {check}: {'right' if passed else 'WRONG'}, {detail}")
-    warning = unmeasured(device)
-    if warning:
-        print(f"tiles      {warning}")
+    if said:
+        print(f"tiles      {said}")
     _speed(device)
     print("result     " + ("all checks passed" if right else "some checks failed; see above"))
     return right
 
 
-def unmeasured(device: torch.device) -> str | None:
-    """What to say of the kernels' tiles on a kind of card that they were never measured on."""
+def tiles_of(device: torch.device, user_directory: str | None = None) -> str:
+    """What to say of the kernels' tiles: tuned, or never measured on a card of this kind."""
     card = tiles.card_of(device)
-    if device.type != "cuda" or choice.why_no_triton() or card in tiles.MEASURED:
-        return None
+    if device.type != "cuda" or choice.why_no_triton():
+        return ""
+    said = tuned.use(Path(user_directory) / tuned.FILE, card) if user_directory else ""
+    if said == tuned.USED or card in tiles.MEASURED:
+        return said
     name = card if isinstance(card, str) else "sm_{}{}".format(*card)
-    return (
+    return f"{said}; " * bool(said) + (
         f"never measured on a card of this kind ({name}): they are right, and may be slow; "
         "`python run.py bench` measures them, and its line helps to choose better ones"
     )

@@ -139,9 +139,11 @@ def hopper_block_masses(int8: bool, has_bias: bool) -> HopperTile:
 # 128 rows, 3 stages 547, 2 stages 596; 64 rows 639
 # two stages leave room for two programs in the 100 KB of a multiprocessor of RTX cards
 def attention(card: Card, block_q: int, head_dim: int) -> Tile:
-    """The tile of attention over pairs of key tiles; a warp has 32 rows."""
+    """The tile of attention over pairs of key tiles; in the table a warp has 32 rows."""
     if isinstance(card, str):
         return _amd_attention(card, block_q)
+    if head_dim == 128 and (tile := _tuned_for(card, f"attention {block_q}")):
+        return tile
     return Tile(block_q, 2048 // head_dim, block_q // 32, _stages(card))
 
 
@@ -162,8 +164,10 @@ def _amd_attention(card: str, block_q: int) -> Tile:
 # a tail 93; with 168 registers 441, 76 and 98; 2 stages 481, 81 and 96, with 168 registers 402, 81 and 99, with
 # 128 766, 140 and 154; 128 rows, 8 warps 429 and 96, 4 warps 654 and 126. Blocks of 128 are two halves. In
 # the same process comfy-kitchen's int8_attention took 365
-def quantised_attention(listed: bool, pooled: bool) -> Tile:
+def quantised_attention(card: Card, listed: bool, pooled: bool) -> Tile:
     """The tile of attention in eight bits."""
+    if tile := _tuned_for(card, "quantised_attention"):
+        return tile
     return Tile(64, 64, 4, 3, maxnreg=168 if listed and not pooled else None)
 
 
@@ -179,7 +183,7 @@ def block_masses(card: Card) -> Tile:
     """The tile of block masses."""
     if isinstance(card, str):
         return Tile(128, 64, 8 if card.startswith("gfx9") else 16, 1)
-    return Tile(128, 64, 4, 2, maxnreg=128)
+    return _tuned_for(card, "block_masses") or Tile(128, 64, 4, 2, maxnreg=128)
 
 
 # 64 rows: 5.6; others not measured. A warp owns sixteen rows, the height of a matrix instruction
@@ -244,14 +248,48 @@ ROTATE_TURNS = 8
 VALUES = Tile(64, 0, 4)
 
 
+# ---- tiles that were measured on the card at hand (`tuned.py`)
+
+_tuned: dict[Card, tuple[dict[str, Tile], str]] = {}
+
+
+def use(card: Card, found: dict[str, Tile], said: str) -> None:
+    """Let tiles take the place of the table's on a card.
+
+    Args:
+        found: by `tuned.candidates`' names. said: what is told of them.
+    """
+    _tuned[card] = found, said
+
+
+def in_use(card: Card) -> tuple[dict[str, Tile], str]:
+    """What `use` was told of a card."""
+    return _tuned.get(card, ({}, ""))
+
+
+def _tuned_for(card: Card, name: str) -> Tile | None:
+    return in_use(card)[0].get(name)
+
+
 # ---- cards
 
 # kinds of card on which the tiles were measured; for the others they were chosen on one of these
 MEASURED = (HOPPER,)
 
 
+_stands_for: Card | None = None
+
+
+def stand_for(card: Card) -> None:
+    """Take every device for a card from now on, in a process that only compiles."""
+    global _stands_for
+    _stands_for = card
+
+
 def card_of(device: torch.device | None = None) -> Card:
     """A card, by default the current one; any card where there is none."""
+    if _stands_for is not None:
+        return _stands_for
     if not torch.cuda.is_available() or (device is not None and device.type != "cuda"):
         # interpreted
         return ANY_CARD

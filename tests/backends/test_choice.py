@@ -117,16 +117,14 @@ def test_on_a_gpu_the_kernels_serve_half_precision(device):
 
 @pytest.mark.parametrize(
     ("card", "said"),
-    [((9, 0), None), ((8, 9), "(sm_89)"), ((12, 0), "(sm_120)"), ("gfx942", "(gfx942)")],
+    [((9, 0), ""), ((8, 9), "(sm_89)"), ((12, 0), "(sm_120)"), ("gfx942", "(gfx942)")],
 )
 def test_the_doctor_warns_of_tiles_that_were_never_measured_on_a_card(monkeypatch, card, said):
     monkeypatch.setattr(doctor.tiles, "card_of", lambda device: card)
     monkeypatch.setattr(choice, "why_no_triton", lambda: None)
-    found = doctor.unmeasured(torch.device("cuda"))
-    assert (
-        found is None if said is None else f"never measured on a card of this kind {said}" in found
-    )
+    found = doctor.tiles_of(torch.device("cuda"))
+    assert f"never measured on a card of this kind {said}" in found if said else not found
     # without kernels no tile is in use
-    assert doctor.unmeasured(torch.device("cpu")) is None
+    assert not doctor.tiles_of(torch.device("cpu"))
     monkeypatch.setattr(choice, "why_no_triton", lambda: "Triton is not installed")
-    assert doctor.unmeasured(torch.device("cuda")) is None
+    assert not doctor.tiles_of(torch.device("cuda"))

@@ -23,7 +23,7 @@ sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
 
-from sparse_attn.backends import choice, tiles  # noqa: E402
+from sparse_attn.backends import choice, tiles, tuned  # noqa: E402
 from sparse_attn.call import Call  # noqa: E402
 from sparse_attn.config import AdaSpaConfig  # noqa: E402
 from sparse_attn.method.fused_online_search import fused_online_search  # noqa: E402
@@ -32,6 +32,7 @@ from sparse_attn.method.sparse_step import sparse_step  # noqa: E402
 from sparse_attn.orders.position import serpentine_order  # noqa: E402
 from sparse_attn.token_layout import TokenLayout  # noqa: E402
 from tests.bench.contest import Contest, error_of, mask_of, random_lists  # noqa: E402
+from tests.tools import comfyui_source  # noqa: E402
 
 # a sequence of the model's length, its heads and head_dim; the most telling first
 SHAPES = {
@@ -233,7 +234,8 @@ def main() -> int:
     if not torch.cuda.is_available():
         print("This needs a GPU that torch can use; `python run.py doctor` says what there is.")
         return 1
-    start = time.monotonic()
+    start, comfyui = time.monotonic(), comfyui_source.locate(ROOT, os.environ)
+    said = tuned.use(comfyui / "user" / tuned.FILE, tiles.card_of()) if comfyui else ""
     line = {
         "v": 1,
         "gpu": torch.cuda.get_device_name(),
@@ -244,6 +246,7 @@ def main() -> int:
         "os": f"{platform.system()} {platform.release()}",
         "python": platform.python_version(),
         "versions": versions(),
+        "tiles": said or "of the table",
         "shapes": {},
         "absent": {},
     }

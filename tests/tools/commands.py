@@ -119,14 +119,15 @@ def demo(options, extra: list[str]) -> int:
 
 
 def bench(options, extra: list[str]) -> int:
-    if not extra:
+    own = "tests/bench/tune_tiles.py" if "--tune" in extra else "tests/bench/bench_card.py"
+    if not extra or "--tune" in extra:
         # a card's owner measures what ComfyUI runs with, and installs nothing
         facts = probe(sys.executable)
         if facts["device"] == "cuda":
-            return call([sys.executable, script("tests/bench/bench_card.py")])
+            return call([sys.executable, script(own), *extra])
     env = prepared(options, "kernels")
     if env.device == "cuda":
-        file = "tests/bench/bench_attention.py" if extra else "tests/bench/bench_card.py"
+        file = own if not extra or "--tune" in extra else "tests/bench/bench_attention.py"
         return run_in(env, [script(file), *extra])
     say(
         "The kernel benchmark needs an NVIDIA GPU that torch can use; here is the comparison of the"
@@ -279,7 +280,7 @@ import sys, warnings
 warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
 sys.path[:0] = [{root!r}]
 from sparse_attn.backends import doctor
-said = doctor.report()
+said = doctor.report({user!r})
 if isinstance(said, str):
     print(said)
 sys.exit(1 if said is False else 0)
@@ -300,7 +301,12 @@ def doctor(options, extra: list[str]) -> int:
         say(f"{name:<10} {value}")
     say()
     variables = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    return call([python, "-c", _REPORT.format(root=str(environment.ROOT))], variables)
+    try:
+        own = comfyui_source.locate(options.root, os.environ)
+    except ExpectedFailure:
+        own = None
+    code = _REPORT.format(root=str(environment.ROOT), user=str(own / "user") if own else None)
+    return call([python, "-c", code], variables)
 
 
 def _description(facts: dict, python: str, root: Path) -> list[tuple[str, str]]:

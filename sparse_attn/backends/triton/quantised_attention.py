@@ -235,7 +235,7 @@ def quantised_attention(
         return x.out, x.lse
     if Lk == 0:
         return x.out.zero_(), x.lse.fill_(float("-inf"))
-    tile = tiles.quantised_attention(mask is not None, pooled is not None)
+    tile = tiles.quantised_attention(tiles.card_of(q.device), mask is not None, pooled is not None)
     block_q, block_k = (tile.tile_q, TILE) if mask is None else (mask.block_q, mask.block_k)
     Nq = triton.cdiv(Lq, block_q)
     with launch.on_device(q):

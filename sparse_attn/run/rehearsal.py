@@ -1,0 +1,70 @@
+"""A run rehearsed: every operation of its steps once, on zeros, for who wants to know its kernels."""
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+from ..backends.choice import Backend
+from ..call import Call
+from ..config import AdaSpaConfig
+from ..method.fused_online_search import fused_online_search
+from ..method.lse_cached_search import lse_cached_search
+from ..method.sparse_step import sparse_step
+from ..orders.position import serpentine_order
+from ..token_layout import TokenLayout
+
+# 33 blocks: kernels that go by size meet every size but those of FURTHER_BLOCKS
+LAYOUT = TokenLayout(0, 3, 8, 88)
+HEADS = 2
+# key blocks of longer videos, for which rows of masks have binaries of their own
+FURTHER_BLOCKS = (2048,)
+
+
+FILLED = {
+    torch.empty: torch.zeros,
+    torch.empty_like: torch.zeros_like,
+    torch.Tensor.new_empty: torch.Tensor.new_zeros,
+}
+
+
+class _Zeros(TorchFunctionMode):
+    """Gives zeros for memory that nothing fills: indices among it are read."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        return FILLED.get(func, func)(*args, **(kwargs or {}))
+
+
+def rehearse(
+    backend: Backend, config: AdaSpaConfig, head_dim: int, dtype: torch.dtype, bias: bool = False
+) -> None:
+    """Do what a run does, in its order: dense, search, sparse, later search.
+
+    Args:
+        backend: whose launches do nothing but tell.
+        bias: with a key bias, as masked text makes one.
+    """
+    tokens = LAYOUT.tokens
+    with _Zeros():
+        q = torch.zeros(1, HEADS, tokens, head_dim, dtype=dtype)
+        key_bias = torch.zeros(1, tokens) if bias else None
+        by_position = serpentine_order(LAYOUT, q.device) if config.pooled else None
+        call = Call(
+            q, q, q, head_dim**-0.5, LAYOUT, step=0, dense=lambda: q, key_bias=key_bias,
+            by_position=by_position,
+        )  # fmt: skip
+        quantised_attention = backend.quantised_attention
+        low = config.low_precision is not None and quantised_attention is not None
+
+        def dense(call):
+            return backend.attention(call.q, call.k, call.v, scale=call.scale, key_bias=key_bias)
+
+        _, lse = dense(call)
+        found = fused_online_search(backend, call, config, lse, dense)
+        if quantised_attention is not None and low and not bias:
+            quantised_attention(q, q, q, scale=call.scale)
+        for quantised in (low, False) if low else (False,):
+            sparse_step(backend, call, found.mask, found.order, quantised)
+        for int8 in (low, False) if low else (False,):
+            lse_cached_search(backend, call, config, lse, int8)
+        for blocks in FURTHER_BLOCKS:
+            scores, sinks = torch.zeros(1, 1, 1, blocks), torch.zeros(blocks, dtype=torch.bool)
+            backend.row_wise_top_k(scores, scores, torch.ones(1, 1), 1, sinks, sinks[:1])
