@@ -35,20 +35,23 @@ class Subject:
     Scene i is generated from noise of seed i, drawn on a CPU as ComfyUI does.
 
     Args:
+        seeds: which, or how many from 0 on.
         latent: (T, H, W) of the latents, None for the model's own.
     """
 
-    def __init__(self, spec, comfyui, seeds: int, latent=None):
+    def __init__(self, spec, comfyui, seeds: int | list[int], latent=None):
         self.spec, self.latent = spec, latent or spec.latent
         self.layout = spec.layout_at(self.latent)
-        self.scenes = models.scenes(spec, seeds)
-        self.prompts = [video.prompt(scene) for scene in self.scenes]
+        self.seeds = range(seeds) if isinstance(seeds, int) else seeds
+        drawn = models.scenes(spec, max(self.seeds) + 1)
+        self.scenes = [drawn[i] for i in self.seeds]
+        self.prompts = [spec.world.prompt(scene) for scene in self.scenes]
         self.model = models.load(spec, comfyui)
 
     def noise(self) -> torch.Tensor:
         one = (16, *self.latent)
-        seeds = range(len(self.scenes))
-        return torch.stack([torch.randn(one, generator=torch.manual_seed(i)) for i in seeds])
+        drawn = (torch.randn(one, generator=torch.manual_seed(i)) for i in self.seeds)
+        return torch.stack(list(drawn))
 
     def sample(self, model, steps: int, attention=None) -> torch.Tensor:
         """Videos [n, 3, F, Y, X] in [0, 1] of a ModelPatcher, seed by seed."""

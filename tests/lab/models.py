@@ -15,6 +15,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 
 import torch
 
@@ -25,6 +26,7 @@ sys.path[:0] = [str(path) for path in (ROOT, TINY) if str(path) not in sys.path]
 
 import check_model  # noqa: E402
 import procedural_video as video  # noqa: E402
+import rendered_video  # noqa: E402
 
 from sparse_attn.token_layout import TokenLayout  # noqa: E402
 from tests.tools import comfy_inprocess  # noqa: E402
@@ -43,6 +45,7 @@ class LabModel:
         double: layers of the first block type; only joint models have two types.
         layers: self-attention layers over the video, of all types.
         rich: whether its scenes have textures, see `procedural_video.random_scene`.
+        world: the module that draws its scenes.
         recipe: arguments of `tests/tiny_model/train.py` that train it; minutes come on top.
     """
 
@@ -55,6 +58,7 @@ class LabModel:
     text: int = 0
     double: int = 0
     rich: bool = False
+    world: ModuleType = video
     recipe: str = ""
 
     @property
@@ -98,6 +102,18 @@ MODELS = {
     ),
 }  # fmt: skip
 
+# recipes that nobody has trained yet
+UNTRAINED = {
+    # 16,128 tokens; scenes cannot be read back, so `--no-task`
+    "solid": LabModel(
+        "solid", "wan", heads=3, head_dim=128, layers=6, latent=(16, 56, 72), rich=True,
+        world=rendered_video,
+        recipe="--rich --world rendered --bits 4 --qk-gain 1.3 --gate 0.3 --lr 2.5e-3 --ema 0.995 "
+        "--workers 5 --log-every 200 --heads 3 --head-dim 128 --family wan --layers 6 --ffn 1024 "
+        "--stages 1x56x72x64:0.3:3:0.2,4x56x72x14:0.25:6,16x56x72x3:0.45:12 --check 16x56x72x20",
+    ),
+}  # fmt: skip
+
 
 def load(spec: LabModel, comfyui: str):
     """The model as ComfyUI's loader gives it."""
@@ -119,7 +135,9 @@ def override(spec: LabModel, attend: Attend):
     return check_model.over_video(by_number, spec.text)
 
 
-def scenes(spec: LabModel, count: int) -> list[video.Scene]:
-    """The same scenes in every run; `video.prompt(scene)` says what `video.describe` shall read."""
+def scenes(spec: LabModel, count: int) -> list:
+    """The same scenes in every run; `spec.world.prompt(scene)` says what they show."""
     frames, aspect = video.FRAMES_PER_LATENT * spec.latent[0], spec.latent[2] / spec.latent[1]
-    return [video.random_scene(random.Random(i), frames, aspect, spec.rich) for i in range(count)]
+    return [
+        spec.world.random_scene(random.Random(i), frames, aspect, spec.rich) for i in range(count)
+    ]

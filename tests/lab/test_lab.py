@@ -247,9 +247,9 @@ def test_all_weights_leave_room_for_a_further_model():
     assert sum(spec.path.stat().st_size for spec in models.MODELS.values()) <= 30e6
 
 
-@pytest.mark.parametrize("name", train_models.TRAINED)
+@pytest.mark.parametrize("name", [*train_models.TRAINED, *models.UNTRAINED])
 def test_a_training_makes_the_model_and_ends_at_its_size(name, tmp_path):
-    spec = train_models.MODELS[name]
+    spec = train_models.RECIPES[name]
     options = Namespace(comfyui="", out=tmp_path, minutes=1.0, more="--seed 5")
     args = train.parser().parse_args(train_models.command(name, options)[2:])
     assert (args.family, args.heads, args.head_dim) == (spec.family, spec.heads, spec.head_dim)
@@ -258,3 +258,4 @@ def test_a_training_makes_the_model_and_ends_at_its_size(name, tmp_path):
     stages = train.stages(args)
     assert sum(stage.share for stage in stages) == pytest.approx(1)
     assert (stages[-1].frames, stages[-1].height, stages[-1].width) == spec.latent
+    assert train.WORLDS[args.world] is spec.world

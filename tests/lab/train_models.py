@@ -13,14 +13,15 @@ import subprocess
 import sys
 from pathlib import Path
 
-from models import MODELS, TINY
+from models import MODELS, TINY, UNTRAINED
 
 TRAINED = [name for name, spec in MODELS.items() if spec.recipe]
+RECIPES = {**MODELS, **UNTRAINED}
 
 
 def command(name: str, options) -> list[str]:
     words = [sys.executable, str(TINY / "train.py"), "--name", name]
-    words += MODELS[name].recipe.split()
+    words += RECIPES[name].recipe.split()
     words += ["--comfyui", options.comfyui, "--minutes", str(options.minutes)]
     words += ["--out", str(options.out / name)]
     return words + options.more.split()
@@ -31,7 +32,7 @@ def main():
     parser.add_argument("--comfyui", default=os.environ.get("COMFYUI_PATH", ""))
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--minutes", type=float, default=8.0, help="for training, checks on top")
-    parser.add_argument("--models", nargs="+", choices=TRAINED, default=TRAINED)
+    parser.add_argument("--models", nargs="+", choices=[*TRAINED, *UNTRAINED], default=TRAINED)
     parser.add_argument("--more", default="", help="more arguments for train.py, in one string")
     options = parser.parse_args()
     running = [subprocess.Popen(command(name, options)) for name in options.models]

@@ -196,8 +196,9 @@ def score(model, size, steps: int, count: int, rich: bool, out: Path) -> dict[st
 
 
 def check(
-    path: Path, comfyui: str, setting: str, out: Path, scored: int = 48, rich: bool = False
-) -> dict:
+    path: Path, comfyui: str, setting: str, out: Path, scored: int = 48, rich: bool = False,
+    prompts: list[str] | None = None,
+) -> dict:  # fmt: skip
     *size, steps = (int(n) for n in setting.split("x"))
     began = time.monotonic()
     model = load(path, comfyui)
@@ -207,7 +208,7 @@ def check(
         result.update(found)
         print(json.dumps(found), f"check {time.monotonic() - began:.1f} s", flush=True)
 
-    prompts = RICH_PROMPTS if rich else FIXED_PROMPTS
+    prompts = prompts or (RICH_PROMPTS if rich else FIXED_PROMPTS)
     latents = generate(model, prompts, size, steps, seed=7)
     dense = video.decode(latents)
     contact_sheet(dense, out / "dense.png")

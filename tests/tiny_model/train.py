@@ -3,7 +3,7 @@
     python tests/tiny_model/train.py --comfyui PATH --minutes 8 --out OUT
 
 Without more options that is the tiny model. `--family`, `--heads`, `--head-dim` and `--layers` make
-others, `--rich` adds textures, `--resume` goes on from saved weights with a new optimiser.
+others, `--rich` adds textures, `--world rendered` is solid things under a moving camera, `--resume` goes on from saved weights with a new optimiser.
 
 Flow matching as ComfyUI samples it: x = (1 - sigma) * video + sigma * noise, the model is told
 1000 * sigma and predicts noise - video. Weights are bf16 on the GPU over float32 masters; what
@@ -23,12 +23,14 @@ from pathlib import Path
 
 import networks
 import procedural_video as video
+import rendered_video
 import torch
 import torch.nn.functional as F
 from networks import precision
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 # 1,040, 3,024 and 8,320 tokens
+WORLDS = {"shapes": video, "rendered": rendered_video}
 STAGES = "8x20x26x96:0.30,12x28x36x32:0.22,16x40x52x12:0.48"
 
 
@@ -73,11 +75,14 @@ class Data(torch.utils.data.IterableDataset):
         count: scenes per batch.
         frames, aspect: of the video, in pixels.
         plain: share of scenes that are not rich all the same.
+        world: whose scenes, a key of `WORLDS`.
     """
 
     def __init__(
-        self, seed: int, rich: bool, count: int, frames: int, aspect: float, plain: float = 0.0
-    ):
+        self, seed: int, rich: bool, count: int, frames: int, aspect: float, plain: float = 0.0,
+        world: str = "shapes",
+    ):  # fmt: skip
+        self.world = WORLDS[world]
         self.seed, self.rich, self.count, self.plain = seed, rich, count, plain
         self.frames, self.aspect = frames, aspect
         self.rows: dict[tuple[str, int], int] = {}
@@ -94,9 +99,9 @@ class Data(torch.utils.data.IterableDataset):
         scenes = []
         for _ in range(self.count):
             rich = self.rich and (not self.plain or rng.random() >= self.plain)
-            scenes.append(video.random_scene(rng, self.frames, self.aspect, rich))
-        prompts = [video.prompt(s) if rng.random() > 0.1 else "" for s in scenes]
-        return video.parameters(scenes), self.text(prompts)
+            scenes.append(self.world.random_scene(rng, self.frames, self.aspect, rich))
+        prompts = [self.world.prompt(s) if rng.random() > 0.1 else "" for s in scenes]
+        return self.world.parameters(scenes), self.text(prompts)
 
     def text(self, prompts: list[str]) -> torch.Tensor:
         """[N, TEXT_TOKENS, TEXT_DIM] int8, the same signs as `embed_prompt`."""
@@ -280,9 +285,9 @@ def batches(args, stage: Stage, device, seed=None, workers: int | None = None):
     pixels = video.FRAMES_PER_LATENT * stage.frames, 2 * stage.height, 2 * stage.width
     aspect = stage.width / stage.height
     seed, workers = seed or args.seed, args.workers if workers is None else workers
-    data = Data(seed, args.rich, stage.count, pixels[0], aspect, stage.plain)
+    data = Data(seed, args.rich, stage.count, pixels[0], aspect, stage.plain, args.world)
     for scenes, text in torch.utils.data.DataLoader(data, batch_size=None, num_workers=workers):
-        yield video.encode(video.paint(scenes.to(device), *pixels)), text.to(device)
+        yield video.encode(data.world.paint(scenes.to(device), *pixels)), text.to(device)
 
 
 def train(args, device, started: float) -> tuple[Trainer, list[dict]]:
@@ -346,6 +351,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--qk-gain", type=float, default=1.0, help="of new weights")
     parser.add_argument("--gate", type=float, default=0.0, help="of new weights")
     parser.add_argument("--resume", type=Path, help="weights to go on from")
+    parser.add_argument("--world", choices=tuple(WORLDS), default="shapes")
     parser.add_argument("--rich", action="store_true", help="textures, clouds, pans up and down")
     parser.add_argument(
         "--bits", type=int, choices=(4, 5, 6, 8, 16), default=16,
@@ -401,8 +407,14 @@ def main() -> None:
         del trainer
         import check_model
 
+        prompts = None
+        if args.world != "shapes":  # which nobody reads back
+            drawn = (random.Random(1000 + i) for i in range(6))
+            world = WORLDS[args.world]
+            prompts = [world.prompt(world.random_scene(rng, 32, 1.3)) for rng in drawn]
+            args.scored = 0
         result["check"] = check_model.check(
-            path, args.comfyui, args.check, args.out, args.scored, args.rich
+            path, args.comfyui, args.check, args.out, args.scored, args.rich, prompts
         )
         report.write_text(json.dumps(result, indent=1))
         print(f"all done after {time.monotonic() - started:.0f} s", flush=True)
