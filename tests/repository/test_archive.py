@@ -1,5 +1,6 @@
 """The archive that users get: it is whole, a server loads it, and it does what its pages say."""
 
+import json
 import os
 import re
 import subprocess
@@ -96,8 +97,10 @@ def test_test_says_that_it_has_none(unpacked):
     assert "The registry's copy of the pack has no tests; get the repository." in found.stdout
 
 
-@pytest.mark.parametrize("script", ["tests/demo/run_demo.py", "tests/bench/bench_eager.py"])
-def test_what_demo_and_bench_start_has_all_that_it_imports(unpacked, comfyui, script):
+@pytest.mark.parametrize("script", [
+    "tests/demo/run_demo.py", "tests/bench/bench_eager.py", "tests/lab/compare_presets.py",
+])  # fmt: skip
+def test_what_a_user_may_start_has_all_that_it_imports(unpacked, comfyui, script):
     found = run(unpacked, script, "--help")
     assert found.returncode == 0 and "usage" in found.stdout, found.stderr
 
@@ -122,11 +125,19 @@ def test_a_server_loads_it_and_samples_its_own_model(unpacked, comfyui, tmp_path
     with server:
         entry = server.post(prompt)
         loaded = {name: info["python_module"] for name, info in server.object_info().items()}
+        graph_file = tmp_path / "graph_api.json"
+        graph_file.write_text(json.dumps(prompt))
+        words = [graph_file, "--server", server.address, "--seeds", 1, "--presets", "Fast"]
+        words += ["--out", tmp_path / "compared"]
+        compared = run(unpacked, "tests/lab/compare_presets.py", *map(str, words))
         # what the pack offers beside nodes
         assert server.get("/workflow_templates")["adaspa"]
         assert any("/adaspa/" in path for path in server.get("/extensions"))
     ours = {name for name in loaded if loaded[name] == "custom_nodes.adaspa"}
     assert len(ours) >= 6 and "AdaSpaAttention" in ours
+    assert compared.returncode == 0, compared.stdout + compared.stderr
+    table = (tmp_path / "compared" / "presets.md").read_text()
+    assert "| preset | PSNR dB | SSIM |" in table and "\n| Fast | " in table
     (text,) = entry["outputs"]["report"]["text"]
     assert "density 0." in text and entry["outputs"]["save"]["images"]
     assert not [x for x in server.log.splitlines() if "IMPORT FAILED" in x and "adaspa" in x]
