@@ -3,6 +3,7 @@
 import json
 import sys
 import xml.etree.ElementTree as ElementTree
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -272,3 +273,16 @@ def test_lines_through_runs_say_where_a_word_begins():
 
     found = closeness.least_recall([run(recall) for recall in (0.2, 0.5, 0.9)], "small")
     assert found == {"psnr": 0.2, "ssim": 0.86, "recall": 0.86}
+
+
+def test_the_picture_of_the_presets_has_a_row_per_video_and_per_difference():
+    import show_presets
+
+    dense = torch.rand(3, 6, 20, 24)
+    sheet = show_presets.picture({"dense": dense, "Fast": dense, "Quality": dense + 0.05})
+    scale, rows = show_presets.SCALE, [20 * show_presets.SCALE * i for i in range(6)]
+    assert sheet.size == (show_presets.MARGIN + 24 * scale * show_presets.COLUMNS, rows[5])
+    parts = [sheet.crop((show_presets.MARGIN, a, sheet.width, b)) for a, b in pairwise(rows)]
+    assert parts[0].tobytes() == parts[1].tobytes()
+    assert parts[2].getextrema() == ((0, 0),) * 3, "no difference is black"
+    assert parts[4].getextrema() == ((102, 102),) * 3, "0.05 times 8, of 255"
