@@ -172,6 +172,18 @@ def compiling_kernels(card: tuple[int, int], claim: Callable, done: Callable) ->
     return replace(triton_kernels(), **alone)
 
 
+def before_launches(device: torch.device, call: Callable) -> Callable:
+    """Let call(key) come before every launch on a device; returns what takes that back.
+
+    Args:
+        call: gets `triton.compiling.launch_key` of the launch.
+    """
+    triton_kernels(device)
+    for name in _asked_at_every_call():
+        _kernel(name)
+    return compiler().before_launches(call)
+
+
 def compiler():
     """The module that knows of compiling without running; needs Triton."""
     return _kernel("compiling")

@@ -220,10 +220,14 @@ def row_wise_top_k(num_k: int) -> Tile:
 
 # tokens of a tile. Not measured apart: the order of 24 x 118,800 tokens takes 7.9 on the device, features
 # and all. It reads queries and keys once, and writes a third as much
-FEATURES = Tile(64, 0, 4)
+def features(card: Card, triton: tuple[int, int]) -> Tile:
+    """The tile of features."""
+    # Triton 3.8 spills 328 bytes a thread with 4 warps where it multiplies by mma.sync, 80 with 8
+    return Tile(64, 0, 8 if triton == (3, 8) and card[0] in (8, 12) else 4)
+
 
 # the PCA tree: samples of a node by features; tokens that are measured along its direction or moved.
-# Not measured apart from the order (FEATURES)
+# Not measured apart from the order (`features`)
 PCA_DIRECTION = Tile(128, 64, 4)
 PCA_ALONG = Tile(128, 64, 4)
 PCA_TAKE = Tile(128, 1, 4)
@@ -243,8 +247,15 @@ def pca_sort(tokens: int) -> Tile:
 SUMS = Tile(16, 0, 4)
 SUM_SPLITS = 64
 MEANS = Tile(1, 0, 4)
-ROTATE = Tile(64, 0, 4, 2)
 ROTATE_TURNS = 8
+
+
+def rotate(card: Card, triton: tuple[int, int]) -> Tile:
+    """The tile of rotating."""
+    # Triton before 3.8 cannot compile what follows its product for tcgen05, which takes 4 warps or more
+    return Tile(64, 0, 2 if card[0] in (10, 11) and triton < (3, 8) else 4, 2)
+
+
 VALUES = Tile(64, 0, 4)
 
 

@@ -78,7 +78,7 @@ class Compiling:
         self._begun.add(self._current)
         self._kernels, self._said = {}, False
         self._take_back()
-        self._take_back = choice.compiler().before_launches(self._before_launch)
+        self._take_back = choice.before_launches(torch.device("cuda"), self._before_launch)
         self._begin(self._current, min(1, workers()))
 
     def _begin(self, work: str, number: int) -> None:

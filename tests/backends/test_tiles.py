@@ -253,7 +253,7 @@ def order_and_select(q):
 
     B, H, L, D = q.shape
     operation("triton", "permute")(q, q, q, torch.arange(L, dtype=torch.int32).expand(B, H, L))
-    for block_q in (16, 32, 64, 128):
+    for block_q in (64, 128):
         operation("triton", "pooled_masses")(
             q, q, torch.zeros(B, L), torch.zeros(B, H, L), block_q=block_q, scale=0.1
         )
@@ -272,13 +272,15 @@ def halve(H):
         operation("triton", "pca_tree")(torch.zeros(H, tokens, 40))
 
 
-def compile_all(arch):
-    """What each kernel of this architecture takes of a program's resources."""
-    from triton import knobs
+def compile_all(arch, every=False):
+    """What each kernel of this architecture takes of a program's resources.
 
+    Args:
+        every: also those tiles that are the same on another card.
+    """
     stands = compile_only(arch)
     q = tensors(1, 2, 300, 128)
-    whole = arch not in LIKE_OTHERS
+    whole = every or arch not in LIKE_OTHERS
     for folder in ("triton", "hopper") if arch == 90 else ("triton",):
         attend(folder, q)
         search(folder, q)
@@ -286,7 +288,7 @@ def compile_all(arch):
             measure(folder, q)
             measure(folder, q, int8=True)
             attend(folder, q, name="quantised_attention")
-        if arch in (90, 120):
+        if every or arch in (90, 120):
             # rows sampled of a block
             measure(folder, q, 16)
             measure(folder, q, 16, int8=True)
@@ -305,8 +307,14 @@ def compile_all(arch):
     if arch == 90:
         measure("hopper", q, int8=True, bias=True)
         measure("hopper", q, bias=True)
-        measure("hopper", q, 16, bias=True)
         attend("hopper", tensors(1, 2, 300, 64))
+    return resources(stands)
+
+
+def resources(stands):
+    """What each binary for an NVIDIA card takes."""
+    from triton import knobs
+
     found = []
     for name, stand in stands.items():
         for binary in stand.binaries.values():
@@ -336,7 +344,6 @@ def compile_amd(arch):
         attend("triton", q, block, block)
         search("triton", q, block, block)
         measure("triton", q, block, block)
-    measure("triton", q, 16)
     found = []
     for name, stand in stands.items():
         for binary in stand.binaries.values():

@@ -80,6 +80,18 @@ def test_a_run_launches_nothing_that_was_not_rehearsed(settings, bias, monkeypat
     assert launches.met <= rehearsed
 
 
+def test_what_comes_before_launches_is_taken_back(device):
+    from sparse_attn.block_mask import BlockMask
+
+    bits = torch.ones(1, 1, 2, 1, dtype=torch.uint8, device=device)
+    unpack, came = choice._kernel("unpack_mask").unpack_mask, []
+    take_back = choice.before_launches(device, came.append)
+    unpack(BlockMask(bits, 2, 64, 64))
+    take_back()
+    unpack(BlockMask(bits, 2, 64, 64))
+    assert len(came) == 1 and came[0].startswith("_unpack_mask_kernel uint8 int32 int32")
+
+
 # cache keys that a rehearsal of the pack, under any name, looks up: argv is root, name, card, layout
 KEYS = """
 import json, sys, types
@@ -116,8 +128,12 @@ def note(kernel, *args, **kwargs):
     return launches(kernel, *args, **kwargs)
 
 triton.runtime.jit.JITFunction.run = note
+hooked = []
+choice.before_launches(torch.device("cuda"), hooked.append)
 for bias in (False, True):
     rehearsal.rehearse(backend, config, 128, torch.bfloat16, bias)
+# what a launch asks for is what a worker has said
+assert set(hooked) == set(found)
 print(json.dumps({launch: sorted(keys) for launch, keys in found.items()}))
 """
 

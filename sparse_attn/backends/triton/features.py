@@ -75,11 +75,11 @@ def features(q, k, centres, directions, places) -> torch.Tensor:
     q, k = launch.aligned(q), launch.aligned(k)
     out = torch.empty((B, H, V, 2 * N + P), device=q.device)
     with launch.on_device(q):
-        tile = tiles.FEATURES.tile_q
-        _features_kernel[(triton.cdiv(V, tile), B * H)](
+        tile = tiles.features(tiles.card_of(q.device), launch.TRITON)
+        _features_kernel[(triton.cdiv(V, tile.tile_q), B * H)](
             q, k, centres.contiguous(), directions.contiguous(), places.contiguous(), out,
             *launch.row_strides(q), *launch.row_strides(k), H, V,
-            D=D, N=N, PLACE=P, TILE=tile, **tiles.FEATURES.options,
+            D=D, N=N, PLACE=P, TILE=tile.tile_q, **tile.options,
         )  # fmt: skip
     return out
 

@@ -10,6 +10,8 @@ HEAD_DIMS = (64, 128)
 BLOCK_SIZES = (64, 128)
 # elements between rows
 FARTHEST_ROW = 2**23
+# release, such as (3, 8)
+TRITON = tuple(int(part) for part in triton.__version__.split(".")[:2])
 INTERPRETED = triton.knobs.runtime.interpret
 
 

@@ -306,7 +306,7 @@ def _quantise_rows(x, k_mean, *, keys: bool, key_bias=None, scale=1.0, shift_sca
         x, key_bias, rotation(D, x.dtype, x.device), k_mean, out, scales, shifts,
         *launch.row_strides(x), H, L, num_rows, scale, shift_scale,
         D=D, TILE=TILE, TURNS=TURNS, KEYS=keys, HAS_BIAS=key_bias is not None,
-        **tiles.ROTATE.options,
+        **tiles.rotate(tiles.card_of(x.device), launch.TRITON).options,
     )  # fmt: skip
     return out, scales, shifts
 
