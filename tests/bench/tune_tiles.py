@@ -2,7 +2,7 @@
 
     python run.py bench --tune [--user-directory FOLDER]
 
-Takes about ten minutes, most of them compiling. Nothing else measures or changes tiles.
+Most of its time goes into compiling. Nothing else measures or changes tiles.
 """
 
 import argparse
@@ -110,11 +110,11 @@ def main() -> int:
     parser.add_argument("--user-directory", type=Path)
     args = parser.parse_args()
     folder, card = user_directory(args.user_directory), tiles.card_of()
-    if folder is None:
-        print("This pack lies in no ComfyUI; name its folder of users with --user-directory.")
-        return 1
     if not torch.cuda.is_available() or choice.why_no_triton() or isinstance(card, str):
         print("This needs an NVIDIA GPU that torch can use, and Triton.")
+        return 1
+    if folder is None:
+        print("This pack lies in no ComfyUI; name its folder of users with --user-directory.")
         return 1
     if card in tiles.MEASURED:
         print("The table was measured on a card of this kind; there is nothing to tune.")

@@ -79,8 +79,10 @@ def test_what_the_driver_says_is_told_or_left_out(monkeypatch):
     ("device", "extra", "prepares", "file"),
     [
         ("cuda", [], False, "bench_card.py"),
+        ("cuda", ["--tune", "--user-directory", "x"], False, "tune_tiles.py"),
         ("cuda", ["--rounds", "2"], True, "bench_attention.py"),
         ("cpu", [], True, "bench_eager.py"),
+        ("cpu", ["--tune"], True, "tune_tiles.py"),
     ],
 )
 def test_bench_installs_nothing_where_this_python_reaches_the_gpu(

@@ -29,6 +29,7 @@ commands
   bench     measure attention on this machine's GPU in less than four minutes, and print a line
             to paste into an issue (on a CPU: the plain backend against torch); arguments go to the
             longer contest, tests/bench/bench_attention.py
+              --tune  try other tiles on this card, keep the fastest, and let the pack use them
   test      run all checks, those that concern ComfyUI on {oldest} too; further arguments go to
             pytest, which then runs once
               --long  run the tests marked long instead, and write down what they gave
@@ -119,15 +120,16 @@ def demo(options, extra: list[str]) -> int:
 
 
 def bench(options, extra: list[str]) -> int:
-    own = "tests/bench/tune_tiles.py" if "--tune" in extra else "tests/bench/bench_card.py"
-    if not extra or "--tune" in extra:
+    tune = "--tune" in extra
+    own = "tests/bench/tune_tiles.py" if tune else "tests/bench/bench_card.py"
+    if tune or not extra:
         # a card's owner measures what ComfyUI runs with, and installs nothing
         facts = probe(sys.executable)
         if facts["device"] == "cuda":
             return call([sys.executable, script(own), *extra])
     env = prepared(options, "kernels")
-    if env.device == "cuda":
-        file = own if not extra or "--tune" in extra else "tests/bench/bench_attention.py"
+    if tune or env.device == "cuda":
+        file = own if tune or not extra else "tests/bench/bench_attention.py"
         return run_in(env, [script(file), *extra])
     say(
         "The kernel benchmark needs an NVIDIA GPU that torch can use; here is the comparison of the"
