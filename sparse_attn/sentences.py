@@ -3,6 +3,8 @@
 English stands here; `web/sentences.js` has the others.
 """
 
+import re
+
 ENGLISH = {
     # before a run
     "ready": "Ready: {preset}, sparsity {sparsity}.",
@@ -96,6 +98,86 @@ ENGLISH = {
 }
 
 
+# what others write as plain text: reasons, and lines of the report; `told` knows them by their words
+PLAIN = {
+    "why_not_a_number": "NaN or infinity in q, k or v",
+    "why_search_memory": "out of memory while searching",
+    "why_sparse_memory": "out of memory in a sparse step",
+    "why_recall_memory": "out of memory while measuring the recall",
+    "why_quantising_memory": "out of memory while quantising",
+    "why_let_go": "patterns of prompts or parts of the video that a step did not use were let go",
+    "why_in_vain": "prompts or parts of the video are new at every step, so no pattern is used "
+    "again",
+    "why_last_step": "the run's last step, after which no pattern is of use",
+    "why_precision": "the model asks for full precision there (`low_precision_attention`)",
+    "why_foreign": "another node's attention",
+    "why_host_served": "out of memory in a dense step: the host's own attention ran it",
+    "why_unnamed": "the host does not name its conditionings",
+    "why_window": "a context window of an unknown kind",
+    "why_place": "a part of the video ({here} of {whole}) whose place is not known",
+    "why_unknown_layer": "the model does not tell which of its layers calls",
+    "why_one_graph": "the model is compiled as one graph, which does not tell which of its "
+    "layers calls",
+    "why_gradients": "gradients are asked for, and only the host's own attention has them",
+    "why_guides": "an attention mask of guide frames, which splits the queries",
+    "why_captured": "a CUDA graph is being captured, and its replays would all repeat one step",
+    "why_cross": "cross-attention or grouped heads",
+    "why_heads": "heads of {here}, and the video's have {there}",
+    "why_tokens": "{here} tokens are not the {there} of this model's video sequence",
+    "why_dense_layers": "listed in `dense_layers`",
+    "why_mask": "its mask of shape {shape} is not a key mask",
+    "why_error": "an error in AdaSpa, {error}",
+    "why_override": "another node replaced it: an override of {name}, put on after ours",
+    "why_patch": "another node replaced it: a block patch of {name}",
+    "why_forward": "another node replaced it: a `forward` of {name}",
+    "why_function": "another node replaced it: {where}.optimized_attention is of {name}",
+    "why_unknown": "unknown why",
+    "why_not_seen": "not seen, {why}",
+    "why_kv_cache": "a causal model that reads its past from a KV cache",
+    "why_pose_keys": "every frame reads other pose keys",
+    "why_guide_shape": "a guide mask of {shape} does not match the latent",
+    "why_guide_removes": "the guide mask removes tokens of the video",
+    "why_layout": "its token layout is not known before the model runs",
+    "why_layout_end": "its token layout does not end in {count} video tokens",
+    "why_not_a_video_model": "{name} is not a video model that AdaSpa knows",
+    "why_images": "{name} with 2-D patches makes images, not videos",
+    "why_fast_h3": "FastH3's weights are trained for a sparse attention of their own",
+    "why_latent": "a latent of shape {shape} is not a video",
+    "why_rule": "the rule for {name} no longer fits this ComfyUI ({error})",
+    "why_ring": "ring attention splits the keys between GPUs: choose an Ulysses degree, not a "
+    "ring degree",
+    "why_joint": "the engine joins text to the video inside its attention",
+    "why_causal": "causal attention",
+    "why_one_gpu": "a GPU of several failed in this call, and the engine's own attention ran it",
+    "why_shared": "{count} text tokens cannot be shared evenly by {gpus} GPUs",
+    "why_no_tail": "blocks of {size} have no tail, that needs blocks of 64 keys",
+    "why_no_fp8": "precision fp8 runs as int8, which is as fast and closer to the dense video",
+    "of_own_calls": "its own dense calls",
+    "of_searches": "the dense pass of its searches",
+    "line_model": "Model: {model}",
+    "line_sparse": "Sparse attention by: {backend}",
+    "line_dense": "Dense steps by: {choice}",
+    "line_beside": "Sparse beside dense: {sparse} and {dense} a call; kept until ComfyUI restarts",
+    "line_attention": "Attention: {spent} spent ({dense} dense, {search} search, {sparse} sparse)",
+    "line_call": "One call: {dense} dense, {sparse} sparse ({gain}x), measured against {source}",
+    "line_step": "One step of the whole model: {steps}",
+    "line_memory": "Memory held: {held} on the {place} for {count} conditioning(s){parts}, "
+    "predicted {each} each",
+    "line_skipped": "Skipped by a cache: {count} steps, {steps}",
+    "line_tail": "Tail: pooled, the average of every skipped block stands in for it",
+    "line_order": "Token order: by similarity in {share} of the heads, else by position",
+    "line_recall": "Recall asked for: {recall}",
+    "line_precision": "Precision: {count} calls in {precision}",
+    "line_searches": "Later searches in int8: {count} calls",
+    "line_not_in": "Not in {precision}: {count} calls, {why}",
+    "line_kept": "Kept dense: {count} calls, {why}",
+    "line_unseen": "Video's self-attention not seen: {count} calls, {why}",
+    "line_other": "Not the video's self-attention: {count} calls, {why}",
+    "line_note": "Note: {text}",
+}
+ENGLISH |= PLAIN
+
+
 class Sentence(str):
     """An English sentence that knows its code and its values, which are text or sentences."""
 
@@ -115,9 +197,24 @@ def _made(code: str, values: dict[str, str]) -> Sentence:
     return Sentence(code, **values)
 
 
+def recognised(text: str) -> Sentence | None:
+    """The sentence of a plain text that `PLAIN` has, or None."""
+    for code, pattern in _PATTERNS.items():
+        if found := pattern.fullmatch(text):
+            return Sentence(code, **found.groupdict())
+    return None
+
+
+_PATTERNS = {
+    code: re.compile(re.sub(r"\\{(\w+)\\}", r"(?P<\1>.*?)", re.escape(words)), re.DOTALL)
+    for code, words in PLAIN.items()
+}
+
+
 def told(text: str) -> dict:
-    """A text as a message holds it: with code and values where it is a `Sentence`."""
+    """A text as a message holds it: with code and values where it is a sentence."""
     if not isinstance(text, Sentence):
-        return {"text": str(text)}
+        known = recognised(str(text))
+        return {"text": str(text)} if known is None else told(known)
     values = {name: told(value) for name, value in text.values.items()}
     return {"text": str(text), "code": text.code, "values": values}
