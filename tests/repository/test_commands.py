@@ -228,3 +228,16 @@ def test_serve_names_the_graph_that_needs_no_model(monkeypatch, tmp_path, capsys
     assert commands.serve(SimpleNamespace(port=None, listen=""), []) == 0
     (graph,) = (tmp_path / "serve" / "user" / "default" / "workflows").glob("*.json")
     assert f"Workflows in the sidebar, {graph.stem}, Run" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("program", [None, "/usr/bin/chromium"])
+def test_the_last_line_names_browser_tests_that_did_not_run(monkeypatch, capsys, program):
+    env = SimpleNamespace(device="cpu", home="home", comfyui="comfyui", python="python")
+    monkeypatch.setattr(commands, "prepared", lambda *asked: env)
+    monkeypatch.setattr(commands, "run_in", lambda *command: 0)
+    monkeypatch.setattr(commands, "runs_oldest", lambda *asked: False)
+    monkeypatch.setattr(commands.browser, "chromium", lambda: program)
+    assert commands.test(SimpleNamespace(gpu=False, long=False), []) == 0
+    last = capsys.readouterr().out.strip().splitlines()[-1]
+    assert last.startswith("All passed in ")
+    assert ("browser tests did not run: no Chromium is on PATH" in last) is (program is None)
