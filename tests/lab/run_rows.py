@@ -1,0 +1,147 @@
+"""How much less the blocks hold that are chosen by a sample of the query rows, on real q and k.
+
+    python tests/lab/run_rows.py --comfyui PATH --models tiny wan128 joint --out OUT/rows.json
+
+Samples until the first search, then chooses the blocks of every layer by all rows and by samples, and
+weighs each choice by the masses of all rows. Rows of text, which keep everything, do not count.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+PATHS = [str(ROOT), str(ROOT / "tests" / "tiny_model"), str(HERE)]
+sys.path[:0] = [path for path in PATHS if path not in sys.path]
+
+import torch  # noqa: E402
+from contestants import TWO  # noqa: E402
+from models import MODELS  # noqa: E402
+from rule import SCHEDULES  # noqa: E402
+from run_lab import latent_size  # noqa: E402
+
+from sparse_attn.method.query_sample import query_sample  # noqa: E402
+from sparse_attn.method.selection import Selection  # noqa: E402
+from sparse_attn.method.text_sink import sink_blocks  # noqa: E402
+from sparse_attn.orders.choice import find_order  # noqa: E402
+from sparse_attn.orders.position import video_first  # noqa: E402
+from tests.bench.record import facts  # noqa: E402
+
+
+def in_line(tokens: int, stride: int, device) -> torch.Tensor:
+    """The first row of every `stride`, as `query_sample` would be without its offsets."""
+    return torch.arange(0, tokens, stride, device=device)
+
+
+SAMPLES = {
+    "one of two": (query_sample, 2), "one of four": (query_sample, 4),
+    "one of eight": (query_sample, 8), "one of four, in line": (in_line, 4),
+}  # fmt: skip
+
+
+def chosen_by(backend, call, config, lse) -> list[dict]:
+    """What blocks chosen by each sample of a call hold; `lse` is [B, H, L], in the tokens' order."""
+    order, _ = find_order(backend, call, config)
+    layout = video_first(call.layout)
+    moved = backend.permute(call.q, call.k, call.v, order, call.key_bias)
+    lse = lse.float().gather(-1, order.long())
+    video = ~sink_blocks(layout, config.block_q, lse.device)
+
+    def measure(places, block_q):
+        q, rows = moved.q[:, :, places], lse[:, :, places]
+        options = {"block_q": block_q, "scale": call.scale}
+        masses = backend.block_masses(
+            q, moved.k, rows, block_k=config.block_k, key_bias=moved.key_bias, **options
+        )
+        means = backend.pooled_masses(
+            q, moved.pooled.k_mean, moved.pooled.log_sizes, rows, **options
+        )
+        scores = backend.tail_error(masses, means.clone(), moved.v, moved.pooled.v_mean)
+        chosen = Selection(backend, layout, config, *q.shape[:2], q.device)
+        chosen.add(masses, scores)
+        return masses, scores, chosen.settle()[0].to_dense()
+
+    def held(weights, keep):
+        """[B, H] share of `weights` on kept blocks."""
+        weights, keep = weights[:, :, video], keep[:, :, video]
+        return (weights * keep).sum((-1, -2)) / weights.sum((-1, -2))
+
+    tokens = call.layout.tokens
+    exact, scores, best = measure(torch.arange(tokens), config.block_q)
+    rows = []
+    for name, (sample, stride) in SAMPLES.items():
+        masses, _, keep = measure(sample(tokens, stride, lse.device), config.block_q // stride)
+        less = held(exact, best) - held(exact, keep)
+        rows.append(
+            {
+                "layer": call.layer,
+                "sample": name,
+                "recall": held(exact, best).mean().item(),
+                "less": less.mean().item(),
+                "less_worst_head": less.max().item(),
+                "told_more": (held(masses, keep) - held(exact, keep)).mean().item(),
+                "tail_error_more": ((1 - held(scores, keep)) / (1 - held(scores, best)))
+                .sub(1)
+                .mean()
+                .item(),
+            }
+        )
+    return rows
+
+
+def of_model(name: str, schedule: str, options) -> list[dict]:
+    from generation import Subject
+
+    from sparse_attn.run import state
+
+    subject = Subject(MODELS[name], options.comfyui, options.seeds, options.latent)
+    # knows ComfyUI, which the subject has started
+    from sparse_attn.host.install import install
+
+    config = TWO.but("all rows", density=options.density).config(schedule)
+    search, rows = state.fused_online_search, []
+
+    def searched(backend, call, config, previous_lse, dense):
+        found = search(backend, call, config, None, dense)
+        rows.extend(chosen_by(backend, call, config, found.lse))
+        if call.layer == subject.spec.layers - 1:
+            # no error that the node would answer by going on dense
+            raise KeyboardInterrupt
+        return found
+
+    state.fused_online_search = searched
+    try:
+        subject.sample(install(subject.model, config)[0], SCHEDULES[schedule][0])
+    except KeyboardInterrupt:
+        return [{"model": name, "schedule": schedule, **row} for row in rows]
+    finally:
+        state.fused_online_search = search
+    raise RuntimeError("Not every layer searched.")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--comfyui", required=True)
+    parser.add_argument("--models", nargs="+", choices=tuple(MODELS), default=["tiny"])
+    parser.add_argument("--schedule", choices=tuple(SCHEDULES), default="8")
+    parser.add_argument("--density", type=float, default=0.2)
+    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--latent", type=latent_size, help="TxHxW instead of the models' own")
+    parser.add_argument("--out", type=Path, required=True)
+    options = parser.parse_args()
+    rows = []
+    for name in options.models:
+        rows += of_model(name, options.schedule, options)
+        result = {
+            "what": "recall of blocks chosen by samples of rows, beside that of blocks chosen by all",
+            "rows": rows,
+            **facts(),
+        }
+        options.out.write_text(json.dumps(result) + "\n")
+        print(f"{name}: {len(rows)} rows", flush=True)
+
+
+if __name__ == "__main__":
+    main()
