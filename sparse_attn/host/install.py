@@ -17,6 +17,7 @@ from ..schedule import plan
 from ..sentences import Sentence
 from . import pattern_requests, status, timing
 from .backend_history import publish
+from .calling_block import inner_of
 from .families import family_of
 from .guard import go_on_without_us
 from .model_call import CAPTURED, CONTEXT, Declined, ModelCall, captured
@@ -243,7 +244,7 @@ def _enter(sampling: Sampling, model, x, t, options, inputs, node_id) -> tuple:
     first = run.step < 0
     new = run.enter_step(step)
     # a compiled model is a wrapper of another class
-    model = getattr(model, "_orig_mod", model)
+    model = inner_of(model)
     layout = announce = None
     family, reason = family_of(model)
     if family is not None:
@@ -256,7 +257,7 @@ def _enter(sampling: Sampling, model, x, t, options, inputs, node_id) -> tuple:
     else:
         announce = _announcer(run, layout, node_id) if first else None
         call = ModelCall(
-            run, step, previous, model, family, layout, sampling.callers(family, model),
+            run, step, previous, model, family, layout, sampling.callers_in(family, model),
             place, unplaced, announce, inputs, attention_override,
         )  # fmt: skip
     if new and announce is None:

@@ -12,7 +12,7 @@ from ..run.estimate import Estimate, Workload, why_not_worth
 from ..run.state import RunState
 from ..sentences import Sentence
 from ..token_layout import TokenLayout
-from .calling_block import calling_block
+from .calling_block import Caller, Callers
 from .families.family import Block, Family
 from .host_call import HostCall, key_bias_of
 from .replaced import replaced_by
@@ -23,6 +23,7 @@ CONTEXT = "adaspa"
 # in the options of a call from a compiled graph
 IN_GRAPH = "adaspa_graph"
 UNKNOWN_LAYER = "the model does not tell which of its layers calls"
+REPEATED = "the model runs this layer more than once in a call, and does not tell which time it is"
 ONE_GRAPH = "the model is compiled as one graph, which does not tell which of its layers calls"
 GRADIENTS = "gradients are asked for, and only the host's own attention has them"
 GUIDES = "an attention mask of guide frames, which splits the queries"
@@ -54,20 +55,20 @@ class Declined:
         """Which calls there should have been is not known."""
 
 
-class Caller(NamedTuple):
+class Layer(NamedTuple):
     """The layer that makes a self-attention over the video.
 
     Args:
-        key: names it within the model, the same in every step.
-        number: as `dense_layers` counts.
-        layer: the same for people, with numbers of their own for a layer's further calls.
-        name: kind, index and occurrence, as saved patterns name it.
+        key: names it within the run, the same in every step.
+        block: the block it is in.
+        occurrence: tells apart the layers of a block's number, for people.
+        named: whether saved patterns have a name for it.
     """
 
-    key: Hashable
-    number: int
-    layer: int
-    name: tuple[str, int, int]
+    key: tuple
+    block: Block
+    occurrence: int
+    named: bool = True
 
 
 @dataclass
@@ -78,7 +79,7 @@ class ModelCall:
         step: number of the step within the run.
         previous: the override that stood before ours, or None.
         layout: tokens of the video's self-attention.
-        callers: what is known of the model's blocks, by the `id` of their modules.
+        callers: what the sampling knows of the model's blocks.
         place: the part of the video that the call is about, or None for all of it; `unplaced` says
             why it is not known.
         announce: announce(lines), told at every call what to expect of the run, or None.
@@ -92,13 +93,13 @@ class ModelCall:
     model: torch.nn.Module
     family: Family
     layout: TokenLayout
-    callers: Mapping[int, tuple[Hashable, Block]]
+    callers: Callers
     place: tuple | None = None
     unplaced: str = ""
     announce: Callable[[list[str]], None] | None = None
     inputs: Mapping = field(default_factory=dict)
     override: Callable | None = None
-    # calls of each block so far, and the blocks whose self-attention came in whatever form
+    # calls of each layer so far, and the blocks whose self-attention came in whatever form
     met: Counter = field(default_factory=Counter)
     seen: set[Block] = field(default_factory=set)
     # calls of blocks that nobody knows
@@ -119,18 +120,19 @@ class ModelCall:
             self.run.statistics.beside[reason] += 1
             return None
         if host.q.shape[-2] != self.layout.tokens:
-            self.caller(options)
+            self.see(options)
             self.run.statistics.kept_dense[GUIDES] += 1
             return None
         q, k, v = host.in_heads()
-        caller = self.caller(options)
+        layer = self.see(options)
+        layer = None if layer is None else self._counted(layer)
         bias, not_a_bias = key_bias_of(host.mask, len(q), k.shape[-2])
-        reason = self._why_not_ours(caller, options, len(q)) or not_a_bias
+        reason = self._why_not_ours(layer, options, len(q)) or not_a_bias
         if captured(q.device):
             reason = CAPTURED
         elif host.wants_gradients():
             reason = GRADIENTS
-        if reason or caller is None:
+        if reason or layer is None:
             if self.announce is not None and reason in (UNKNOWN_LAYER, ONE_GRAPH, GRADIENTS):
                 self.announce([Sentence("unknown_model", why=reason)])
             self.run.statistics.kept_dense[reason] += 1
@@ -147,29 +149,38 @@ class ModelCall:
             self.announce([*self.run.expected(), *estimate.said()])
         if self.run.is_plainly_dense(call):
             return [call]
-        return self._by_conditioning(call, host, caller, options)
+        return self._by_conditioning(call, host, layer, options)
 
-    def caller(self, options: dict) -> Caller | None:
-        """Tell the layer that makes a self-attention over the video, and count the call.
+    def see(self, options: dict) -> Layer | None:
+        """Tell the layer that makes a self-attention over the video, and note that it came.
 
         Returns:
             The layer, or None where nobody knows.
         """
-        found = calling_block(self.callers)
-        if found is None and "block_index" in options:
+        caller, way = self.callers.calling()
+        if caller is not None and not caller.shared:
+            layer = self._inside(caller, way)
+        elif "block_index" in options and self.callers.in_order(
+            self.model, self.family.listed(self.model)
+        ):
             kind = options.get("block_type", "double")
             block = self.family.published(self.model, kind, options["block_index"])
-            found = (id(self.model), block), block
-        if found is None:
+            layer = Layer((id(self.model), block, ()), block, 0)
+        else:
             self.nameless += 1
             return None
-        key, block = found
-        self.seen.add(block)
-        before = self.met[key]
-        self.met[key] += 1
-        occurrence = block.follows + before
-        layer = block.number + occurrence * self.family.num_layers(self.model)
-        return Caller((key, before), block.number, layer, (block.kind, block.index, occurrence))
+        self.seen.add(layer.block)
+        return layer
+
+    def _inside(self, caller: Caller, way: tuple[int, ...]) -> Layer:
+        block, named = caller.block, caller.first.issuperset(way)
+        occurrence = block.follows
+        if not named:
+            if way not in caller.others:
+                caller.others.append(way)
+            # behind those that have names
+            occurrence = 10 + caller.others.index(way)
+        return Layer((id(self.model), caller, way), block, occurrence, named)
 
     def count_unseen(self, entered: dict) -> None:
         """Count the blocks whose self-attention did not come, each with what took its place.
@@ -177,7 +188,10 @@ class ModelCall:
         Args:
             entered: `transformer_options` as the model got them.
         """
-        blocks = [(x, self.callers[id(x)][1]) for x, _ in self.family.listed(self.model)]
+        for layer, times in self.met.items():
+            if times < self._times(layer):
+                self._give_up(layer.key)
+        blocks = [(x, self.callers.of(x)) for x, _ in self.family.listed(self.model)]
         seen = self.seen
         if self.family.by_turns:
             numbers = {block.number for block in seen}
@@ -208,23 +222,58 @@ class ModelCall:
             return f"heads of {head_dim}, and the video's have {expected(self.model)}"
         return ""
 
-    def _why_not_ours(self, caller: Caller | None, options: dict, rows: int) -> str:
+    def _why_not_ours(self, layer: Layer | None, options: dict, rows: int) -> str:
         """Say why a self-attention over the video is not ours, or return an empty string."""
         if reason := why_not_worth(self.layout, self.run.config):
             return reason
         if self.unplaced:
             return self.unplaced
-        if caller is None:
+        if layer is None:
             return ONE_GRAPH if options.get(IN_GRAPH) else UNKNOWN_LAYER
+        if layer.key in self.callers.repeated:
+            return REPEATED
         # a wrapper inside the model may have changed what its call was placed by
         uuids, window = options.get("uuids") or (), options.get("context_window")
-        if not uuids or len(uuids) != len(options.get("cond_or_uncond") or ()) or rows % len(uuids):
+        kinds = options.get("cond_or_uncond") or ()
+        if not uuids or len(uuids) != len(kinds) or rows % len(uuids):
+            return UNNAMED
+        if len(set(zip(uuids, kinds, strict=True))) < len(uuids):
             return UNNAMED
         if window is not None and not hasattr(window, "index_list"):
             return UNKNOWN_WINDOW
-        if caller.number in self.dense_layers:
+        if layer.block.number in self.dense_layers:
             return "listed in `dense_layers`"
         return ""
+
+    def _counted(self, layer: Layer) -> Layer:
+        """Count a call of a layer, and tell it from its other calls.
+
+        A layer that comes more often than its family runs it, or less, does not tell which of its
+        calls were left out: it is noted as repeated, and what is remembered of it is let go.
+        """
+        before = self.met[layer]
+        self.met[layer] += 1
+        if before >= self._times(layer):
+            self._give_up(layer.key)
+        if not before or layer.key in self.callers.repeated:
+            return layer
+        return layer._replace(key=(*layer.key, before), occurrence=layer.occurrence + before)
+
+    def _times(self, layer: Layer) -> int:
+        """How often a call of the model runs a layer."""
+        family = self.family
+        if family.beside is None or family.beside_times is None:
+            return 1
+        beside = family.beside_times(self.inputs)
+        if isinstance(layer.key[1], Block):
+            # what runs beside a block has its published number
+            return 1 + beside * (layer.block.number in family.beside(self.model))
+        return beside if layer.block.follows else 1
+
+    def _give_up(self, key: tuple) -> None:
+        if key not in self.callers.repeated:
+            self.callers.repeated.add(key)
+            self.run.layers.forget(lambda found: found[-1][: len(key)] == key)
 
     def _estimate(self, call: Call, options: dict) -> Estimate:
         """What the run will do, worked out at its first call of so many videos."""
@@ -238,7 +287,7 @@ class ModelCall:
         return self.run.estimate(call, work, windows=self.place is not None)
 
     def _by_conditioning(
-        self, call: Call, host: HostCall, caller: Caller, options: dict
+        self, call: Call, host: HostCall, layer: Layer, options: dict
     ) -> list[Call]:
         """Part a call by conditioning.
 
@@ -257,10 +306,10 @@ class ModelCall:
             role = {0: "positive", 1: "negative"}.get(kind, f"conditioning {kind}")
             part = replace(
                 call,
-                layer=caller.layer,
+                layer=layer.block.number + layer.occurrence * self.family.num_layers(self.model),
                 role=role,
-                key=(call.q.device, uuid, kind, self.place, self.layout, size, caller.key),
-                name=name_of(caller, role, self.place),
+                key=(call.q.device, uuid, kind, self.place, self.layout, size, layer.key),
+                name=name_of(layer, role, self.place),
             )
             if len(uuids) > 1:
                 bias = None if call.key_bias is None else call.key_bias[rows]
@@ -277,8 +326,8 @@ def captured(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
-def name_of(caller: Caller, role: str, place: Hashable) -> LayerName | None:
+def name_of(layer: Layer, role: str, place: Hashable) -> LayerName | None:
     """Name a layer as another run would; None where two masks of a run would share the name."""
-    if place is not None or role.startswith("conditioning"):
+    if place is not None or role.startswith("conditioning") or not layer.named:
         return None
-    return LayerName(role, *caller.name)
+    return LayerName(role, layer.block.kind, layer.block.index, layer.occurrence)

@@ -6,6 +6,7 @@ from functools import partial
 
 import torch
 
+from .calling_block import inner_of
 from .families.family import Block
 
 UNKNOWN = "unknown why"
@@ -26,7 +27,7 @@ def replaced_by(module: torch.nn.Module, block: Block, options: dict, override) 
     for key, patch in (options.get("patches_replace") or {}).get("dit", {}).items():
         if key in ((f"{block.kind}_block", block.index), ("block", block.index)):
             return f"another node replaced it: a block patch of {_origin(patch)}"
-    inner = getattr(module, "_orig_mod", module)
+    inner = inner_of(module)
     for part in inner.modules():
         forward = vars(part).get("forward")
         # the host leaves the class's own behind when it takes a patch back; a compiled module has one

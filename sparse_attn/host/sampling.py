@@ -12,7 +12,8 @@ from typing import Any
 import torch
 
 from ..run.state import RunState
-from .families.family import Block, Family
+from .calling_block import Callers
+from .families.family import Family
 from .guard import go_on_without_us
 
 # under these keys a sampling, and the input of another node's wrapper, travel through
@@ -46,9 +47,7 @@ class Sampling:
     # what decides how long a step takes
     work: Any = None
     _wrapper: Callable = _apply
-    _callers: dict[int, tuple[int, Block]] = field(default_factory=dict)
-    # keeps every `id` above taken
-    _modules: list[torch.nn.Module] = field(default_factory=list)
+    _callers: Callers = field(default_factory=Callers)
 
     def __deepcopy__(self, memo):
         # options are copied by nodes that change some of them, for the same sampling
@@ -93,19 +92,9 @@ class Sampling:
             go_on_without_us(error, self.run)
         return self._wrapper(apply_model, args)
 
-    def callers(self, family: Family, model: torch.nn.Module) -> dict[int, tuple[int, Block]]:
-        """The blocks of a model by the `id` of their modules.
-
-        Returns:
-            The same number for every module that is or wraps a block, and what the block was called
-            when it was first met: passes may leave blocks out of the model's list, or move them.
-        """
-        for module, block in family.listed(model):
-            inner = getattr(module, "_orig_mod", module)
-            if id(module) not in self._callers or id(inner) not in self._callers:
-                self._modules += [module, inner]
-                known = self._callers.setdefault(id(inner), (id(inner), block))
-                self._callers[id(module)] = known
+    def callers_in(self, family: Family, model: torch.nn.Module) -> Callers:
+        """The blocks of a model, and of those that the sampling has met before."""
+        self._callers.add(model, family.listed(model))
         return self._callers
 
     def place_of(self, x: torch.Tensor, options: dict) -> tuple[tuple | None, str]:

@@ -20,7 +20,6 @@ import torch.distributed
 import torch.nn.functional as F
 
 from . import status
-from .calling_block import calling_block
 from .host_call import HostCall
 from .model_call import CONTEXT, ModelCall
 from .override import serve
@@ -209,10 +208,10 @@ def _in_heads(own: Callable, q, k, v, heads, mask=None, **_) -> torch.Tensor:
 def _served(model: _Model, local: Callable, ranks, ring_ranks, joint, q, k, v, named: dict):
     """The output as the ranks hold it, or None where the call is not ours; the reason is counted."""
     call, statistics = model.call, model.call.run.statistics
-    found = calling_block(call.callers)
+    caller, _ = call.callers.calling()
     lengths: Sequence[int] = (call.layout.tokens,)
-    if found is not None and call.family.segments is not None:
-        lengths = call.family.segments(found[1].kind, call.layout, call.inputs)
+    if caller is not None and call.family.segments is not None:
+        lengths = call.family.segments(caller.block.kind, call.layout, call.inputs)
     reason = ""
     if ring_ranks > 1:
         reason = RING
@@ -226,7 +225,7 @@ def _served(model: _Model, local: Callable, ranks, ring_ranks, joint, q, k, v, n
     if reason:
         if q.shape == k.shape:
             # it came, so nobody has replaced it
-            call.caller(model.options)
+            call.see(model.options)
             statistics.kept_dense[reason] += 1
         return None
     shards = Shards(tuple(lengths), ranks)

@@ -1,8 +1,9 @@
 """What a run remembers of its layers."""
 
 import threading
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -135,6 +136,14 @@ class Layers(dict[Hashable, Layer]):
                 if layer.unused > (0 if new else 1):
                     gone.append(key)
             return [self._drop(key) for key in gone], called == new
+
+    def forget(self, wanted: Callable[[Any], bool]) -> None:
+        """Let go of the layers whose key is `wanted`."""
+        with self._lock:
+            for key in list(filter(wanted, self)):
+                self._drop(key)
+                self._called.discard(key)
+                self._new.discard(key)
 
     def _drop(self, key: Hashable) -> Layer:
         layer = self.pop(key)

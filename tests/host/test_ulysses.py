@@ -9,6 +9,7 @@ import torch
 
 from sparse_attn.config import AdaSpaConfig
 from sparse_attn.host import ulysses
+from sparse_attn.host.calling_block import Callers
 from sparse_attn.host.ulysses import CAUSAL, FAILED, JOINT, RING, Shards
 from sparse_attn.run.statistics import RunStatistics
 from sparse_attn.schedule import Schedule
@@ -258,7 +259,7 @@ def test_what_is_not_ours_runs_by_the_engine(ring, joint, named, reason, monkeyp
     statistics = RunStatistics(AdaSpaConfig(), Schedule((), 0, 0, ()))
     met = []
     call = SimpleNamespace(
-        run=SimpleNamespace(statistics=statistics), callers={}, caller=met.append,
+        run=SimpleNamespace(statistics=statistics), callers=Callers(), see=met.append,
         layout=SimpleNamespace(tokens=4), family=SimpleNamespace(segments=None),
     )  # fmt: skip
     monkeypatch.setattr(ulysses._thread, "model", ulysses._Model(call, {}))

@@ -16,7 +16,9 @@ FAMILIES = {
     # [reference image] video [frames of Phantom's subjects] [in-context videos]
     "WanModel": Family("Wan", wan.layout, *_WAN),
     # video; a VACE block follows a main block and shares its number
-    "VaceWanModel": Family("Wan VACE", wan.layout, *_WAN, beside=wan.vace_blocks),
+    "VaceWanModel": Family(
+        "Wan VACE", wan.layout, *_WAN, beside=wan.vace_blocks, beside_times=wan.vace_contexts
+    ),
     # video
     "CameraWanModel": Family("Wan camera", wan.layout, *_WAN),
     # video [reference] [earlier frames, the older the coarser]

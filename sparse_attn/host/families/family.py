@@ -37,6 +37,8 @@ class Family:
         head_dim: head_dim(model) -> width of a head of the video's self-attention. Streams beside
             the video may have as many tokens, but have other heads.
         beside: beside(model) -> further blocks by the number of the one that each follows.
+        beside_times: beside_times(inputs) -> how often a call of the model runs each of those; None
+            for once.
         segments: segments(kind, layout, inputs) -> tokens of the parts of the sequence that an
             engine for several GPUs cuts each by itself in blocks of a kind; None where it cuts the
             sequence whole.
@@ -48,6 +50,7 @@ class Family:
     blocks: Callable[..., dict[str, Collection[torch.nn.Module]]]
     head_dim: Callable[..., int] | None = None
     beside: Callable[..., dict[int, torch.nn.Module]] | None = None
+    beside_times: Callable[..., int] | None = None
     segments: Callable[..., tuple[int, ...]] | None = None
     by_turns: bool = False
 

@@ -78,6 +78,11 @@ def animate_2(model, latent_shape, inputs) -> TokenLayout | str:
     return layout(model, latent_shape, inputs)
 
 
+def vace_contexts(inputs) -> int:
+    """Each VACE block runs once for every context, [B, N, C, T, H, W]."""
+    return inputs["vace_context"].shape[1]
+
+
 def vace_blocks(model) -> dict:
     """Each VACE block follows a main block."""
     return {main: model.vace_blocks[n] for main, n in model.vace_layers_mapping.items()}
