@@ -4,6 +4,7 @@ from comfy_api.latest import io
 
 from ..sparse_attn.host.compiling import compile_ahead
 from ..sparse_attn.host.install import install, why_not
+from .own_errors import otherwise, without_adaspa
 from .settings import answer, check, config_of, describe, setting_inputs
 from .sockets import AdaSpaRun
 
@@ -49,6 +50,7 @@ class AdaSpaAttention(io.ComfyNode):
         return check(settings)
 
     @classmethod
+    @otherwise(lambda said, model, **_: without_adaspa(said, model))
     def execute(cls, model, **settings) -> io.NodeOutput:
         config = config_of(**settings)
         compile_ahead(model, config, cls.hidden.unique_id)

@@ -4,6 +4,7 @@ from comfy_api.latest import io
 
 from ..sparse_attn.host.compiling import compile_ahead
 from ..sparse_attn.host.install import install, why_not
+from .own_errors import otherwise, without_adaspa
 from .settings import answer, check, config_of, describe, setting_inputs
 from .sockets import AdaSpaRun
 
@@ -45,6 +46,7 @@ class AdaSpaAttentionPair(io.ComfyNode):
         return check(settings)
 
     @classmethod
+    @otherwise(lambda said, model_high, model_low, **_: without_adaspa(said, model_high, model_low))
     def execute(cls, model_high, model_low, **settings) -> io.NodeOutput:
         config = config_of(**settings)
         node_id = cls.hidden.unique_id

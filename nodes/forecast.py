@@ -5,6 +5,7 @@ from comfy_api.latest import io
 from ..sparse_attn.forecast.plan import LEAST_STEPS, LEVELS
 from ..sparse_attn.host.forecast import install
 from ..sparse_attn.sentences import Sentence
+from .own_errors import otherwise
 from .settings import spoken
 
 OFF = "off"
@@ -49,6 +50,7 @@ class AdaSpaForecast(io.ComfyNode):
         )
 
     @classmethod
+    @otherwise(lambda said, model, **_: io.NodeOutput(model, ui=spoken([said])))
     def execute(cls, model, level) -> io.NodeOutput:
         said = Sentence("skip_off") if level == OFF else Sentence("skip_ready", level=level)
         patched = install(model, LEVELS.get(level), cls.hidden.unique_id)

@@ -5,6 +5,7 @@ from comfy_api.latest import io
 from ..sparse_attn.host.pattern_requests import begin_with
 from ..sparse_attn.patterns.file import load
 from ..sparse_attn.sentences import Sentence
+from .own_errors import otherwise
 from .pattern_files import listed
 from .pattern_schema import pattern_schema
 from .settings import spoken
@@ -37,10 +38,15 @@ class AdaSpaLoadPattern(io.ComfyNode):
         return stat.st_mtime_ns, stat.st_size
 
     @classmethod
+    @otherwise(lambda said, model, adaspa, **_: io.NodeOutput(model, adaspa, ui=spoken([said])))
     def execute(cls, model, adaspa, file) -> io.NodeOutput:
         path = listed().get(file)
         if path is None:
-            raise ValueError(f"There is no pattern {file!r}; choose one from the list.")
+            raise ValueError(
+                f"There is no pattern {file!r} that can be read; choose one from the list."
+            )
+        if adaspa is not None and adaspa.failed:
+            return io.NodeOutput(model, adaspa, ui=spoken([adaspa.failed]))
         pattern = load(path)
         text = Sentence(
             "loaded", model=pattern.family, layout=pattern.layout.describe(),

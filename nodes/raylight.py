@@ -6,6 +6,7 @@ from pathlib import Path
 from comfy_api.latest import io
 
 from ..sparse_attn.host.raylight import install_on
+from .own_errors import otherwise, without_adaspa
 from .settings import answer, check, config_of, setting_inputs
 from .sockets import AdaSpaRun
 
@@ -55,6 +56,7 @@ class AdaSpaRaylight(io.ComfyNode):
         return check(settings)
 
     @classmethod
+    @otherwise(lambda said, ray_actors, **_: without_adaspa(said, ray_actors))
     def execute(cls, ray_actors, **settings) -> io.NodeOutput:
         config = config_of(**settings)
         handle = install_on(ray_actors["workers"], config)

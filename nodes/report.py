@@ -7,6 +7,7 @@ from comfy_api.latest import io, ui
 from ..sparse_attn.host.install import fingerprint
 from ..sparse_attn.run.verdict import named
 from ..sparse_attn.sentences import Sentence
+from .own_errors import blank, otherwise
 from .report_picture import draw
 from .settings import spoken
 from .sockets import AdaSpaRun
@@ -48,6 +49,10 @@ class AdaSpaReport(io.ComfyNode):
         )  # fmt: skip
 
     @classmethod
+    @otherwise(
+        lambda said, samples, **_: io.NodeOutput(samples, blank(), str(said), ui=spoken([said])),
+        mistakes=False,
+    )
     def execute(cls, samples, layer, head, adaspa=None) -> io.NodeOutput:
         runs, told = [], True
         if adaspa is not None:
@@ -56,7 +61,8 @@ class AdaSpaReport(io.ComfyNode):
         lines = [line for run in runs for line in run.lines()]
         said = [line for run in runs for line in (*named(run), *run.lines()[1:])]
         if not runs:
-            lines = said = [Sentence("off" if off else "not_run")]
+            failed = None if adaspa is None else adaspa.failed
+            lines = said = [failed or Sentence("off" if off else "not_run")]
         elif not told:
             for each in (lines, said):
                 each.insert(0, Sentence("not_its_samples"))

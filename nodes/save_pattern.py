@@ -5,6 +5,7 @@ from comfy_api.latest import io
 from ..sparse_attn.host.pattern_requests import save_after_run
 from ..sparse_attn.patterns.file import save
 from ..sparse_attn.sentences import Sentence
+from .own_errors import otherwise
 from .pattern_files import FOLDER, checked_name, folders
 from .pattern_schema import pattern_schema
 from .settings import spoken
@@ -41,8 +42,11 @@ class AdaSpaSavePattern(io.ComfyNode):
         return name is None or bool(checked_name(name))
 
     @classmethod
+    @otherwise(lambda said, model, **_: io.NodeOutput(model, ui=spoken([said])))
     def execute(cls, model, adaspa, name="pattern", every_sampler=False) -> io.NodeOutput:
         name = checked_name(name)
+        if adaspa is not None and adaspa.failed:
+            return io.NodeOutput(model, ui=spoken([adaspa.failed]))
 
         def write(pattern):
             return save(pattern, folders()["output"], name)

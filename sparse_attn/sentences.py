@@ -82,6 +82,8 @@ ENGLISH = {
     "skip_guidance": "the sampler reads what the model returns before guidance",
     "skip_failed": "an error in AdaSpa, which the log has",
     "skip_another": "{name} skips steps already",
+    # an error of ours
+    "node_failed": "An error in this node, and the workflow went on without it: {why}.",
     # patterns
     "will_write": "The pattern will be written to {file} in the output folder.",
     "writing": "Writing a pattern of {size}.",

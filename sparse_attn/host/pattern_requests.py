@@ -45,13 +45,13 @@ class SaveRequest:
         self._prompt = None
 
 
-def begin_with(model, socket: RunHandle, pattern: CarriedPattern):
+def begin_with(model, socket: RunHandle | None, pattern: CarriedPattern):
     """Return a clone of `model` whose runs begin with `pattern`."""
     return _with(model, socket, BEGIN, pattern)
 
 
 def save_after_run(
-    model, socket: RunHandle, write: Callable[[CarriedPattern], Path], *,
+    model, socket: RunHandle | None, write: Callable[[CarriedPattern], Path], *,
     node_id: str | None = None, every_run: bool = False,
 ):  # fmt: skip
     """Return a clone of `model` whose runs write their pattern.
@@ -64,7 +64,7 @@ def save_after_run(
     return _with(model, socket, SAVE, SaveRequest(write, node_id, every_run))
 
 
-def _with(model, socket: RunHandle, key: str, request):
+def _with(model, socket: RunHandle | None, key: str, request):
     handle = model.get_attachment(HANDLE)
     if socket is None or handle is None or not handle.serves(socket):
         raise ValueError(

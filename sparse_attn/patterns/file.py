@@ -85,6 +85,9 @@ def load(path: Path) -> CarriedPattern:
         why = f"cannot be read ({_plain(error)}); save the pattern again."
     except KeyError as error:
         why = f"is damaged ({_plain(error.args[0])} is missing); save the pattern again."
+    except (MemoryError, torch.OutOfMemoryError):
+        # says nothing of the file
+        raise
     except Exception as error:
         # a file of anyone's making can be wrong in ways that no list has
         why = f"is damaged ({_plain(error)}); save the pattern again."

@@ -4,6 +4,7 @@ from collections import deque
 
 from ..config import AdaSpaConfig
 from ..patterns.pattern import CarriedPattern
+from ..sentences import Sentence
 from .dense import DenseChoice
 from .statistics import Fingerprint, RunStatistics
 
@@ -34,6 +35,8 @@ class RunHandle:
         self.metadata: dict | None = None
         # the pattern of the latest run, kept only while `keeps_pattern`
         self.keeps_pattern = False
+        # why its node has installed nothing, or None
+        self.failed: Sentence | None = None
         self.pattern: CarriedPattern | None = None
         if first is not None:
             first.keeps_pattern = True

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[2]
-OURS = str(ROOT / "sparse_attn")
+OURS = str(ROOT / "sparse_attn"), str(ROOT / "nodes")
 # what torch.compile reads, where no `try` may stand: they ask whether it does, and call the next
 TRACED = ("attention_override", "_note_entry")
 
