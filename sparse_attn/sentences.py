@@ -118,6 +118,8 @@ PLAIN = {
     "why_window": "a context window of an unknown kind",
     "why_place": "a part of the video ({here} of {whole}) whose place is not known",
     "why_unknown_layer": "the model does not tell which of its layers calls",
+    "why_repeated": "the model runs this layer more than once in a call, and does not tell which time "
+    "it is",
     "why_one_graph": "the model is compiled as one graph, which does not tell which of its "
     "layers calls",
     "why_gradients": "gradients are asked for, and only the host's own attention has them",
