@@ -210,7 +210,8 @@ export const SENTENCES = {
     "line_kept": "保持完整计算：{count} 次调用，{why}",
     "line_unseen": "没有看到视频的自注意力：{count} 次调用，{why}",
     "line_other": "不是视频的自注意力：{count} 次调用，{why}",
-    "line_note": "注意：{text}"
+    "line_note": "注意：{text}",
+    "why_repeated": "模型在一次调用中多次运行此层，且没有说明是第几次"
   },
   "ja": {
     "hint_attention": "ワークフローを実行すると、ステップと短縮できた時間がここに表示されます。",
@@ -390,7 +391,8 @@ export const SENTENCES = {
     "line_kept": "フル計算のまま: {count} 回の呼び出し、{why}",
     "line_unseen": "見えなかった動画の自己アテンション: {count} 回の呼び出し、{why}",
     "line_other": "動画の自己アテンションでないもの: {count} 回の呼び出し、{why}",
-    "line_note": "注: {text}"
+    "line_note": "注: {text}",
+    "why_repeated": "モデルが 1 回の呼び出しでこの層を何度も実行し、何回目か示しません"
   },
   "ko": {
     "hint_attention": "워크플로를 실행하면 스텝과 절약한 시간이 여기에 표시됩니다.",
@@ -570,6 +572,7 @@ export const SENTENCES = {
     "line_kept": "전체 계산 유지: 호출 {count}번, {why}",
     "line_unseen": "보이지 않은 비디오 자기 어텐션: 호출 {count}번, {why}",
     "line_other": "비디오 자기 어텐션이 아님: 호출 {count}번, {why}",
-    "line_note": "참고: {text}"
+    "line_note": "참고: {text}",
+    "why_repeated": "모델이 한 호출에서 이 레이어를 여러 번 실행하면서 몇 번째인지 알려 주지 않음"
   }
 };
