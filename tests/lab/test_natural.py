@@ -31,7 +31,8 @@ def moving(seed: int, frames: int = FRAMES) -> list[Image.Image]:
     squares = torch.rand(3, 8, 10, generator=torch.Generator().manual_seed(seed))
     picture = torch.nn.functional.interpolate(squares[None], scale_factor=20)[0]
     shifted = [torch.roll(picture, number, 2) for number in range(frames)]
-    return [Image.fromarray((x * 255).byte().permute(1, 2, 0).numpy()) for x in shifted]
+    whole = (Image.fromarray((x * 255).byte().permute(1, 2, 0).numpy()) for x in shifted)
+    return [natural_clips.shrunk(picture) for picture in whole]
 
 
 @pytest.fixture(scope="module")
@@ -61,9 +62,14 @@ def test_clips_of_a_wheel_are_its_long_animations(tmp_path):
         archive.writestr("a/read.txt", "no clip")
     [(name, frames)] = natural_clips.pictures(wheel)
     assert name == "long.webp" and len(frames) == FRAMES
-    small = natural_clips.shrunk(frames[0])
-    assert small.size == (160, 128)
+    assert frames[0].size == (160, 128)
     assert natural_clips.shrunk(Image.new("RGB", (1920, 1080))).size == (176, 128)
+
+
+def test_a_clip_is_parted_where_the_picture_changes_at_once():
+    one, two = moving(1, 21), moving(2, 30)
+    assert natural_clips.shots(one) == [one]
+    assert natural_clips.shots([*one, *two, *moving(3, 5)]) == [one, two]
 
 
 def test_whole_templates_are_held_out(clips_file):
