@@ -122,8 +122,6 @@ PLAIN = {
     "it is",
     "why_one_graph": "the model is compiled as one graph, which does not tell which of its "
     "layers calls",
-    "why_repeated": "the model runs this layer more than once in a call, and does not tell which time "
-    "it is",
     "why_gradients": "gradients are asked for, and only the host's own attention has them",
     "why_guides": "an attention mask of guide frames, which splits the queries",
     "why_captured": "a CUDA graph is being captured, and its replays would all repeat one step",
