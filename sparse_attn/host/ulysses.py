@@ -10,10 +10,11 @@ waiting.
 
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial, wraps
+from math import prod
 
 import torch
 import torch.distributed
@@ -41,51 +42,63 @@ FAILED = "a GPU of several failed in this call, and the engine's own attention r
 class Shards:
     """How a sequence of segments lies on the ranks.
 
-    Each segment is padded with zeros to a multiple of the ranks and cut; a rank holds its part of
-    every segment, one behind the other. Gathered, the sequence reads text 0, video 0, text 1,
-    video 1 where text and video are segments of their own.
+    Each segment is a grid whose middle axis is padded with zeros to a multiple of the ranks and cut;
+    a rank holds its part of every segment, one behind the other. Gathered, the sequence reads text
+    0, video 0, text 1, video 1 where text and video are segments of their own.
 
     Args:
-        lengths: tokens of each segment.
+        segments: the grid of each, see `Family.segments`.
     """
 
-    lengths: tuple[int, ...]
+    segments: tuple[tuple[int, int, int], ...]
     ranks: int
 
     @property
-    def parts(self) -> list[int]:
-        """Tokens of each segment on one rank."""
-        return [-(-length // self.ranks) for length in self.lengths]
+    def lengths(self) -> list[int]:
+        """Tokens of each segment."""
+        return [prod(segment) for segment in self.segments]
+
+    @property
+    def parts(self) -> list[tuple[int, int, int]]:
+        """The grid of each segment on one rank."""
+        return [(outer, -(-cut // self.ranks), inner) for outer, cut, inner in self.segments]
 
     @property
     def gathered(self) -> int:
         """Tokens of the gathered sequence, padding included."""
-        return sum(self.parts) * self.ranks
+        return sum(map(prod, self.parts)) * self.ranks
 
     def in_order(self, x: torch.Tensor) -> torch.Tensor:
         """The gathered sequence [B, L, H, D] in the model's order and without padding."""
-        if len(self.lengths) == 1:
+        if self._in_one_piece:
             return x[:, : self.lengths[0]]
-        by_rank = [part.split(self.parts, 1) for part in x.chunk(self.ranks, 1)]
-        return torch.cat(
-            [
-                torch.cat(parts, 1)[:, :length]
-                for length, parts in zip(self.lengths, zip(*by_rank, strict=True), strict=True)
-            ],
-            1,
-        )
+        sizes = [prod(part) for part in self.parts]
+        by_rank = [rank.split(sizes, 1) for rank in x.chunk(self.ranks, 1)]
+        found = []
+        for segment, part, pieces in zip(
+            self.segments, self.parts, zip(*by_rank, strict=True), strict=True
+        ):
+            grid = torch.cat([piece.unflatten(1, part) for piece in pieces], 2)
+            found.append(grid[:, :, : segment[1]].flatten(1, 3))
+        return torch.cat(found, 1)
 
     def gather(self, x: torch.Tensor) -> torch.Tensor:
         """The way back: the model's sequence as the ranks hold it, zeros for padding."""
-        if x.shape[1] == self.gathered and len(self.lengths) == 1:
+        if self._in_one_piece and x.shape[1] == self.gathered:
             return x
-        padded = [
-            F.pad(segment, (0, 0, 0, 0, 0, part * self.ranks - segment.shape[1])).chunk(
-                self.ranks, 1
-            )
-            for segment, part in zip(x.split(self.lengths, 1), self.parts, strict=True)
-        ]
-        return torch.cat([part for rank in zip(*padded, strict=True) for part in rank], 1)
+        cut = []
+        for piece, segment, part in zip(
+            x.split(self.lengths, 1), self.segments, self.parts, strict=True
+        ):
+            missing = part[1] * self.ranks - segment[1]
+            grid = F.pad(piece.unflatten(1, segment), (0, 0, 0, 0, 0, 0, 0, missing))
+            cut.append([part.flatten(1, 3) for part in grid.chunk(self.ranks, 2)])
+        return torch.cat([part for rank in zip(*cut, strict=True) for part in rank], 1)
+
+    @property
+    def _in_one_piece(self) -> bool:
+        """Whether the gathered sequence is the model's, padding behind it."""
+        return len(self.segments) == 1 and self.segments[0][0] == 1
 
 
 @dataclass(frozen=True)
@@ -209,9 +222,10 @@ def _served(model: _Model, local: Callable, ranks, ring_ranks, joint, q, k, v, n
     """The output as the ranks hold it, or None where the call is not ours; the reason is counted."""
     call, statistics = model.call, model.call.run.statistics
     caller, _ = call.callers.calling()
-    lengths: Sequence[int] = (call.layout.tokens,)
+    segments = ((1, call.layout.tokens, 1),)
     if caller is not None and call.family.segments is not None:
-        lengths = call.family.segments(caller.block.kind, call.layout, call.inputs)
+        segments = call.family.segments(caller.block.kind, call.layout, call.inputs)
+    shards = Shards(segments, ranks)
     reason = ""
     if ring_ranks > 1:
         reason = RING
@@ -219,16 +233,17 @@ def _served(model: _Model, local: Callable, ranks, ring_ranks, joint, q, k, v, n
         reason = JOINT
     elif named.get("causal"):
         reason = CAUSAL
-    elif any(length % ranks for length in lengths[:-1]):
+    elif any(length % ranks for length in shards.lengths[:-1]):
         # the engine then counts its padding in the positions of what comes behind
-        reason = f"{lengths[0]:,} text tokens cannot be shared evenly by {ranks} GPUs"
+        reason = f"{shards.lengths[0]:,} text tokens cannot be shared evenly by {ranks} GPUs"
+    elif caller is not None and q.shape == k.shape and q.shape[1] != shards.gathered:
+        reason = f"the engine shares {q.shape[1]:,} tokens, not the video's {shards.gathered:,}"
     if reason:
         if q.shape == k.shape:
             # it came, so nobody has replaced it
             call.see(model.options)
             statistics.kept_dense[reason] += 1
         return None
-    shards = Shards(tuple(lengths), ranks)
     if q.shape == k.shape == v.shape:
         if q.shape[1] != shards.gathered:
             why = f"{q.shape[1]:,} tokens are not the {shards.gathered:,} of the video"

@@ -11,6 +11,7 @@ import os
 import subprocess
 import sys
 import types
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -90,10 +91,16 @@ def _xfuser() -> type:
              get_classifier_free_guidance_world_size=lambda: 1)  # fmt: skip
     # what it imports for its own attention, which the tests replace
     stand_in("xfuser.core.long_ctx_attention.ring", xdit_ring_flash_attn_func=local_attention)
-    # without a GPU the module defines another class
+    with _as_with_gpu():
+        return importlib.import_module("xfuser.core.long_ctx_attention").xFuserLongContextAttention
+
+
+@contextmanager
+def _as_with_gpu():
+    """While xfuser is imported: without a GPU it defines another class."""
     available, torch.cuda.is_available = torch.cuda.is_available, lambda: True
     try:
-        return importlib.import_module("xfuser.core.long_ctx_attention").xFuserLongContextAttention
+        yield
     finally:
         torch.cuda.is_available = available
 
@@ -127,6 +134,42 @@ def _attend(engine, otherwise, q, k, v, heads, *args, skip_reshape=False, **name
         q, k, v = (x.unflatten(-1, (heads, -1)) for x in (q, k, v))
     first = () if type(engine).__name__ == "LongContextAttention" else (None,)
     return engine(*first, q.contiguous(), k.contiguous(), v.contiguous()).flatten(2)
+
+
+def share_by_raylight(model, rank: int, ranks: int, root: Path) -> None:
+    """Let a ModelPatcher run as a worker of Raylight's does: its forwards, xfuser's all-to-alls.
+
+    What stays out is what needs a GPU: NCCL, and the kernel of the engine's own attention.
+
+    Args:
+        root: a clone of Raylight.
+    """
+    sys.path.insert(0, str(root / "src"))
+    with _as_with_gpu():
+        import raylight  # noqa: F401
+        import raylight.distributed_modules.attention as attention
+        import xfuser.core.distributed as groups
+        import yunchang.kernels
+
+    if not groups.model_parallel_is_initialized():
+        groups.init_distributed_environment(rank=rank, world_size=ranks)
+        groups.initialize_model_parallel(sequence_parallel_degree=ranks, ulysses_degree=ranks)
+    attention.set_attn_type(yunchang.kernels.AttnType.TORCH_MATH.name)
+    attention.set_sync_ulysses(False)
+    engine = attention.xFuserLongContextAttention
+    make = engine.__init__
+
+    def with_local_attention(self, *args, **named):
+        make(self, *args, **named)
+        self.ring_attn_fn = local_attention
+
+    engine.__init__ = with_local_attention
+    from raylight.distributed_modules.usp import USPInjectRegistry
+
+    try:
+        USPInjectRegistry.inject(model, None, None, None, None)
+    finally:
+        engine.__init__ = make
 
 
 def share_guidance(model, rank: int, ranks: int) -> None:

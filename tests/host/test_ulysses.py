@@ -2,6 +2,7 @@
 
 import importlib.util
 from dataclasses import dataclass, field, replace
+from math import prod
 from types import SimpleNamespace
 
 import pytest
@@ -177,18 +178,34 @@ def of_two_ranks(comfyui, model_paths, tmp_path_factory):
     }
 
 
-@pytest.mark.parametrize("lengths", [(12,), (13,), (7, 12), (6, 13), (1, 1)])
+GRIDS = [
+    ((1, 12, 1),),
+    ((1, 13, 1),),
+    ((1, 7, 1), (1, 12, 1)),
+    ((1, 6, 1), (1, 13, 1)),
+    ((1, 1, 1), (1, 1, 1)),
+    # frames, and rows of frames
+    ((1, 3, 8),),
+    ((3, 5, 4),),
+]
+
+
+@pytest.mark.parametrize("segments", GRIDS)
 @pytest.mark.parametrize("world", [1, 2, 3, 4])
-def test_what_is_gathered_comes_into_order_and_goes_back(lengths, world):
-    shards = Shards(lengths, world)
-    x = torch.randn(2, sum(lengths), 3, 4)
+def test_what_is_gathered_comes_into_order_and_goes_back(segments, world):
+    shards = Shards(segments, world)
+    x = torch.randn(2, sum(shards.lengths), 3, 4)
     there = shards.gather(x)
     assert there.shape[1] == shards.gathered
     assert torch.equal(shards.in_order(there), x)
     # what one rank holds of each segment, one behind the other
-    mine = there.chunk(world, 1)[0]
-    for segment, part in zip(x.split(lengths, 1), mine.split(shards.parts, 1), strict=True):
-        assert torch.equal(part[:, : segment.shape[1]], segment[:, : part.shape[1]])
+    mine = there.chunk(world, 1)[0].split([prod(part) for part in shards.parts], 1)
+    for segment, grid, part in zip(x.split(shards.lengths, 1), segments, mine, strict=True):
+        share = -(-grid[1] // world)
+        first = segment.unflatten(1, grid)[:, :, :share]
+        assert torch.equal(
+            part.unflatten(1, (grid[0], share, grid[2]))[:, :, : first.shape[2]], first
+        )
 
 
 @pytest.mark.parametrize("name", CASES)

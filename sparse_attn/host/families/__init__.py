@@ -51,9 +51,9 @@ FAMILIES = {
     # video text
     "AsymmDiTJoint": Family("Mochi", joint.mochi, joint.blocks, lambda model: model.head_dim),
     # video
-    "GeneralDIT": Family("Cosmos 1", *_COSMOS),
-    "MiniTrainDIT": Family("Cosmos Predict2", *_COSMOS),
-    "Anima": Family("Anima", *_COSMOS),
+    "GeneralDIT": Family("Cosmos 1", *_COSMOS, segments=video_only.cosmos_segments),
+    "MiniTrainDIT": Family("Cosmos Predict2", *_COSMOS, segments=video_only.predict2_segments),
+    "Anima": Family("Anima", *_COSMOS, segments=video_only.predict2_segments),
     # video
     "Kandinsky5": Family(
         "Kandinsky 5", video_only.kandinsky, video_only.kandinsky_blocks,

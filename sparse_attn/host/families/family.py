@@ -39,9 +39,9 @@ class Family:
         beside: beside(model) -> further blocks by the number of the one that each follows.
         beside_times: beside_times(inputs) -> how often a call of the model runs each of those; None
             for once.
-        segments: segments(kind, layout, inputs) -> tokens of the parts of the sequence that an
-            engine for several GPUs cuts each by itself in blocks of a kind; None where it cuts the
-            sequence whole.
+        segments: segments(kind, layout, inputs) -> how an engine for several GPUs shares the
+            sequence in blocks of a kind: for each part that it cuts by itself a grid of tokens,
+            of which it cuts the middle axis. None where it cuts the sequence whole.
         by_turns: whether a call of the model runs one of each such pair of blocks, not both.
     """
 
@@ -51,7 +51,7 @@ class Family:
     head_dim: Callable[..., int] | None = None
     beside: Callable[..., dict[int, torch.nn.Module]] | None = None
     beside_times: Callable[..., int] | None = None
-    segments: Callable[..., tuple[int, ...]] | None = None
+    segments: Callable[..., tuple[tuple[int, int, int], ...]] | None = None
     by_turns: bool = False
 
     def num_layers(self, model) -> int:

@@ -23,10 +23,11 @@ def hunyuan_video(model, latent_shape, inputs) -> TokenLayout:
     return TokenLayout(before, frames, height, width)
 
 
-def hunyuan_segments(kind, layout: TokenLayout, inputs) -> tuple[int, ...]:
+def hunyuan_segments(kind, layout: TokenLayout, inputs) -> tuple[tuple[int, int, int], ...]:
     """Double blocks keep text and video apart."""
     text = _text(inputs)
-    return (text, layout.tokens - text) if kind == "double" else (layout.tokens,)
+    parts = (text, layout.tokens - text) if kind == "double" else (layout.tokens,)
+    return tuple((1, part, 1) for part in parts)
 
 
 def _text(inputs) -> int:

@@ -22,6 +22,16 @@ def cosmos(model, latent_shape, inputs) -> TokenLayout:
     return TokenLayout(0, *grid(latent_shape, patch))
 
 
+def cosmos_segments(kind, layout: TokenLayout, inputs) -> tuple[tuple[int, int, int], ...]:
+    """Whole frames."""
+    return ((1, layout.frames, layout.height * layout.width),)
+
+
+def predict2_segments(kind, layout: TokenLayout, inputs) -> tuple[tuple[int, int, int], ...]:
+    """Rows of every frame."""
+    return ((layout.frames, layout.height, layout.width),)
+
+
 def kandinsky_blocks(model) -> dict:
     return {"double": model.visual_transformer_blocks}
 
