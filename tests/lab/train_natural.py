@@ -103,16 +103,20 @@ class Trainer(train.Trainer):
         return told
 
     def loss_on(self, clips: Clips, stage: train.Stage, count: int) -> float:
-        """Of the averaged weights on the middles of clips, with the same noise every time."""
+        """Of the averaged weights on the middles of clips, with the same noise every time.
+
+        In batches of the training's size and with gradients, for which blocks are compiled already.
+        """
         self.publish(self.average, self.bits)
-        with torch.random.fork_rng(), torch.no_grad():
+        found = []
+        with torch.random.fork_rng():
             torch.manual_seed(1)
-            found = []
-            for number in range(min(count, len(clips))):
-                window = clips.window(number, *pixels(stage))[None]
-                known = torch.tensor([min(1, stage.frames - 1)], device=self.device)
-                latent = video.encode(window.to(self.device))
-                found.append(float(self.loss(latent, known, stage.shift)))
+            for first in range(0, count, stage.count):
+                chosen = [number % len(clips) for number in range(first, first + stage.count)]
+                windows = torch.stack([clips.window(number, *pixels(stage)) for number in chosen])
+                known = torch.full((stage.count,), min(1, stage.frames - 1), device=self.device)
+                latent = video.encode(windows.to(self.device))
+                found.append(float(self.loss(latent, known, stage.shift).detach()))
         self.publish(self.masters, self.bits)
         return round(sum(found) / len(found), 5)
 
