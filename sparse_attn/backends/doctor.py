@@ -52,7 +52,8 @@ def tiles_of(device: torch.device, user_directory: str | None = None) -> str:
     name = card if isinstance(card, str) else "sm_{}{}".format(*card)
     return f"{said}; " * bool(said) + (
         f"never measured on a card of this kind ({name}): they are right, and may be slow; "
-        "`python run.py bench` measures them, and its line helps to choose better ones"
+        "`python run.py bench` measures them, and its line helps to choose better ones; with "
+        "--tune it tries others here"
     )
 
 

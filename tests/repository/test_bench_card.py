@@ -107,3 +107,17 @@ def test_bench_installs_nothing_where_this_python_reaches_the_gpu(
 def test_the_page_names_every_entry_of_the_line():
     for name in ("sdpa", "cudnn", "kitchen8", "sol20", "sol10", "sage", "64x64@0.2", "first_s"):
         assert f"`{name}`" in LINE, name
+
+
+def test_the_page_tells_of_every_fault_of_a_release_of_triton():
+    file = bench_card.ROOT / "tests" / "bench" / "results" / "tritons.json"
+    releases = json.loads(file.read_text("utf-8"))["releases"]
+    assert {version.rpartition(".")[0] for version in releases} >= {"3.6", "3.7", "3.8", "3.9"}
+    rows = [line for line in LINE.splitlines() if line.startswith("| 3.")]
+    for version, answers in releases.items():
+        (row,) = (row for row in rows if row.startswith(f"| {version} |"))
+        for answer in answers:
+            assert f"sm_{answer['arch']}" in row and not answer.get("failed")
+            for fault in answer["faults"]:
+                name, _, what = fault.partition(": ")
+                assert f"`{name}`" in row and what.split()[0] in row, f"{version}: {fault}"
