@@ -31,6 +31,9 @@ export function stepStrip({ steps, step, done, first = 0 }) {
   }));
 }
 
+/** What the legend counts: every step of a run, or those before it was stopped. */
+export const counted = ({ steps, step, done }) => (done && step >= 0 ? steps.slice(0, step + 1) : steps);
+
 /** ["dense", "search", "sparse", "sparse"] -> [{ kind: "dense", count: 1 }, ...], kinds that occur. */
 export function countKinds(steps) {
   return KINDS.map((kind) => ({ kind, count: steps.filter((step) => step === kind).length })).filter(

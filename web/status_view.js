@@ -4,7 +4,7 @@
 const CLASS = "adaspa-status";
 
 import { line, say } from "./speak.js";
-import { countKinds, stepStrip } from "./status.js";
+import { countKinds, counted, stepStrip } from "./status.js";
 
 const COLORS = {
   dense: "#8b93a1",
@@ -86,7 +86,7 @@ export function statusView(hint, locale, more = null) {
     const steps = stepStrip(status);
     strip.style.display = legend.style.display = steps.length ? "flex" : "none";
     strip.replaceChildren(...steps.map(segment));
-    legend.replaceChildren(...countKinds(status.steps).map((entry) => legendEntry(entry, locale())));
+    legend.replaceChildren(...countKinds(counted(status)).map((entry) => legendEntry(entry, locale())));
     setNote(status.note);
     setSaid(status.said);
   }

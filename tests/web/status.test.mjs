@@ -1,7 +1,7 @@
 import assert from "node:assert/strict";
 import test from "node:test";
 
-import { countKinds, readStatus, stepStrip } from "../../web/status.js";
+import { countKinds, counted, readStatus, stepStrip } from "../../web/status.js";
 
 const MESSAGE = { node: 7, text: "step 2", steps: ["dense", "search", "sparse"], step: 2, done: false };
 
@@ -64,4 +64,12 @@ test("the legend lists the kinds that occur, in order", () => {
     { kind: "sparse", count: 2 },
   ]);
   assert.deepEqual(countKinds([]), []);
+});
+
+test("the legend of a stopped run counts the steps that it came to", () => {
+  const status = readStatus(MESSAGE);
+  assert.deepEqual(counted({ ...status, step: 0, done: false }), ["dense", "search", "sparse"]);
+  assert.deepEqual(counted({ ...status, step: 0, done: true }), ["dense"]);
+  assert.deepEqual(counted({ ...status, step: 2, done: true }), ["dense", "search", "sparse"]);
+  assert.deepEqual(counted({ ...status, step: -1, done: true }), ["dense", "search", "sparse"]);
 });
