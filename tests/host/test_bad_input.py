@@ -308,3 +308,12 @@ def test_calls_that_are_not_named_run_dense_and_say_so(load, change, reason):
     expected = sample(load("wan_h64"))
     model, handle = sparse(load("wan_h64"))
     assert_dense(with_options(model, change), handle, expected, reason)
+
+
+def test_a_masked_key_has_no_weight_whatever_its_logit():
+    """As large as float16 has them, and added in float32 without becoming infinite."""
+    bias, _ = key_bias_of(torch.tensor([[False, True]]), 1, 2)
+    largest = torch.finfo(torch.float16).max
+    for logits in ([largest, 0.0], [largest, -largest], [0.0, largest]):
+        biased = torch.tensor([logits]) + bias
+        assert biased.isfinite().all() and biased.softmax(-1).tolist() == [[0.0, 1.0]]

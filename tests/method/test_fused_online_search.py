@@ -8,6 +8,7 @@ from sparse_attn.backends import reference
 from sparse_attn.call import Call
 from sparse_attn.config import AdaSpaConfig
 from sparse_attn.method import fused_online_search as module
+from sparse_attn.orders.position import serpentine_order
 from sparse_attn.token_layout import TokenLayout
 from tests.method.chosen import TORCH, measured
 
@@ -91,3 +92,29 @@ def test_the_first_step_searches_in_two_passes_even_where_one_would_do():
     _, masses, passes = search(backend, q, k, v)
     assert passes == 1
     assert_within("rows", masses.sum(-1), torch.full((1, 1, 2), 64.0), 1e-3)
+
+
+@pytest.mark.parametrize("token_order", ["position", "similarity"])
+def test_one_pass_in_another_order_takes_every_rows_own_earlier_lse(token_order):
+    layout = TokenLayout(0, 3, 8, 16)
+    numbers = torch.arange(384.0).expand(1, 2, 384)
+    earlier = numbers.half()
+    seen = []
+
+    def attention_with_masses(q, k, v, *, previous_lse, **options):
+        # the first channel of a query is its number, as is its LSE
+        seen.append((previous_lse, q[..., 0]))
+        out, lse = TORCH.attention(q, k, v, scale=0.3)
+        return out, lse, torch.rand(1, q.shape[1], 6, 6)
+
+    backend = replace(TORCH, one_pass_search=True, attention_with_masses=attention_with_masses)
+    q, k, v = torch.randn(3, 1, 2, 384, 64)
+    q[..., 0], k[..., 0] = numbers, 0.0
+    order = serpentine_order(layout, q.device)
+    call = Call(q, k, v, 0.3, layout, step=1, dense=None, by_position=order)
+    config = AdaSpaConfig(tail="pooled", token_order=token_order)
+    found = module.fused_online_search(backend, call, config, earlier, lambda call: 1 / 0)
+    assert seen and all(torch.equal(lse, rows) for lse, rows in seen)
+    assert any((rows[..., 1:] < rows[..., :-1]).any() for _, rows in seen)
+    exact, _ = TORCH.attention(q, k, v, scale=0.3)
+    assert_within("out", found.out, exact, 1e-3)
