@@ -41,6 +41,7 @@ HEIGHT, BACK, PITCH, FOCAL = 1.3, 3.6, 0.22, 1.25
 AMBIENT, FOG = 0.38, 16.0  # light in shadow; distance at which the floor is 63 % sky
 PRIMITIVE = 14  # numbers a primitive: kind, centre, half sizes, turn, motion, texture, colour
 FAR = 1e6
+MOST_RAYS = 2**24  # cast at once: a vector for each takes 200 MB
 
 
 @dataclass(frozen=True)
@@ -207,81 +208,91 @@ def _floor(kind, phase, x, z, footprint) -> torch.Tensor:
 def paint(
     parameters: torch.Tensor, frames: int, height: int, width: int, samples: int = 2
 ) -> torch.Tensor:
-    """[N, 3, F, Y, X] float32 in [0, 1] from what `parameters` gave, scene by scene.
+    """[N, 3, F, Y, X] float32 in [0, 1] from what `parameters` gave.
 
     Args:
         samples: rays along each side of a pixel.
     """
     size = height * samples, width * samples
+    at_a_time = max(1, MOST_RAYS // (frames * size[0] * size[1]))
     done = []
-    for row in parameters:
-        image = _cast(row, frames, *size)
-        done.append(F.avg_pool2d(image.movedim(-1, 1), samples).transpose(0, 1))
-    return torch.stack(done).clamp(0, 1)
+    for rows in parameters.split(at_a_time):
+        image = _cast(rows, frames, *size).movedim(-1, 2)
+        image = F.avg_pool2d(image.flatten(0, 1), samples).unflatten(0, (len(rows), frames))
+        done.append(image.transpose(1, 2))
+    return torch.cat(done).clamp(0, 1)
 
 
-def _rays(row, t, height: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Where the camera is, [F, 1, 1, 3], and where its pixels look, [F, Y, X, 3] of length 1."""
-    along, away, turn = row[9:12]
-    still = torch.zeros_like(t)
-    eye = torch.stack((along * t, still + HEIGHT, away * t - BACK), -1)
+def _rays(along, away, turn, t, height: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Where the camera is, [N, F, 1, 1, 3], and where its pixels look, [N, F, Y, X, 3] of length 1.
+
+    Args:
+        along, away, turn: [N, 1, 1, 1] a frame. t: [F, 1, 1], frames from half-way.
+    """
+    eye = torch.stack(
+        torch.broadcast_tensors(along * t, torch.full_like(t, HEIGHT), away * t - BACK), -1
+    )
     y = 0.5 - (torch.arange(height, device=t.device) + 0.5) / height
     x = (torch.arange(width, device=t.device) + 0.5) / height - 0.5 * width / height
     y, x = torch.meshgrid(y, x, indexing="ij")
     c, s = math.cos(PITCH), math.sin(PITCH)
     ray = torch.stack((x, c * y - s * FOCAL, s * y + c * FOCAL), -1)
-    ray = ray / ray.norm(dim=-1, keepdim=True)
-    return eye, _turned(ray[None], -turn * t)
+    return eye, _turned(ray / ray.norm(dim=-1, keepdim=True), -turn * t)
 
 
-def _cast(row: torch.Tensor, frames: int, height: int, width: int) -> torch.Tensor:
-    """[F, Y, X, 3]: one ray a pixel, with one more to the sun from where it ends."""
-    t = (torch.arange(frames, device=row.device) - 0.5 * (frames - 1))[:, None, None]
-    ground, kind, phase, sky, azimuth = row[:3], row[3], row[4], row[5:8], row[8]
-    solids = row[12:].unflatten(0, (-1, PRIMITIVE))
-    eye, ray = _rays(row, t, height, width)
-    sun = torch.stack((azimuth.sin() * 0.7, torch.full_like(azimuth, 0.75), -azimuth.cos() * 0.7))
-    sun = sun / sun.norm()
+def _cast(rows: torch.Tensor, frames: int, height: int, width: int) -> torch.Tensor:
+    """[N, F, Y, X, 3]: one ray a pixel, with one more to the sun from where it ends."""
+    t = (torch.arange(frames, device=rows.device) - 0.5 * (frames - 1))[:, None, None]
+
+    def number(index):
+        return rows[:, index, None, None, None]  # [N, 1, 1, 1]
+
+    def vector(first):
+        return rows[:, None, None, None, first : first + 3]
 
     def centre(solid):
-        moved = solid[1:4] + torch.zeros_like(eye)
-        moved[..., 0] += solid[8] * t
-        moved[..., 2] += solid[9] * t
-        return moved
+        x, y, z = (number(solid + i) for i in (1, 2, 3))
+        x, z = x + number(solid + 8) * t, z + number(solid + 9) * t
+        return torch.stack(torch.broadcast_tensors(x, y, z), -1)
+
+    eye, ray = _rays(number(9), number(10), number(11), t, height, width)
+    azimuth = number(8)
+    sun = torch.stack((0.7 * azimuth.sin(), 0.75 + 0 * azimuth, -0.7 * azimuth.cos()), -1)
+    sun = sun / sun.norm(dim=-1, keepdim=True)
 
     down = ray[..., 1].clamp(max=-1e-6)
     depth = torch.where(ray[..., 1] < 0, -eye[..., 1] / down, FAR).clamp(max=FAR)
     point = eye + depth[..., None] * ray
     footprint = depth / (FOCAL * height) / -down
-    light = _floor(kind, phase, point[..., 0], point[..., 2], footprint)
-    colour, normal = ground * light[..., None], torch.tensor([0.0, 1.0, 0.0]).to(row)
-    normal = normal.expand_as(ray)
-    for solid in solids:
-        half, middle = solid[4:7], centre(solid)
-        o, d = _turned(eye - middle, solid[7]), _turned(ray, solid[7])
-        enter, leave, side = _span(o, d, solid[0], half)
+    light = _floor(number(3), number(4), point[..., 0], point[..., 2], footprint)
+    colour = vector(0) * light[..., None]
+    normal = torch.tensor([0.0, 1.0, 0.0]).to(rows).expand_as(ray)
+    upright = torch.tensor([1.0, 0.0, 1.0]).to(rows)
+    for solid in range(12, rows.shape[1], PRIMITIVE):
+        kind, half, turn = number(solid), vector(solid + 4), number(solid + 7)
+        o, d = _turned(eye - centre(solid), turn), _turned(ray, turn)
+        enter, leave, side = _span(o, d, kind, half)
         seen = (enter < leave) & (enter > 0) & (enter < depth)
         local = o + enter[..., None] * d
         flat = -d.sign() * F.one_hot(side.clamp(max=2), 3)
-        bent = local * torch.where(
-            solid[0] == 0, torch.ones(3).to(row), torch.tensor([1.0, 0, 1]).to(row)
-        )
-        facing = torch.where((side == 3)[..., None], bent / half[0], flat)
-        surface = solid[11:14] * _pattern(solid[10], local, half)[..., None]
+        bent = torch.where(kind[..., None] == 0, local, local * upright) / half[..., :1]
+        facing = _turned(torch.where((side == 3)[..., None], bent, flat), -turn)
+        surface = vector(solid + 11) * _pattern(number(solid + 10), local, half)[..., None]
         colour = torch.where(seen[..., None], surface, colour)
-        normal = torch.where(seen[..., None], _turned(facing, -solid[7]), normal)
+        normal = torch.where(seen[..., None], facing, normal)
         depth = torch.where(seen, enter, depth)
     hit = depth < FAR
     point = eye + depth.clamp(max=100)[..., None] * ray + 2e-3 * normal
     lit = torch.ones_like(depth)
-    for solid in solids:
-        o = _turned(point - centre(solid), solid[7])
-        enter, leave, _ = _span(o, _turned(sun.expand_as(ray), solid[7]), solid[0], solid[4:7])
+    for solid in range(12, rows.shape[1], PRIMITIVE):
+        turn = number(solid + 7)
+        o, d = _turned(point - centre(solid), turn), _turned(sun, turn)
+        enter, leave, _ = _span(o, d, number(solid), vector(solid + 4))
         lit = lit * ~((enter < leave) & (leave > 0))
     lambert = (normal * sun).sum(-1).clamp(min=0) * lit
     shade = (AMBIENT + (1 - AMBIENT) * lambert / 0.75).clamp(max=1.15)
     haze = torch.where(hit, 1 - (-depth / FOG).exp(), 1.0) ** 2
-    air = sky * (1 - 0.35 * ray[..., 1].clamp(0, 1))[..., None]
+    air = vector(5) * (1 - 0.35 * ray[..., 1].clamp(0, 1))[..., None]
     return torch.lerp(colour * shade[..., None], air, haze[..., None])
 
 

@@ -119,6 +119,13 @@ def test_scenes_are_those_of_their_seed_and_stay_in_view():
             assert ((clip - without).abs().amax(0) > 0.1).sum((1, 2)).min() > 8
 
 
+def test_scenes_are_painted_together_as_alone(monkeypatch):
+    rows = world.parameters([world.random_scene(random.Random(i), 4, 1.3) for i in range(3)])
+    together = world.paint(rows, 2, 24, 32)
+    monkeypatch.setattr(world, "MOST_RAYS", 1)
+    torch.testing.assert_close(world.paint(rows, 2, 24, 32), together)
+
+
 def test_sentences_say_what_is_there_in_words_that_are_told_apart():
     things = (replace(RED, texture="striped", move="coming nearer"), BLUE)
     scene = replace(BARE, things=things, posts=((0.0, 4.0, 0.6),), camera="turning left")
