@@ -91,13 +91,19 @@ def test_tests_of_the_host_are_found_by_their_names():
     tests = ROOT / "tests"
     named = {Path(file) for file in commands.host_tests()}
     asks = re.compile(r"def \w+\([^)]*\b(comfyui|load|comfy_server|model_paths|page)\b")
-    need = {file for file in tests.rglob("test_*.py") if asks.search(file.read_text("utf-8"))}
+    need = {
+        file
+        for file in tests.rglob("test_*.py")
+        for where in (file, file.with_name("conftest.py"))
+        if where.is_file() and asks.search(where.read_text("utf-8"))
+    }
     own = {
         Path(__file__),
         Path(__file__).with_name("test_environment.py"),
         Path(__file__).with_name("test_archive.py"),
         tests / "tiny_model" / "test_procedural_video.py",
         tests / "lab" / "test_lab.py",
+        tests / "lab" / "test_natural.py",
     }
     assert {file for file in need - named if file.parent.name != "workflows"} <= own
     assert len(named) > 15 and all(file in need for file in named)
