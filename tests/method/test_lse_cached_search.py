@@ -83,6 +83,12 @@ def test_the_mask_of_a_drifted_lse_holds_almost_the_best_mass():
 
 
 # measured 7e-5, 1.5e-3 and 1.3e-2 of the mass, and no recall
+def test_rows_whose_weights_vanish_have_no_mass():
+    """As where q has moved so far that every weight is 0 in float32."""
+    masses, _, _ = cached_and_exact(0.0, shift=200.0)
+    assert (masses == 0).all()
+
+
 @pytest.mark.parametrize("sharper, allowed", [(1, 2e-4), (4, 3e-3), (16, 3e-2)])
 def test_an_lse_in_half_precision_loses_next_to_nothing(sharper, allowed):
     """Of LSE of 26, 100 and 400: its rounding is a row's weight, and a block has many rows."""
