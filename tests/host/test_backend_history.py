@@ -7,6 +7,8 @@ from sparse_attn.host.backend_history import HISTORY, RECEIPTS, History, publish
 from tests.forecast.polynomial_model import trace
 from tests.host.host_fixtures import calls, sparse
 
+pytestmark = pytest.mark.any_comfyui
+
 STEPS = 14
 SETTINGS = {"warmup": 0.2, "search_points": (0.55,), "tail": "none"}
 

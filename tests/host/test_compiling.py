@@ -16,6 +16,8 @@ pytest.importorskip("triton")
 
 from sparse_attn.config import AdaSpaConfig
 
+pytestmark = pytest.mark.any_comfyui
+
 ROOT = Path(__file__).resolve().parents[2]
 WORK = {
     "card": [8, 9],

@@ -19,6 +19,8 @@ from tests.host.host_fixtures import (
 )
 from tests.host.host_models import VISION_DIM
 
+pytestmark = pytest.mark.any_comfyui
+
 STEPS = 3
 
 

@@ -7,6 +7,8 @@ from sparse_attn.forecast.plan import Level
 from tests.forecast.polynomial_model import BLIND, Told, trace
 from tests.host.host_fixtures import calls, sparse
 
+pytestmark = pytest.mark.any_comfyui
+
 STEPS = 14
 # dense up to step 2, whose LSE the search of step 3 takes; step 9 searches again
 SETTINGS = {"warmup": 0.2, "search_points": (0.55,), "tail": "none"}

@@ -30,6 +30,8 @@ from tests.host.test_guidance import (
 )
 from tests.host.test_guidance import skipping as slg
 
+pytestmark = pytest.mark.any_comfyui
+
 
 @pytest.fixture
 def told(comfyui, monkeypatch):

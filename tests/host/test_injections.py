@@ -18,6 +18,8 @@ from tests.host.host_fixtures import assert_same_video, sample
 from tests.host.host_results import write_results
 from tests.host.injections import Profiler, places_of
 
+pytestmark = pytest.mark.any_comfyui
+
 # 3 x 8 x 8 = 192 tokens, three blocks
 SMALL = (1, 16, 3, 16, 16)
 STEPS = 3

@@ -18,6 +18,8 @@ from tests.host import ranks
 from tests.host.host_fixtures import VIDEO, assert_other_video, assert_same_video, sample
 from tests.tools import comfy_inprocess
 
+pytestmark = pytest.mark.any_comfyui
+
 FIELDS = {
     "min_tokens": 64, "sparsity": 0.6, "warmup": 0.0, "search_points": (0.6,), "precision": "bf16",
 }  # fmt: skip

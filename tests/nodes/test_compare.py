@@ -9,6 +9,8 @@ import torch
 from sparse_attn.video_metrics import mean_squared_error, psnr, ssim
 from tests.tools import comfy_inprocess
 
+pytestmark = pytest.mark.any_comfyui
+
 
 def noise(*shape, seed=0):
     return torch.rand(*shape, generator=torch.Generator().manual_seed(seed))

@@ -14,6 +14,8 @@ from tests.host.host_fixtures import assert_same_video, calls, kept_dense, spars
 from tests.host.identity.truth import ONE_EACH, lists_of
 from tests.host.test_families import sample as sample_case
 
+pytestmark = pytest.mark.any_comfyui
+
 
 def compile_model(model, part, **options):
     """Compile a model with ComfyUI's own helper, whole or block by block."""
