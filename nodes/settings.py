@@ -85,8 +85,8 @@ def setting_inputs() -> list[io.Input]:
         setting(
             io.Float,
             "warmup",
-            "Share of the steps that run dense first (preset Custom), at least one of 5 and "
-            "more unless it is 0. They fix "
+            "Share of the steps that run dense first (preset Custom), at least one unless it is 0. "
+            "They fix "
             "the composition: more keeps the video closer to dense, less saves more time.",
             min=0.0,
             max=0.9,

@@ -14,8 +14,8 @@ from math import floor
 
 from .config import AdaSpaConfig
 
-# fewer steps have little to save beside a dense one and a search
-STEPS_FOR_A_DENSE_ONE = 5
+# of fewer steps a dense one and a dense search leave little to save
+STEPS_FOR_A_DENSE_SEARCH = 5
 # a slice of one short step must not claim a schedule of more steps than anyone samples
 MOST_STEPS = 1000
 
@@ -40,6 +40,8 @@ class Schedule:
         total_steps: steps of the whole schedule.
         sigmas: noise levels at which the steps begin, and at which the last one ends.
         last_searches: whether a search in the run's last step is of use to anyone.
+        sparse_search: whether the first search takes the LSE of the dense step before it and its
+            step then runs sparse, so that it costs no dense pass.
     """
 
     kinds: tuple[StepKind, ...]
@@ -47,6 +49,7 @@ class Schedule:
     total_steps: int
     sigmas: tuple[float, ...]
     last_searches: bool = True
+    sparse_search: bool = False
 
     def kind(self, step: int) -> StepKind:
         return self.kinds[step]
@@ -71,7 +74,7 @@ class Schedule:
         return self.last_searches or step < len(self.kinds) - 1
 
     def wants_lse(self, step: int) -> bool:
-        """Whether a dense step must keep its LSE, so that the next step searches in one pass."""
+        """Whether a dense step must keep its LSE for the search of the next step."""
         following = self.kinds[step + 1 : step + 2]
         return self.kinds[step] is StepKind.DENSE and following == (StepKind.SEARCH,)
 
@@ -132,9 +135,10 @@ def plan(
         return Schedule((), 0, 0, ())
     first, total = place(sigmas, progress_of)
     warm = nearest(config.warmup * total)
+    sparse_search = False
     # a pattern found at the very first step misses most of what the video becomes
-    if config.warmup and total >= STEPS_FOR_A_DENSE_ONE:
-        warm = max(warm, 1)
+    if config.warmup and not warm:
+        warm, sparse_search = 1, total < STEPS_FOR_A_DENSE_SEARCH
     again = {nearest(point * total) for point in config.search_points}
     last = first + steps - 1
     if config.search_gap or not keeps_pattern:
@@ -146,6 +150,7 @@ def plan(
         outside = share < config.start_percent or share >= config.end_percent
         # nothing follows that could use what a first search finds
         useless = step == last and latest is None and not (keeps_pattern or begins_with_pattern)
+        useless = useless and not (sparse_search and step > first)
         if step < warm or outside or useless:
             kinds.append(StepKind.DENSE)
         elif latest is None or (step in again and step - latest >= config.search_gap):
@@ -153,7 +158,9 @@ def plan(
             latest = step
         else:
             kinds.append(StepKind.SPARSE)
-    return Schedule(tuple(kinds), first, total, sigmas, last_searches=keeps_pattern)
+    return Schedule(
+        tuple(kinds), first, total, sigmas, last_searches=keeps_pattern, sparse_search=sparse_search
+    )
 
 
 def place(sigmas: tuple[float, ...], progress_of) -> tuple[int, int]:

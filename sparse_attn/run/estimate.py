@@ -98,8 +98,11 @@ def estimate(
         elif found:
             spent += density + search
         else:
-            has_lse = one_pass and i > 0 and schedule.wants_lse(i - 1)
-            spent += 1 if has_lse else 1 + search
+            has_lse = i > 0 and schedule.wants_lse(i - 1)
+            if has_lse and schedule.sparse_search:
+                spent += density + search
+            else:
+                spent += 1 if has_lse and one_pass else 1 + search
             found = True
     steps = max(len(schedule.kinds), 1)
     skipped = (1 - spent / steps) * work.sparse_calls / work.calls if work.calls else 0.0
@@ -135,7 +138,8 @@ def cache_size(
         return CacheSize(mask, 0, order)
     if searches > 1:
         return CacheSize(mask, lse, order)
-    before = one_pass and any(schedule.wants_lse(i) for i in range(len(schedule.kinds)))
+    keeps = one_pass or schedule.sparse_search
+    before = keeps and any(schedule.wants_lse(i) for i in range(len(schedule.kinds)))
     if mask + order >= lse or not before:
         return CacheSize(mask, 0, order)
     return CacheSize(0, lse)

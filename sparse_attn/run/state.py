@@ -143,7 +143,7 @@ class RunState:
         if self.config.recall or call.foreign or not self.schedule.wants_lse(call.step):
             return True
         backend, _ = self.backends.of(call.q, call.k, call.v)
-        return backend is None or not backend.one_pass_search
+        return backend is None or not (backend.one_pass_search or self.schedule.sparse_search)
 
     def _serve(self, call: Call, layer: Layer) -> torch.Tensor | None:
         """Do what the step asks of a layer; None where it has to run dense from now on."""
@@ -157,6 +157,8 @@ class RunState:
             self._reuse_pattern(call, layer, self.carried)
         pattern, may_search = layer.pattern, self.schedule.may_search(call.step)
         if pattern is None:
+            if self._search_sparse(call, layer):
+                return self._serve_sparse(call, layer)
             if may_search and self._in_vain < MOST_IN_VAIN:
                 return self._search(call, layer)
             self.statistics.kept_dense[IN_VAIN if may_search else LAST_STEP] += 1
@@ -204,6 +206,15 @@ class RunState:
             self._keep_pattern(call, layer, layer.pattern)
         if not self.schedule.searches_after(call.step):
             layer.lse = None
+
+    def _search_sparse(self, call, layer) -> bool:
+        """Search with the LSE of the dense step before, where the schedule has planned it so."""
+        if not self.schedule.sparse_search or layer.lse is None:
+            return False
+        done = self._search_with_lse(call, layer, int8=False)
+        if not self.schedule.searches_after(call.step):
+            layer.lse = None
+        return done
 
     def _search_with_lse(self, call, layer, *, int8: bool) -> bool:
         with self.timer.attempt("search_again", call.q):

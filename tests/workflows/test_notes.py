@@ -58,7 +58,8 @@ def test_advice_of_the_note_does_what_it_says(name, steps, config):
         assert f"6 steps it becomes {described};" in notes(workflow)
     else:
         assert described == "1 dense, 2 search, 3-4 sparse"
-        said = f"*warmup* {config.warmup}, which keeps the first step dense and searches in the"
+        assert not plan(even(steps), straight, config).sparse_search
+        said = f"*warmup* {config.warmup}, with which the search step runs in full too"
         assert said in notes(workflow)
 
 

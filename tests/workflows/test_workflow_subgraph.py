@@ -86,7 +86,7 @@ def test_subgraph_runs_on_a_server(comfy_server, boxed):
     prompt["latent"] = {"class_type": "EmptyHunyuanLatentVideo", "inputs": size}
     entry = comfy_server.post(prompt)
     (text,) = entry["outputs"][numbers["AdaSpaReport"]]["text"]
-    assert "288 tokens, steps 1 search, 2-4 sparse, density" in text
+    assert "288 tokens, steps 1 dense, 2 search, 3-4 sparse, density" in text
 
 
 def test_the_blueprint_is_the_box_of_the_graph(boxed):
