@@ -119,9 +119,11 @@ KOREAN = [
     WEB / "sentences.js",
     *sorted((WEB / "docs").glob("*/ko.md")),
 ]
-# words that end in a consonant, and in a vowel, and the particles that only follow the other
+# words that end in a consonant, and in a vowel, and the particles that only follow the other;
+# behind an l stands the particle of direction that follows a vowel
 WRONG = (
-    r"(?:스텝|모델|토큰|블록|패턴|프레임|설정|프리셋)(?:는|가|를|와|로)"
+    r"(?:스텝|모델|토큰|블록|패턴|프레임|설정|프리셋)(?:는|가|를|와)"
+    r"|(?:스텝|토큰|블록|패턴|프레임|설정|프리셋)로|모델으로"
     r"|(?:비디오|노드|샘플러|전문가|헤드|레이어|메모리|워크플로)(?:은|이|을|과|으로)"
 ) + r"(?![가-힣])"
 
