@@ -163,9 +163,11 @@ def test_a_stopped_run_writes_nothing(attention, nodes, folders):
 
 
 def test_windows_neither_keep_nor_begin_with_a_pattern(comfyui):
-    from sparse_attn.host.model_call import Caller, name_of
+    from sparse_attn.host.families.family import Block
+    from sparse_attn.host.model_call import Layer, name_of
 
-    caller = Caller("a key", 3, 3, ("double", 3, 0))
-    assert name_of(caller, "positive", None) == ("positive", "double", 3, 0)
-    assert name_of(caller, "positive", ("window", 2, (0, 1))) is None
-    assert name_of(caller, "conditioning 7", None) is None
+    layer = Layer(("a key",), Block("double", 3, 3), 0)
+    assert name_of(layer, "positive", None) == ("positive", "double", 3, 0)
+    assert name_of(layer, "positive", ("window", 2, (0, 1))) is None
+    assert name_of(layer, "conditioning 7", None) is None
+    assert name_of(layer._replace(named=False), "positive", None) is None
