@@ -26,9 +26,10 @@ def split(comfyui, model_paths, monkeypatch):
     (node,) = [n for n in vars(nodes).values() if getattr(n, "__name__", "").endswith("SplitNode")]
 
     def split(model):
-        # the node stumbles over models that have just gone
+        # the node stumbles over patchers that have gone while the weights of other tests live on
         gc.collect()
-        comfy.model_management.cleanup_models()
+        loaded = comfy.model_management.current_loaded_models
+        loaded[:] = [entry for entry in loaded if entry.model is not None]
         return node.execute(model, 2).args[0]
 
     return split
@@ -100,5 +101,5 @@ def test_an_error_in_one_thread_leaves_the_rest_to_the_host(model_paths, split, 
         assert torch.isfinite(sample(model)).all()
     assert handle.latest().finished
     (warning,) = handle.latest().warnings
-    assert warning.startswith("an error in AdaSpa, Failure(): every call runs dense from step 1")
+    assert warning.startswith("an error in AdaSpa, Failure(): every call runs dense from step 2")
     assert_same_video(sample(model), sample(sparse(fresh(model_paths, "wan_h64"))[0]))
