@@ -233,6 +233,7 @@ def test_every_sampler_of_comfyui_is_tried(comfyui):
     assert set(comfy.samplers.KSampler.SAMPLERS) <= set(SAMPLERS)
 
 
+@pytest.mark.any_comfyui
 @pytest.mark.parametrize("sampler", SAMPLERS)
 @pytest.mark.parametrize("steps", [1, 2, 5])
 def test_every_sampler_searches_once_and_never_goes_back(load, steps_seen, sampler, steps):
