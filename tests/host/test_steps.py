@@ -235,7 +235,7 @@ def test_every_sampler_of_comfyui_is_tried(comfyui):
 
 @pytest.mark.any_comfyui
 @pytest.mark.parametrize("sampler", SAMPLERS)
-@pytest.mark.parametrize("steps", [1, 2, 5])
+@pytest.mark.parametrize("steps", [1, 2, 5, pytest.param(20, marks=pytest.mark.long)])
 def test_every_sampler_searches_once_and_never_goes_back(load, steps_seen, sampler, steps):
     model, handle = sparse(load("wan_h64"), warmup=0.25)
     out = sample(model, steps=steps, cfg=1.0, sampler=sampler)
