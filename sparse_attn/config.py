@@ -3,6 +3,7 @@
 import re
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from typing import Any
 
 MAX_SPARSITY = 0.98
 # shares written with a decimal comma
@@ -199,7 +200,8 @@ HALFWAY = (0.45,)
 # that it costs nothing (tests/lab/README.md)
 QUERY_STRIDE = 1
 # what no widget decides
-CUSTOM = AdaSpaConfig(search_gap=SEARCH_GAP, query_stride=QUERY_STRIDE)
+NO_WIDGET: dict[str, Any] = {"search_gap": SEARCH_GAP, "query_stride": QUERY_STRIDE}
+CUSTOM = AdaSpaConfig(**NO_WIDGET)
 PRESETS = {
     "Balanced": replace(CUSTOM, sparsity=0.8, warmup=0.12, search_points=HALFWAY),
     "Quality": replace(CUSTOM, sparsity=0.7, warmup=0.2, search_points=(0.6,)),

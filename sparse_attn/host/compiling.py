@@ -175,7 +175,9 @@ def work_of(model, config: AdaSpaConfig) -> dict | None:
     """What decides the kernels of a model's runs, or None where it will launch none."""
     device, inner = model.load_device, model.get_model_object("diffusion_model")
     family, _ = family_of(inner)
-    if not config.enabled or family is None or family.head_dim is None:
+    if not config.enabled or config.verdict == "dense":
+        return None
+    if family is None or family.head_dim is None:
         return None
     if device.type != "cuda" or choice.why_no_triton():
         return None

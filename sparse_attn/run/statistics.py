@@ -8,7 +8,7 @@ from statistics import median
 
 import torch
 
-from ..config import AdaSpaConfig
+from ..config import NO_WIDGET, AdaSpaConfig
 from ..forecast.statistics import ForecastStatistics
 from ..schedule import Schedule, StepKind
 from ..sentences import Sentence
@@ -17,9 +17,6 @@ from . import report
 from .pace import Speed
 from .timer import Timing
 from .verdict import verdict
-
-# settings without a widget
-NO_WIDGET = ("search_gap", "query_stride")
 
 
 @dataclass

@@ -186,6 +186,7 @@ def test_the_work_is_what_decides_the_kernels(comfyui, monkeypatch, tmp_path):
     (tmp_path / tuned.FILE).unlink()
     assert compiling.work_of(model, AdaSpaConfig())["tiles"] == {}
     assert compiling.work_of(model, AdaSpaConfig(enabled=False)) is None
+    assert compiling.work_of(model, AdaSpaConfig(verdict="dense")) is None
     for card[0] in ("gfx942", (7, 5)):
         assert compiling.work_of(model, AdaSpaConfig()) is None
     card[0], dtype[0] = (8, 9), torch.float32
