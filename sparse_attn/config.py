@@ -32,7 +32,7 @@ class AdaSpaConfig:
         sparsity: share of block pairs that a sparse step skips, in [0, 0.98].
         block_size: tokens per block, a key of `BLOCK_SIZES`.
         warmup: share of the whole schedule that runs dense before the first search, in [0, 1);
-            at least one does, unless it is 0.
+            at least one does, unless it is 0 or a recall is asked for on fewer than 5.
         search_points: shares of the schedule at which the pattern is searched again, ascending,
             each in [warmup, 1). One equal to `warmup` is the first search itself.
         head_adaptive: let heads of high recall keep fewer blocks and heads of low recall more.

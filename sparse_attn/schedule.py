@@ -135,10 +135,11 @@ def plan(
         return Schedule((), 0, 0, ())
     first, total = place(sigmas, progress_of)
     warm = nearest(config.warmup * total)
-    sparse_search = False
-    # a pattern found at the very first step misses most of what the video becomes
-    if config.warmup and not warm:
-        warm, sparse_search = 1, total < STEPS_FOR_A_DENSE_SEARCH
+    few, sparse_search = total < STEPS_FOR_A_DENSE_SEARCH, False
+    # A pattern found at the very first step misses most of what the video becomes. A recall is asked
+    # for of exact masses, so its search is dense, and of a few steps two dense ones are too many.
+    if config.warmup and not warm and not (few and config.recall):
+        warm, sparse_search = 1, few
     again = {nearest(point * total) for point in config.search_points}
     last = first + steps - 1
     if config.search_gap or not keeps_pattern:

@@ -1,6 +1,7 @@
 import math
 import random
 import re
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -194,6 +195,14 @@ def test_a_search_in_the_last_step_needs_someone_to_use_it(preset, pattern):
                     assert kinds[-1] == ("D" if warm else "S"), (steps, first, last)
                 assert made.may_search(last - first - 1) == (pattern == "keeps_pattern")
                 assert all(made.may_search(step) for step in range(last - first - 1))
+
+
+@pytest.mark.parametrize(("steps", "asked", "straight"), [(2, "Ss", "DS"), (4, "Ssss", "DSss")])
+def test_a_recall_on_few_steps_costs_no_second_dense_one(steps, asked, straight):
+    config = replace(PRESETS["Balanced"], search_points=())
+    assert letters(planned(linear(steps), config)) == straight
+    with_recall = planned(linear(steps), replace(config, recall=0.9))
+    assert letters(with_recall) == asked and not with_recall.sparse_search
 
 
 # ---- lists of any kind
