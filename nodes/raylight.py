@@ -7,7 +7,7 @@ from comfy_api.latest import io
 
 from ..sparse_attn.host.raylight import install_on
 from .own_errors import otherwise, without_adaspa
-from .settings import answer, check, config_of, setting_inputs
+from .settings import answer, check, config_of, describe, setting_inputs
 from .sockets import AdaSpaRun
 
 RayActors = io.Custom("RAY_ACTORS")
@@ -48,6 +48,7 @@ class AdaSpaRaylight(io.ComfyNode):
                 RayActors.Output("ray_actors", display_name="ray_actors"),
                 AdaSpaRun.Output("adaspa", display_name="adaspa"),
             ],
+            hidden=[io.Hidden.unique_id, io.Hidden.extra_pnginfo],
             not_idempotent=True,
         )
 
@@ -59,5 +60,6 @@ class AdaSpaRaylight(io.ComfyNode):
     @otherwise(lambda said, ray_actors, **_: without_adaspa(said, ray_actors))
     def execute(cls, ray_actors, **settings) -> io.NodeOutput:
         config = config_of(**settings)
-        handle = install_on(ray_actors["workers"], config)
+        handle = install_on(ray_actors["workers"], config, cls.hidden.unique_id)
+        describe(handle, cls.hidden, settings["preset"])
         return io.NodeOutput(ray_actors, handle, ui=answer(config, settings, ""))

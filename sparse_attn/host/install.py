@@ -111,7 +111,7 @@ def _end(sampling: Sampling, handle: RunHandle, node_id, out, sigmas, clock) -> 
     try:
         if out is None:
             run.stop()
-            _tell_the_end(node_id, statistics, max(run.step, 0))
+            tell_the_end(node_id, statistics, max(run.step, 0))
             return
         pattern_requests.end(run, guider.model_patcher, handle)
         statistics.results.append(fingerprint(out))
@@ -123,7 +123,7 @@ def _end(sampling: Sampling, handle: RunHandle, node_id, out, sigmas, clock) -> 
             statistics.took = clock.took
             statistics.sampled = timing.with_sigmas(sampling.work, sigmas)
             statistics.seconds_off = timing.PACE.off.get(statistics.sampled)
-        _tell_the_end(node_id, statistics, len(run.schedule.kinds) - 1)
+        tell_the_end(node_id, statistics, len(run.schedule.kinds) - 1)
         handle.note(handle.metadata)
     finally:
         run.free()
@@ -148,7 +148,7 @@ def _outer_sample_off(handle: RunHandle, node_id):
                 run = timing.off_run(handle.config, work, sigmas, clock.took)
                 run.part, run.results = handle.part, [fingerprint(out)]
                 handle.runs.append(run)
-                _tell_the_end(node_id, run, len(run.schedule.kinds) - 1)
+                tell_the_end(node_id, run, len(run.schedule.kinds) - 1)
                 handle.note(handle.metadata)
         except Exception as error:
             go_on_without_us(error)
@@ -157,7 +157,8 @@ def _outer_sample_off(handle: RunHandle, node_id):
     return wrapper
 
 
-def _tell_the_end(node_id: str | None, statistics: RunStatistics, step: int) -> None:
+def tell_the_end(node_id: str | None, statistics: RunStatistics, step: int) -> None:
+    """Log how a run that ended in `step` went, and show it on the node."""
     status.log.info("AdaSpa: %s", statistics.summary())
     said = [*named(statistics), *numbers(statistics)]
     status.send(node_id, statistics, said, step, True)

@@ -6,7 +6,10 @@ and the parts of all workers are joined into one run for the report.
 """
 
 import io
+import json
 import pickle
+import threading
+import weakref
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
@@ -19,8 +22,8 @@ from ..config import AdaSpaConfig
 from ..run.dense import DenseChoice
 from ..run.handle import RunHandle
 from ..run.statistics import Pattern, Patterns, RunStatistics
-from . import pattern_requests
-from .install import install
+from . import pattern_requests, status
+from .install import install, tell_the_end
 from .ulysses import sequence_parallel
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -33,22 +36,67 @@ RANKS = "adaspa_ranks"
 # ---- on the node's side
 
 
-def install_on(workers: list, config: AdaSpaConfig) -> "RankedHandle":
-    """Patch the model of every worker (actors of Ray), and return the handle of their runs."""
-    import ray
+def install_on(workers: list, config: AdaSpaConfig, node_id: str | None = None) -> "RankedHandle":
+    """Patch the model of every worker (actors of Ray), and return the handle of their runs.
 
-    patch, read = sender(config), reader()
-    ray.get([worker.model_function_runner.remote(patch) for worker in workers])
-    return RankedHandle(
+    Args:
+        node_id: the node that shows the progress of the first worker, or None.
+    """
+    import ray
+    from ray.util.queue import Queue
+
+    read, lines = reader(), Queue(actor_options={"num_cpus": 0})
+    patches = [sender(config, node_id, lines.actor), *[sender(config)] * (len(workers) - 1)]
+    ray.get(
+        [w.model_function_runner.remote(patch) for w, patch in zip(workers, patches, strict=True)]
+    )
+    handle = RankedHandle(
         config,
         lambda: ray.get([w.model_function_runner_get_values.remote(read) for w in workers]),
     )
+    # the queue's end ends the thread
+    weakref.finalize(handle, _close, lines).atexit = False
+    passing = threading.Thread(target=_pass_on, args=(lines, weakref.ref(handle)), daemon=True)
+    passing.start()
+    return handle
 
 
-def sender(config: AdaSpaConfig) -> Callable:
+def _pass_on(lines, handle: "weakref.ref[RankedHandle]") -> None:
+    """Show the first worker's messages on its node until the queue is closed; the last for all."""
+    while True:
+        try:
+            text, data = json.loads(lines.get())
+        except Exception:
+            # closed, or Ray has ended
+            return
+        _show(text, data, handle)
+
+
+def _show(text: str, data: dict, handle: "weakref.ref[RankedHandle]") -> None:
+    try:
+        whole = handle() if data.get("done") else None
+        if whole is not None and whole.tell_the_end(data["node"], data["step"]):
+            return
+    except Exception:
+        status.log.warning("AdaSpa: the workers' runs could not be joined", exc_info=True)
+    status.deliver(text, data)
+
+
+def _close(lines) -> None:
+    try:
+        lines.shutdown(force=True)
+    except Exception:
+        status.log.debug("AdaSpa: Ray has ended before its node", exc_info=True)
+
+
+def sender(config: AdaSpaConfig, node_id: str | None = None, lines=None) -> Callable:
     """Return what a worker calls with its ModelPatcher to get it patched.
 
     It is sent by value, so nothing in it may refer to this module.
+
+    Args:
+        node_id: the node that shows this worker's progress, or None.
+        lines: the actor of a `ray.util.queue.Queue` that takes its messages.
     """
     root, package, settings = str(ROOT), WORKER_PACKAGE, dict(vars(config))
 
@@ -63,7 +111,7 @@ def sender(config: AdaSpaConfig) -> Callable:
             sys.modules[package] = importlib.util.module_from_spec(spec)
             spec.loader.exec_module(sys.modules[package])
         name = package + ".sparse_attn.host.raylight"
-        return importlib.import_module(name).patched(model, settings)
+        return importlib.import_module(name).patched(model, settings, node_id, lines)
 
     return patch
 
@@ -105,6 +153,14 @@ class RankedHandle(RunHandle):
     def serves(self, socket: RunHandle) -> bool:
         return self is socket
 
+    def tell_the_end(self, node_id: str, step: int) -> bool:
+        """Show how the latest run of all workers went, if they know one."""
+        run = self.latest()
+        if run is not None:
+            tell_the_end(node_id, run, step)
+            self.note(self.metadata)
+        return run is not None
+
 
 class _Unpickler(pickle.Unpickler):
     """Reads classes that a worker knows under the name of its own copy of the pack."""
@@ -124,17 +180,18 @@ def unpacked(data: bytes) -> list[RunStatistics]:
 # ---- on a worker
 
 
-def patched(model, settings: dict):
+def patched(model, settings: dict, node_id: str | None = None, lines=None):
     """Return a clone of a worker's ModelPatcher that samples with AdaSpa.
 
     Args:
-        settings: the fields of an `AdaSpaConfig`.
+        settings: the fields of an `AdaSpaConfig`. node_id, lines: as in `sender`.
     """
     config = AdaSpaConfig(**settings)
     if config.verdict == "auto":
         # each would find out for itself, and they must agree
         config = replace(config, verdict="sparse")
-    model, handle = install(model, config)
+    status.relay(node_id, lines and lines.put_nowait.remote)
+    model, handle = install(model, config, node_id)
     handle.dense_choice = DenseChoice(config.dense_attention, measures=False)
     kind = comfy.patcher_extension.WrappersMP.DIFFUSION_MODEL
     model.remove_wrappers_with_key(kind, RANKS)

@@ -1,12 +1,22 @@
 """What a run tells its node while it samples."""
 
+import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from ..run.statistics import RunStatistics
 from ..sentences import Sentence, told
 
 log = logging.getLogger("adaspa")
+# what takes the messages of a node whose server is in another process, by node
+_RELAYS: dict[str, Callable[[str], object]] = {}
+
+
+def relay(node_id: str | None, take: Callable[[str], object] | None) -> None:
+    """Give a node's messages to `take`, as JSON of what `deliver` takes; None ends it."""
+    _RELAYS.pop(node_id or "", None)
+    if node_id is not None and take is not None:
+        _RELAYS[node_id] = take
 
 
 def send(
@@ -30,24 +40,25 @@ def show_steps(
         "node": node_id, "text": text, "said": [told(line) for line in said], "steps": kinds,
         "first": first, "step": step, "done": done,
     }  # fmt: skip
-    _tell(node_id, text, data)
+    deliver(text, data)
 
 
 def say(node_id: str | None, text: str) -> None:
     """Log a line, and show it on a node that has no steps. Raises nothing."""
     log.info("AdaSpa: %s", text)
-    _tell(node_id, text, {"node": node_id, "text": text, "said": [told(text)]})
+    deliver(text, {"node": node_id, "text": text, "said": [told(text)]})
 
 
-def _tell(node_id: str | None, text: str, data: dict | None = None) -> None:
+def deliver(text: str, data: dict) -> None:
+    """Send a node's message to the interface. Raises nothing."""
     try:
-        server = _server()
+        server, node_id = _server(), data["node"]
+        if node_id in _RELAYS:
+            _RELAYS[node_id](json.dumps([text, data]))
         # without a server (a script, a test) nothing happens
-        if server is None or node_id is None:
-            return
-        if data is not None:
+        elif server is not None and node_id is not None:
             server.send_sync("adaspa.status", data, server.client_id)
-        server.send_progress_text(text, node_id, server.client_id)
+            server.send_progress_text(text, node_id, server.client_id)
     except Exception:
         # a message must not cost the user the video
         log.warning("AdaSpa: a message could not be sent", exc_info=True)

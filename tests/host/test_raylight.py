@@ -1,10 +1,16 @@
 """What goes to Raylight's workers, and what comes back."""
 
+import gc
 import importlib
+import json
 import os
 import pickle
+import threading
+import time
+import weakref
 from collections import Counter
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -119,6 +125,96 @@ def test_a_worker_is_patched_by_value_and_hands_its_runs_back(load):
     assert not worker.model.wrappers.get("apply_model", {}).get("adaspa")
 
 
+class Lines:
+    """Stands for the actor of Ray's queue; pickled, it keeps its file."""
+
+    def __init__(self, path):
+        self.path, self.put_nowait = path, self
+
+    def remote(self, message):
+        with open(self.path, "a") as file:
+            file.write(message + "\n")
+
+    def taken(self) -> list[str]:
+        return self.path.read_text().splitlines()
+
+
+class Server:
+    """ComfyUI's server, of which a test reads what it was told."""
+
+    client_id = "client"
+
+    def __init__(self):
+        self.shown: list[dict] = []
+
+    def send_sync(self, event, data, client):
+        assert event == "adaspa.status"
+        self.shown.append(data)
+
+    def send_progress_text(self, text, node_id, client):
+        assert node_id == self.shown[-1]["node"]
+
+
+def test_the_first_worker_tells_its_steps_to_the_node(load, monkeypatch, tmp_path):
+    cloudpickle = pytest.importorskip("cloudpickle")
+    from sparse_attn.host import status
+    from sparse_attn.host.raylight import sender
+
+    lines = Lines(tmp_path / "lines")
+    settings = sparse(load("wan_t2v"))[1].config
+    worker = Worker(load("wan_t2v"), cloudpickle)
+    worker.model_function_runner(sender(settings, "7", lines))
+    sample(worker.model, VIDEO)
+    server = Server()
+    monkeypatch.setattr(status, "_server", lambda: server)
+    for message in lines.taken():
+        status.deliver(*json.loads(message))
+    assert {data["node"] for data in server.shown} == {"7"}
+    steps = [data["step"] for data in server.shown if not data["done"]]
+    assert sorted(set(steps)) == list(range(len(server.shown[0]["steps"])))
+    assert [data["done"] for data in server.shown][-2:] == [False, True]
+    # patched for no node, it tells nobody
+    taken = lines.taken()
+    worker.model_function_runner(sender(settings, "7"))
+    sample(worker.model, VIDEO)
+    assert lines.taken() == taken
+
+
+class Closed(Exception):
+    pass
+
+
+@pytest.mark.parametrize("joins", [True, False, "fails"])
+def test_the_last_line_is_about_all_workers(comfyui, monkeypatch, joins):
+    from sparse_attn.host import raylight, status
+
+    class Queue:
+        def __init__(self, *messages):
+            self.messages = list(messages)
+
+        def get(self):
+            if not self.messages:
+                raise Closed
+            return self.messages.pop(0)
+
+    def fetch():
+        if joins == "fails":
+            raise Closed
+        return [pickle.dumps([run(finished=True)])] * 2 if joins else [None, None]
+
+    server = Server()
+    monkeypatch.setattr(status, "_server", lambda: server)
+    handle = raylight.RankedHandle(AdaSpaConfig(), fetch)
+    handle.node, handle.metadata = "7", {}
+    told = {"node": "7", "said": [], "steps": [], "first": 0, "text": "its own"}
+    messages = [json.dumps(["", {**told, "step": i, "done": i == 1}]) for i in range(2)]
+    raylight._pass_on(Queue(*messages), weakref.ref(handle))
+    assert [data["step"] for data in server.shown] == [0, 1]
+    own = server.shown[1]["text"] == "its own"
+    assert own == (joins is not True)
+    assert ("adaspa" in handle.metadata) == (joins is True)
+
+
 def test_the_node_is_offered_where_raylight_is(comfyui, tmp_path, monkeypatch):
     import folder_paths
 
@@ -167,7 +263,7 @@ class RankActor:
 
 
 @pytest.mark.long
-def test_two_ray_actors_give_the_video_of_one_process(load, model_paths, tmp_path):
+def test_two_ray_actors_give_the_video_of_one_process(load, model_paths, tmp_path, monkeypatch):
     ray = pytest.importorskip("ray", reason="`ray` is not installed")
     from sparse_attn.host.raylight import ROOT
     from tests.tools import comfy_inprocess
@@ -185,11 +281,27 @@ def test_two_ray_actors_give_the_video_of_one_process(load, model_paths, tmp_pat
         pack = comfy_inprocess.load_pack()
         node = importlib.import_module(f"{pack.__name__}.nodes.raylight").AdaSpaRaylight
         shown = importlib.import_module(f"{pack.__name__}.nodes.settings").shown
+        status = importlib.import_module(f"{pack.__name__}.sparse_attn.host.status")
+        server, metadata = Server(), {}
+        monkeypatch.setattr(status, "_server", lambda: server)
+        monkeypatch.setattr(node, "hidden", SimpleNamespace(unique_id="7", extra_pnginfo=metadata))
         out = node.execute({"workers": workers}, preset="Custom", **shown(settings))
         found = ray.get([worker.sample.remote() for worker in workers])
         for latents in found:
             assert_same_video(latents, expected)
         run = out.args[1].latest()
         assert all(len(p.density) == 4 for p in run.patterns.values()) and run.patterns
+        deadline = time.monotonic() + 20
+        while "adaspa" not in metadata and time.monotonic() < deadline:
+            time.sleep(0.1)
+        steps = {data["step"] for data in server.shown}
+        assert steps == set(range(len(run.schedule.kinds))) and server.shown[-1]["done"]
+        assert "adaspa" in metadata
+        passing = [t for t in threading.enumerate() if "_pass_on" in t.name]
+        assert passing
+        del out
+        gc.collect()
+        passing[0].join(20)
+        assert not passing[0].is_alive()
     finally:
         ray.shutdown()
