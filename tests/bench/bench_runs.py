@@ -1,13 +1,15 @@
 """Whole sampler runs, timed as a whole: ComfyUI's default, rivals, and every preset, on random weights.
 
     python tests/bench/bench_runs.py --out tests/bench/results/runs_h200.json
-    python tests/bench/bench_runs.py --layers 40 --steps 8 --out runs_40.json
+    python tests/bench/bench_runs.py --layers 40 --steps 8 --only "Balanced, int8" --out runs_40.json
+    python tests/bench/bench_runs.py --compose --out runs_50.json
 
 Samples some layers of a model at its real width and length through ComfyUI's sampler, at cfg 1.
-Each contestant runs twice at its first number of steps; the second counts. Sequences of any length are
-sparse. The first runs of all on a
-machine, which compile, are `cold`: each in a process with an empty folder of compiled kernels. Random
-weights say nothing of quality, so `db` is empty; the lab has it. Rivals run where they are installed.
+Each contestant runs on one layer first, which compiles and is not counted. Sequences of any length are
+sparse. The first runs of all on a machine, which compile, are `cold`: each in a process with an empty
+folder of compiled kernels. Random weights say nothing of quality, so `db` is empty; the lab has it.
+Rivals run where they are installed. The result is rewritten after every row. `--compose` makes runs of
+50 steps of HunyuanVideo 13B of the measured kinds of steps of a twentieth of its layers instead.
 """
 
 import argparse
@@ -34,10 +36,13 @@ import torch  # noqa: E402
 
 from sparse_attn.backends.cudnn import cudnn_serves, torch_cudnn  # noqa: E402
 from sparse_attn.config import PRESETS  # noqa: E402
-from sparse_attn.forecast.plan import LEAST_STEPS, LEVELS  # noqa: E402
+from sparse_attn.forecast.forecaster import Forecaster  # noqa: E402
+from sparse_attn.forecast.plan import LEAST_STEPS, LEVELS, plan_forecasts  # noqa: E402
 from sparse_attn.host import forecast  # noqa: E402
 from sparse_attn.host.install import install  # noqa: E402
-from tests.bench import real_stacks  # noqa: E402
+from sparse_attn.schedule import Schedule, StepCounter, StepKind, plan  # noqa: E402
+from tests.bench import bench_model, real_stacks  # noqa: E402
+from tests.bench.few_steps import flow, simple  # noqa: E402
 from tests.bench.record import facts  # noqa: E402
 
 STEPS = (4, 8, 20)
@@ -46,6 +51,13 @@ DENSE_SHARE = 0.2
 LOW = {"precision": "int8"}
 WIDE = {"precision": "int8", "block_size": "128x64"}
 COLD = {"Balanced": {}, "Balanced, int8": LOW}
+WARM_STEPS = 8
+DEFAULT = "ComfyUI's default"
+# runs of more steps than this come last where they are slow and their time is that of fewer, times more
+FEW = 8
+COMPOSED_STEPS, COMPOSED_SHIFT = 50, 7.0
+# what is composed, by preset: the precisions
+COMPOSED = {"Balanced": ("int8", "bf16"), "Fast": ("int8", "bf16"), "Quality": ("int8",)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,7 +123,7 @@ def by_cudnn(rows):
 
 def rivals(device) -> list[Contestant]:
     """Of what is installed here."""
-    found = [Contestant("ComfyUI's default", "bf16", {}, lambda patcher, _: (patcher, str))]
+    found = [Contestant(DEFAULT, "bf16", {}, lambda patcher, _: (patcher, str))]
     probe = torch.zeros(1, 1, 64, 128, device=device, dtype=torch.bfloat16)
     if not cudnn_serves(probe):
         return found
@@ -140,14 +152,25 @@ def rivals(device) -> list[Contestant]:
 
 def ours() -> list[Contestant]:
     found = []
-    for preset in PRESETS:
+    for preset in ("Balanced", "Fast", "Quality", "Paper"):
         found.append(of_preset(preset, preset, {}))
         if preset != "Paper":
             found.append(of_preset(preset, f"{preset}, int8", LOW))
-            found.append(of_preset(preset, f"{preset}, int8, 128x64", WIDE))
     for level in LEVELS:
         found.append(of_preset("Balanced", f"Balanced, int8, Skip Steps {level}", LOW, level))
+    found += [of_preset(x, f"{x}, int8, 128x64", WIDE) for x in ("Balanced", "Fast", "Quality")]
     return found
+
+
+def jobs(device, all_steps) -> list[tuple[Contestant, int]]:
+    """What is run, the most telling first, since a limit of time may end it."""
+    mine, theirs = ours(), rivals(device)
+    first = [mine[0], mine[1], theirs[0], *theirs[2:3], *(x for x in mine if x.forecast)]
+    rest = [x for x in (*mine, *theirs) if x not in first]
+    slow = [theirs[0], *(x for x in theirs if x not in first)]
+    found = [(x, steps) for x in (*first, *rest) for steps in all_steps]
+    found = [(x, steps) for x, steps in found if not x.forecast or steps >= LEAST_STEPS]
+    return sorted(found, key=lambda job: job[0] in slow and job[1] > FEW)
 
 
 class Runs:
@@ -164,6 +187,19 @@ class Runs:
         self.shapes = stack.short_shapes() if options.small else stack.shapes
         self.patcher = real_stacks.build(stack, self.device, small=options.small)
         self.text = real_stacks.conditioning(stack, options.small)
+
+    def warm_up(self, contestant: Contestant) -> None:
+        """Run the first layer alone: its kernels are those of all layers."""
+        diffusion = self.patcher.model.diffusion_model
+        lists = [
+            (n, x) for n, x in diffusion.named_children() if isinstance(x, torch.nn.ModuleList)
+        ]
+        name, layers = max(lists, key=lambda found: len(found[1]))
+        setattr(diffusion, name, layers[:1])
+        try:
+            self.run(contestant, LEAST_STEPS if contestant.forecast else WARM_STEPS)
+        finally:
+            setattr(diffusion, name, layers)
 
     @property
     def tokens(self) -> int:
@@ -207,7 +243,7 @@ class Runs:
 def cold_rows(options) -> list[dict]:
     """The very first run with kernels of ours, each in a process that finds none compiled."""
     rows = []
-    for name in COLD:
+    for name in options.cold:
         with tempfile.TemporaryDirectory() as folder:
             out = Path(folder) / "row.json"
             command = [sys.executable, __file__, "--one", name, "--model", options.model]
@@ -219,17 +255,87 @@ def cold_rows(options) -> list[dict]:
     return rows
 
 
+def forecast_steps(schedule: Schedule, level) -> frozenset[int]:
+    """The steps that are forecast where no forecast is off by more than the level's limit."""
+    sigmas = schedule.sigmas
+    plan_ = plan_forecasts(sigmas, schedule.first_step, schedule.total_steps, schedule)
+    never_off = dataclasses.replace(level, limit=float("inf"))
+    forecaster = Forecaster(never_off, plan_, StepCounter(sigmas))
+    for sigma in sigmas[:-1]:
+        if forecaster.forecast(sigma, None) is None:
+            forecaster.learn(sigma, torch.ones(1, 1))
+    return frozenset(forecaster.statistics.forecast)
+
+
+def step_names(schedule: Schedule) -> list[str]:
+    """What each step of a run is called by `bench_model`."""
+    names = []
+    for step, kind in enumerate(schedule.kinds):
+        name = kind.value
+        if kind is StepKind.DENSE and schedule.wants_lse(step):
+            name = "dense_with_lse"
+        if kind is StepKind.SEARCH and StepKind.SEARCH in schedule.kinds[:step]:
+            name = "search_again"
+        names.append(name)
+    return names
+
+
+def composed_rows(options):
+    """Runs of 50 steps of HunyuanVideo 13B: every step takes what one of its kind was measured to."""
+    bench = bench_model.ModelRuns(False, options.small, comfy.model_management.get_torch_device())
+    bench.steps(bench.patcher, 1, bench.stack.short_shapes())
+    row = {
+        "model": "HunyuanVideo 13B", "layers": 60, "tokens": None, "steps": COMPOSED_STEPS,
+        "peak_gib": None, "cold": False, "composed": True, "db": None, "forecast": False,
+    }  # fmt: skip
+    for name, seconds in bench.dense().items():
+        yield {
+            **row, "name": DEFAULT if name == bench_model.DEFAULT else "cuDNN dense",
+            "settings": {}, "precision": "bf16",
+            "seconds": round(COMPOSED_STEPS * seconds, 1), "told": f"{seconds:.2f} s a step",
+        }  # fmt: skip
+    sigmas = simple(COMPOSED_STEPS, COMPOSED_SHIFT)
+    for preset, precisions in COMPOSED.items():
+        config = PRESETS[preset]
+        schedule = plan(sigmas, lambda sigma: flow(sigma, COMPOSED_SHIFT), config)
+        kept = {
+            name: getattr(config, name)
+            for name in ("sparsity", "tail", "token_order", "head_adaptive", "query_stride")
+        }
+        for precision in precisions:
+            found = bench.variant({**kept, "precision": precision})
+            took = found["step_seconds"]
+            for level in ("", *LEVELS):
+                skipped = forecast_steps(schedule, LEVELS[level]) if level else frozenset()
+                names = [x for i, x in enumerate(step_names(schedule)) if i not in skipped]
+                name = preset + (f", {precision}" if precision != "bf16" else "")
+                counts = {kind: names.count(kind) for kind in dict.fromkeys(names)}
+                yield {
+                    **row, "name": name + (f", Skip Steps {level}" if level else ""),
+                    "settings": {"preset": preset, "precision": precision}
+                    | ({"forecast_steps": len(skipped)} if level else {}),
+                    "precision": precision, "tokens": found["tokens"], "forecast": bool(level),
+                    "seconds": round(sum(n * took[kind] for kind, n in counts.items()), 1),
+                    "told": ", ".join(
+                        f"{n} {kind} {took[kind]:.2f} s" for kind, n in counts.items()
+                    ),
+                }  # fmt: skip
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", choices=list(real_stacks.STACKS), default="wan")
     parser.add_argument("--layers", type=int, default=4, help="0 takes the stack's own")
     parser.add_argument("--steps", type=int, nargs="+", default=list(STEPS))
-    parser.add_argument("--only", nargs="+", help="names of contestants begin with one of these")
+    parser.add_argument("--only", nargs="+", help="these contestants, by name")
     parser.add_argument("--small", action="store_true", help="narrow and short, to try the script")
-    parser.add_argument("--cold", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--cold", nargs="*", choices=list(COLD), default=list(COLD))
+    parser.add_argument("--compose", action="store_true", help="50 steps of HunyuanVideo instead")
+    parser.add_argument("--seconds", type=float, default=1e9, help="begin no run after this long")
     parser.add_argument("--one", choices=list(COLD), help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
+    began = time.perf_counter()
     torch.set_grad_enabled(False)
     result = {"what": "seconds of whole sampler runs, random weights, cfg 1", "rows": [], **facts()}
 
@@ -239,7 +345,7 @@ def main():
         cold = ", cold" if row["cold"] else ""
         print(
             f"{row['steps']:3d} steps {row['name'] + cold:55} {row['seconds']:8.2f} s {memory}"
-            f"{row['told'][:100]}",
+            f"{row['told'][:160]}",
             flush=True,
         )
         if options.out:
@@ -249,19 +355,25 @@ def main():
         contestant = of_preset("Balanced", options.one, COLD[options.one])
         add(Runs(options).run(contestant, options.steps[0], cold=True))
         return
+    if options.compose:
+        for row in composed_rows(options):
+            add(row)
+        return
     # before the model takes the memory here
-    for row in cold_rows(options) if options.cold else []:
+    for row in cold_rows(options):
         add(row)
     runs = Runs(options)
-    for contestant in [*rivals(runs.device), *ours()]:
-        if options.only and not contestant.name.startswith(tuple(options.only)):
+    warm = set()
+    for contestant, steps in jobs(runs.device, options.steps):
+        if options.only and contestant.name not in options.only:
             continue
-        for steps in options.steps:
-            if contestant.forecast and steps < LEAST_STEPS:
-                continue
-            if steps == options.steps[0] or contestant.forecast:
-                runs.run(contestant, steps)
-            add(runs.run(contestant, steps))
+        if time.perf_counter() - began > options.seconds:
+            print(f"No time for {contestant.name}, {steps} steps.", flush=True)
+            continue
+        if contestant.name not in warm:
+            warm.add(contestant.name)
+            runs.warm_up(contestant)
+        add(runs.run(contestant, steps))
 
 
 if __name__ == "__main__":
