@@ -1,51 +1,34 @@
-"""State of one sampler run: which layer a call belongs to, which kind of step, and what follows."""
+"""State of one sampler run: its steps, its schedule, its parts, and whether it goes on sparse."""
 
 import threading
 import time
 from collections.abc import Callable, Hashable
 from contextlib import nullcontext
-from dataclasses import replace
 
 import torch
 
 from ..backends.choice import Backends
 from ..call import Call
 from ..config import AdaSpaConfig
-from ..method.fused_online_search import fused_online_search
-from ..method.lse_cached_search import lse_cached_search
-from ..method.mask_search import Found
-from ..method.recall import sample_rows, sampled_recall
-from ..method.sparse_step import sparse_step
-from ..orders.position import serpentine_order
 from ..patterns.pattern import CarriedPattern
-from ..patterns.reuse import SAMPLED_ROWS, fitting_mask
 from ..schedule import Schedule, StepCounter, StepKind
 from ..sentences import Sentence
 from .cache import Cache
 from .dense import Dense, DenseChoice
 from .estimate import Estimate, Workload, estimate, kept_share
-from .layers import Layer, LayerPattern, Layers
-from .memory import until_out_of_memory
+from .layers import Layers
 from .pace import Pace
 from .precision import Precision
-from .readback import Origin, Readback, waits
+from .readback import Readback
+from .serving import NOT_A_NUMBER, Serving
 from .statistics import RunStatistics
 from .timer import Timer
 from .verdict import why_dense
 
-NOT_A_NUMBER = "NaN or infinity in q, k or v"
-OUT_OF_MEMORY = "out of memory while searching"
-SPARSE_OUT_OF_MEMORY = "out of memory in a sparse step"
-REUSE_OUT_OF_MEMORY = "out of memory while measuring the recall"
-LET_GO = "patterns of prompts or parts of the video that a step did not use were let go"
-IN_VAIN = "prompts or parts of the video are new at every step, so no pattern is used again"
-# steps in a row whose searches served no other step, before no more are made
-MOST_IN_VAIN = 2
 # of a list that the user has written, in a warning
 MOST_SHOWN = 8
 # characters
 MOST_OF_AN_ERROR = 200
-LAST_STEP = "the run's last step, after which no pattern is of use"
 
 
 class RunState:
@@ -76,9 +59,7 @@ class RunState:
         work: Hashable = None,
     ):
         self.config = config
-        self.schedule = schedule
         self.pace, self.work = pace or Pace(), work
-        self.outlives_block = outlives_block
         self.carried = carried
         self.statistics = RunStatistics(config, schedule)
         for reason in (config.why_no_tail, config.why_no_fp8):
@@ -98,12 +79,14 @@ class RunState:
         )  # fmt: skip
         self.cache = Cache(config.cache, free_bytes)
         self.layers = Layers(self.cache, self.backends, self.statistics)
+        self.serving = Serving(
+            config, self.statistics, self.timer, self.readback, self.precision, self.dense,
+            self.cache, self.layers, outlives_block, carried,
+        )  # fmt: skip
         self.estimates: dict[int, Estimate] = {}
         self._reserved: set[int] = set()
-        self._orders: dict[tuple, torch.Tensor] = {}
         self.steps = StepCounter(schedule.sigmas)
         self._dense_layers: dict[int, frozenset[int]] = {}
-        self._in_vain = 0
         self._attended: set[int] = set()
         self.step = -1
         # why the rest of the run is dense, or an empty string
@@ -111,7 +94,11 @@ class RunState:
         self._step_began = 0.0
         self._lock = threading.Lock()
 
-    # ---- what a call does
+    @property
+    def schedule(self) -> Schedule:
+        return self.statistics.schedule
+
+    # ---- its calls
 
     def attend(self, call: Call) -> torch.Tensor:
         """Serve a call of one conditioning, or one without a key, which is plainly dense.
@@ -123,16 +110,7 @@ class RunState:
         if call.key is None or not self._pays(call):
             return self.dense.serve(call)
         self._reserve(len(call.q))
-        layer, out = self.layers.of(call), None
-        if not layer.dense_reason:
-            with until_out_of_memory():
-                out = self._serve(call, layer)
-            if out is None and not layer.dense_reason:
-                self._disable(call, layer, OUT_OF_MEMORY)
-        if out is not None:
-            return out
-        self.statistics.kept_dense[layer.dense_reason] += 1
-        return self.dense.by_host(call)
+        return self.serving.serve(call)
 
     def is_plainly_dense(self, call: Call) -> bool:
         """Whether nothing is kept of a call, so that all conditionings may share one."""
@@ -145,211 +123,7 @@ class RunState:
         backend, _ = self.backends.of(call.q, call.k, call.v)
         return backend is None or not (backend.one_pass_search or self.schedule.sparse_search)
 
-    def _serve(self, call: Call, layer: Layer) -> torch.Tensor | None:
-        """Do what the step asks of a layer; None where it has to run dense from now on."""
-        if self.config.pooled:
-            call = replace(call, by_position=self._by_position(call))
-        if self.schedule.kind(call.step) is StepKind.DENSE:
-            out, lse = self.dense.serve_with_lse(call)
-            self._keep_lse(layer, lse)
-            return out
-        if layer.pattern is None and self.carried is not None:
-            self._reuse_pattern(call, layer, self.carried)
-        pattern, may_search = layer.pattern, self.schedule.may_search(call.step)
-        if pattern is None:
-            if self._search_sparse(call, layer):
-                return self._serve_sparse(call, layer)
-            if may_search and self._in_vain < MOST_IN_VAIN:
-                return self._search(call, layer)
-            self.statistics.kept_dense[IN_VAIN if may_search else LAST_STEP] += 1
-            return self.dense.by_host(call)
-        if may_search and pattern.searched_at < self.schedule.search_due(call.step):
-            if layer.lse is not None:
-                self._search_again(call, layer)
-            elif pattern.carried or self.config.recall:
-                # a carried mask has left no LSE, and a recall is asked for of exact masses
-                return self._search(call, layer)
-        return self._serve_sparse(call, layer)
-
-    def _search(self, call, layer):
-        """Answer with dense attention, and search on the way."""
-        out = lse = None
-        with self.timer.attempt("search", call.q):
-            out, lse = self._install_mask(
-                call, layer,
-                fused_online_search(
-                    layer.backend, call, self.config, self._take_lse(call, layer), self.dense.exact
-                ),
-            )  # fmt: skip
-        if out is None and layer.pattern is None:
-            return None
-        if out is None:
-            self._keep_pattern(call, layer, layer.pattern)
-            return self._serve_sparse(call, layer)
-        if self.schedule.searches_after(call.step) and not self.config.recall:
-            self._keep_lse(layer, lse)
-        self.layers.count_held()
-        return self._checked(call, layer, out, out)
-
-    def _search_again(self, call, layer):
-        """Search with the kept LSE."""
-        counts = self.statistics.low_precision
-        done = False
-        if self.precision.searches(layer.backend, call, **self.config.blocks):
-            done = self._search_with_lse(call, layer, int8=True)
-            if done:
-                counts.searches += 1
-            else:
-                # quantised copies may be what memory has no room for
-                counts.declined[OUT_OF_MEMORY] += 1
-        if not (done or self._search_with_lse(call, layer, int8=False)):
-            self._keep_pattern(call, layer, layer.pattern)
-        if not self.schedule.searches_after(call.step):
-            layer.lse = None
-
-    def _search_sparse(self, call, layer) -> bool:
-        """Search with the LSE of the dense step before, where the schedule has planned it so."""
-        if not self.schedule.sparse_search or layer.lse is None:
-            return False
-        done = self._search_with_lse(call, layer, int8=False)
-        if not self.schedule.searches_after(call.step):
-            layer.lse = None
-        return done
-
-    def _search_with_lse(self, call, layer, *, int8: bool) -> bool:
-        with self.timer.attempt("search_again", call.q):
-            lse = self.cache.fetch(layer.lse, call.q.device)
-            self._install_mask(
-                call, layer, lse_cached_search(layer.backend, call, self.config, lse, int8)
-            )  # fmt: skip
-            return True
-        return False
-
-    def _serve_sparse(self, call, layer):
-        found = None
-        if self.precision.serves(layer.backend, call, **self.config.blocks):
-            found = self._sparse_step(call, layer, quantised=True)
-            self.precision.count(found is not None)
-        if found is None:
-            found = self._sparse_step(call, layer, quantised=False)
-        if found is None:
-            return self._disable(call, layer, SPARSE_OUT_OF_MEMORY)
-        if self.config.recall and self.schedule.is_last_sparse(call.step):
-            self._sample(call, layer)
-        layer.served = True
-        out, lse = found
-        return self._checked(call, layer, out, out if lse is None else lse)
-
-    def _sparse_step(self, call, layer, *, quantised: bool):
-        with self.timer.attempt("sparse", call.q):
-            mask, order = self.layers.fetch(layer, call.q.device)
-            with self.outlives_block():
-                self.layers.prefetch_next(call.key, call.q.device)
-            return sparse_step(layer.backend, call, mask, order, quantised)
-        return None
-
-    def _sample(self, call, layer):
-        """Measure what the mask still holds, as late as it is used, in the step's first call."""
-        if layer.pattern.sampled_at == call.step:
-            return
-        layer.pattern = replace(layer.pattern, sampled_at=call.step)
-        recall = None
-        with self.timer.attempt("sample", call.q):
-            mask, order = self.layers.fetch(layer, call.q.device)
-            rows = sample_rows(call.layout.tokens, SAMPLED_ROWS)
-            sampled = sampled_recall(call, mask, rows, order)
-            with self.outlives_block():
-                recall = sampled.mean(0)
-        if recall is None:
-            self.statistics.warn(f"out of memory while sampling the recall of layer {call.layer}")
-        else:
-            self.readback.add_sample(call, layer, recall)
-
-    def _reuse_pattern(self, call, layer, carried: CarriedPattern):
-        """Begin with the carried mask, if it holds here what it held when it was found."""
-        reuse, reason = self.statistics.reuse, REUSE_OUT_OF_MEMORY
-        with self.timer.attempt("carry", call.q):
-            found = fitting_mask(carried, self.statistics.model, self.config, call)
-            if isinstance(found, str):
-                reason = found
-            else:
-                pattern = LayerPattern(
-                    found.mask, found.order, torch.tensor(found.layer.density),
-                    torch.tensor(found.layer.recall), found.similar, searched_at=call.step,
-                    carried=True,
-                )  # fmt: skip
-                self._install(call, layer, pattern, found.recall, exact=False)
-                reuse.masks += 1
-                reuse.recall.append(found.layer.mean_recall())
-        if layer.pattern is None:
-            reuse.refused[reason] += 1
-        elif not self.schedule.searches_after(call.step):
-            layer.lse = None
-        self.layers.count_held()
-
-    # ---- parts of a call
-
-    def _by_position(self, call: Call) -> torch.Tensor:
-        """The order of a sequence by position, made once; all layers share it."""
-        key = call.layout, call.q.device
-        if key not in self._orders:
-            with self.outlives_block():
-                self._orders[key] = serpentine_order(*key)
-        return self._orders[key]
-
-    def _install_mask(self, call: Call, layer: Layer, found: Found) -> tuple:
-        """Let a layer use what a search found; returns the search's own output and LSE."""
-        similar = None if found.similar is None else found.similar.float().mean(0)
-        density, recall = found.mask.density().mean(0), found.recall.mean(0)
-        pattern = LayerPattern(
-            found.mask, found.order, density, recall, similar, searched_at=call.step
-        )  # fmt: skip
-        self._install(call, layer, pattern, recall, found.exact)
-        return found.out, found.lse
-
-    def _install(self, call, layer, pattern: LayerPattern, recall, exact: bool) -> None:
-        """Let a layer use a pattern, which holds `recall` [H] in this call."""
-        block_map, similar = pattern.mask.block_map(), pattern.similar
-        with self.outlives_block():
-            pattern = replace(
-                pattern, density=pattern.density.clone(), recall=pattern.recall.clone(),
-                similar=None if similar is None else similar.clone(),
-            )  # fmt: skip
-            kept = self.layers.install(layer, pattern)
-            self.readback.add_pattern(call, layer, kept, recall.clone(), block_map.clone(), exact)
-
-    def _take_lse(self, call: Call, layer: Layer) -> torch.Tensor | None:
-        """The kept LSE on the call's device; the layer keeps it no longer."""
-        lse, layer.lse = layer.lse, None
-        return None if lse is None else self.cache.fetch(lse, call.q.device)
-
-    def _keep_pattern(self, call: Call, layer: Layer, pattern: LayerPattern) -> None:
-        """Go on with the earlier pattern where memory has no room for a search."""
-        self.statistics.warn(f"{OUT_OF_MEMORY}: layer {call.layer} kept its earlier pattern")
-        layer.pattern = replace(pattern, searched_at=call.step)
-
-    def _keep_lse(self, layer: Layer, lse: torch.Tensor | None) -> None:
-        """Keep an LSE while memory has room; without it the next search measures its own."""
-        with until_out_of_memory(), self.outlives_block():
-            layer.lse = None if lse is None else self.cache.keep(lse.half())
-        self.layers.count_held()
-
-    def _checked(self, call, layer, out, probed):
-        """Answer NaN with the dense result: at once on a CPU, from the next step on a GPU."""
-        if waits(call.q.device):
-            with self.outlives_block():
-                self.readback.add_probe(call, layer, probed.sum(dtype=torch.float32))
-        elif not torch.isfinite(probed.sum(dtype=torch.float32)):
-            return self._disable(call, layer, NOT_A_NUMBER)
-        return out
-
-    def _disable(self, call: Call | Origin, layer: Layer, reason: str, when: str = "from") -> None:
-        """Let a layer run dense for the rest of the run."""
-        layer.disable(reason)
-        step = self.schedule.number(call.step)
-        self.statistics.warn(f"{reason}: the layers concerned run dense {when} step {step}")
-
-    # ---- the run
+    # ---- its plan and its steps
 
     def estimate(self, call: Call, work: Workload, windows: bool) -> Estimate:
         """What the run will do and hold, remembered in `estimates` by the number of videos.
@@ -412,7 +186,7 @@ class RunState:
 
     def _leave_step(self, step: int) -> None:
         self.end_step()
-        self._let_go()
+        self.serving.leave_step()
         now = time.perf_counter()
         # another node may stand in for the blocks of a model that is entered
         stood_in = bool(self._attended) and step not in self._attended
@@ -423,16 +197,6 @@ class RunState:
                 self.pace.note_dense_step(self.work, took, self.statistics)
         self._step_began = now
         self._judge(step + 1)
-
-    def _let_go(self) -> None:
-        """Drop what the step did not use, and stop searching where nothing is used twice."""
-        gone, all_new = self.layers.leave_step()
-        if any(layer.pattern is not None or layer.lse is not None for layer in gone):
-            self.statistics.warn(LET_GO)
-        if not all_new:
-            self._in_vain = 0
-        elif any(layer.pattern is not None and not layer.served for layer in gone):
-            self._in_vain += 1
 
     def _begin_dense(self, call: Call) -> None:
         """Run dense from the first call on where that is pinned, or known to be as fast."""
@@ -457,7 +221,7 @@ class RunState:
 
     def _run_dense(self, step: int, why: Sentence) -> None:
         planned, statistics = self.schedule, self.statistics
-        self.schedule = statistics.schedule = planned.dense_from(step)
+        statistics.schedule = planned.dense_from(step)
         if self.schedule != planned:
             statistics.dense_from, statistics.why_dense = step, why
             self.layers.clear()
@@ -472,7 +236,7 @@ class RunState:
         self.timer.read()
         for call, layer in self.readback.read():
             if not layer.dense_reason:
-                self._disable(call, layer, NOT_A_NUMBER, "after")
+                self.serving.disable(call, layer, NOT_A_NUMBER, "after")
 
     def end(self, keep_pattern: bool = False) -> CarriedPattern | None:
         """Finish the statistics and free every tensor of the run.
@@ -504,7 +268,7 @@ class RunState:
     def free(self) -> None:
         """Let go of every tensor without waiting for the device."""
         self.layers.clear()
-        self._orders.clear()
+        self.serving.orders.clear()
         self.readback.clear()
         self.timer.clear()
         self.cache.clear()

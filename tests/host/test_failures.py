@@ -18,7 +18,8 @@ from sparse_attn.call import Call
 from sparse_attn.config import AdaSpaConfig
 from sparse_attn.method.selection import Selection
 from sparse_attn.run.dense import HOST_SERVED
-from sparse_attn.run.state import NOT_A_NUMBER, OUT_OF_MEMORY, RunState
+from sparse_attn.run.serving import NOT_A_NUMBER, OUT_OF_MEMORY
+from sparse_attn.run.state import RunState
 from sparse_attn.schedule import plan
 from sparse_attn.token_layout import TokenLayout
 from tests.host.host_fixtures import assert_same_video, calls, kept_dense, sample, sparse

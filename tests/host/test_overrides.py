@@ -98,7 +98,7 @@ class WholeCalls(Override):
 def test_another_override_gets_whole_calls_and_the_names_of_their_rows(
     load, monkeypatch, fails, videos
 ):
-    import sparse_attn.run.state as state
+    from sparse_attn.run import serving
 
     def out_of_memory(*args, **kwargs):
         raise torch.OutOfMemoryError("no room")
@@ -106,7 +106,7 @@ def test_another_override_gets_whole_calls_and_the_names_of_their_rows(
     monkeypatch.setattr("sparse_attn.run.dense.PROBE_HEADS", 1)
     if fails != "nothing":
         name = {"search": "fused_online_search", "sparse": "sparse_step"}[fails]
-        monkeypatch.setattr(state, name, out_of_memory)
+        monkeypatch.setattr(serving, name, out_of_memory)
     other = WholeCalls()
     model, _ = sparse(with_override(load("wan_h64"), other), warmup=0.5, dense_attention="auto")
     shape = (videos, *VIDEO[1:])

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from sparse_attn.config import PRESETS
-from sparse_attn.run.state import LAST_STEP, RunState
+from sparse_attn.run.serving import LAST_STEP
+from sparse_attn.run.state import RunState
 from tests.host.host_fixtures import (
     CROSS_ATTENTION,
     VIDEO,

@@ -94,14 +94,14 @@ def chosen_by(backend, call, config, lse) -> list[dict]:
 def of_model(name: str, schedule: str, options) -> list[dict]:
     from generation import Subject
 
-    from sparse_attn.run import state
+    from sparse_attn.run import serving
 
     subject = Subject(MODELS[name], options.comfyui, options.seeds, options.latent)
     # knows ComfyUI, which the subject has started
     from sparse_attn.host.install import install
 
     config = TWO.but("all rows", density=options.density).config(schedule)
-    search, rows = state.fused_online_search, []
+    search, rows = serving.fused_online_search, []
 
     def searched(backend, call, config, previous_lse, dense):
         found = search(backend, call, config, None, dense)
@@ -111,13 +111,13 @@ def of_model(name: str, schedule: str, options) -> list[dict]:
             raise KeyboardInterrupt
         return found
 
-    state.fused_online_search = searched
+    serving.fused_online_search = searched
     try:
         subject.sample(install(subject.model, config)[0], SCHEDULES[schedule][0])
     except KeyboardInterrupt:
         return [{"model": name, "schedule": schedule, **row} for row in rows]
     finally:
-        state.fused_online_search = search
+        serving.fused_online_search = search
     raise RuntimeError("Not every layer searched.")
 
 

@@ -12,7 +12,7 @@ from sparse_attn.patterns import reuse
 from sparse_attn.patterns.file import load, save
 from sparse_attn.patterns.reuse import RECALL_LOSS
 from sparse_attn.run.report import reuse_lines
-from sparse_attn.run.state import NOT_A_NUMBER
+from sparse_attn.run.serving import NOT_A_NUMBER
 from tests.patterns.example_pattern import FAMILY, NAME
 from tests.run.fakes import BLOCKS, SCALE, Backend, Run, tensors
 

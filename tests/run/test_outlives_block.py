@@ -63,9 +63,9 @@ class Allocations(TorchDispatchMode):
 )
 @pytest.mark.parametrize("later", [False, True], ids=["cpu", "gpu"])
 def test_no_tensor_of_a_block_outlives_it(monkeypatch, kinds, config, later):
-    monkeypatch.setattr("sparse_attn.run.state.waits", lambda device: later)
+    monkeypatch.setattr("sparse_attn.run.serving.waits", lambda device: later)
     run, allocations = Run(kinds, **config), Allocations()
-    run.state.outlives_block = allocations.outlives_block
+    run.state.serving.outlives_block = allocations.outlives_block
     for step in range(len(kinds)):
         for key in ("layer 0", "layer 1"):
             with allocations:

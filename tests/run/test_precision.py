@@ -6,7 +6,7 @@ from close import assert_within
 
 from sparse_attn.backends import reference
 from sparse_attn.run.precision import NOT_ALLOWED
-from sparse_attn.run.state import OUT_OF_MEMORY
+from sparse_attn.run.serving import OUT_OF_MEMORY
 from tests.run.fakes import (
     SCALE,
     TORCH,

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from sparse_attn.run.readback import Readback
-from sparse_attn.run.state import NOT_A_NUMBER
+from sparse_attn.run.serving import NOT_A_NUMBER
 from tests.run.fakes import Run, call_of, tensors
 
 NAN = float("nan")
@@ -14,7 +14,7 @@ NAN = float("nan")
 def read_later(monkeypatch):
     """Let runs look for NaN as they do on a GPU: at the step's end."""
 
-    monkeypatch.setattr("sparse_attn.run.state.waits", lambda device: True)
+    monkeypatch.setattr("sparse_attn.run.serving.waits", lambda device: True)
 
 
 @pytest.mark.parametrize(

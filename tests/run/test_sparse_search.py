@@ -11,7 +11,7 @@ from tests.run.fakes import Backend, Run, assert_best_choice, host_attention, no
 
 def run_of(kinds, one_pass=False, **config):
     run = Run(kinds, Backend(one_pass), **config)
-    run.state.schedule = replace(run.state.schedule, sparse_search=True)
+    run.statistics.schedule = replace(run.state.schedule, sparse_search=True)
     return run
 
 

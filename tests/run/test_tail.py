@@ -12,7 +12,7 @@ from sparse_attn.orders.packed import same_blocks
 from sparse_attn.orders.position import serpentine_order, video_first
 from sparse_attn.patterns.file import load, save
 from sparse_attn.patterns.reuse import ONE_ORDER
-from sparse_attn.run.state import NOT_A_NUMBER, SPARSE_OUT_OF_MEMORY
+from sparse_attn.run.serving import NOT_A_NUMBER, SPARSE_OUT_OF_MEMORY
 from sparse_attn.token_layout import TokenLayout
 from tests.method.chosen import chosen
 from tests.run.fakes import (

@@ -8,8 +8,8 @@ import torch
 from close import assert_within
 
 from sparse_attn.call import LayerName
-from sparse_attn.run import state as run_state
-from sparse_attn.run.state import NOT_A_NUMBER, OUT_OF_MEMORY
+from sparse_attn.run import serving
+from sparse_attn.run.serving import NOT_A_NUMBER, OUT_OF_MEMORY
 from tests.run.fakes import Backend, Run, call_of, dense, host_attention, no_memory, tensors
 
 NAN = float("nan")
@@ -116,7 +116,7 @@ PLACES = [
     ("sparse_attn.block_mask.BlockMask.block_map", 0),
     ("sparse_attn.block_mask.BlockMask.block_map", 1),
     ("sparse_attn.block_mask.BlockMask.density", 0),
-    ("sparse_attn.run.state.serpentine_order", 0),
+    ("sparse_attn.run.serving.serpentine_order", 0),
 ]
 
 
@@ -153,7 +153,7 @@ def test_out_of_memory_while_sampling_costs_the_sample_alone(monkeypatch):
     def out_of_memory(*args, **options):
         raise no_memory()
 
-    monkeypatch.setattr(run_state, "sampled_recall", out_of_memory)
+    monkeypatch.setattr(serving, "sampled_recall", out_of_memory)
     run = Run("Ss", recall=0.8)
     run.attend(0)
     assert run.attend(1, layer=5)[1] == ["sparse"]

@@ -5,7 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from sparse_attn.run.state import IN_VAIN, LET_GO, RunState
+from sparse_attn.run.serving import IN_VAIN, LET_GO, Serving
 from tests.host.host_fixtures import VIDEO, assert_same_video, calls, kept_dense, sample, sparse
 from tests.host.identity.truth import guided, in_every_call
 
@@ -136,13 +136,13 @@ def test_a_prompt_of_every_other_step_keeps_its_patterns(load, largest):
 def largest(monkeypatch):
     """Layers with a pattern, at the end of every step."""
     found = []
-    leave = RunState._let_go
+    leave = Serving.leave_step
 
     def noted(run):
         leave(run)
         found.append(sum(layer.pattern is not None for layer in run.layers.values()))
 
-    monkeypatch.setattr(RunState, "_let_go", noted)
+    monkeypatch.setattr(Serving, "leave_step", noted)
     return found
 
 
