@@ -218,31 +218,51 @@ def test_two_ranks_give_the_video_of_one(name, of_two_ranks, load):
     for out, _ in of_two_ranks[name]:
         assert_same_video(out, expected)
     runs = [run for _, run in of_two_ranks[name]]
-    if case.engine:
-        whole = joined(runs)
-        found = {key: (p.density, p.recall) for key, p in whole.patterns.items()}
-        assert "2 GPUs" in whole.backend
-    else:
-        # each rank has its own conditioning
-        found = {key: (p.density, p.recall) for run in runs for key, p in run.patterns.items()}
+    # without an engine each rank has its own conditioning
+    assert_same_patterns([joined(runs)] if case.engine else runs, alone)
+    assert all(run.timing.sparse and not run.warnings and not run.unseen for run in runs)
+
+
+def assert_same_patterns(runs, alone):
+    """What the runs found is what one process finds: densities, recall and masks of all heads."""
+    found = {key: pattern for run in runs for key, pattern in run.patterns.items()}
     assert found.keys() == alone.patterns.keys() and found
     for key, pattern in alone.patterns.items():
-        density, recall = found[key]
-        assert density == pattern.density
-        assert recall == pytest.approx(pattern.recall, abs=1e-4)
-    assert all(run.timing.sparse and not run.warnings and not run.unseen for run in runs)
+        assert found[key].density == pattern.density
+        assert found[key].recall == pytest.approx(pattern.recall, abs=1e-4)
+        assert torch.equal(found[key].block_map, pattern.block_map)
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("world", [4, 8])
-def test_more_ranks_give_the_video_of_one(world, comfyui, model_paths, load, tmp_path):
+def test_more_ranks_give_the_video_of_one_and_survive_a_failure(
+    world, comfyui, model_paths, load, tmp_path
+):
     needs_yunchang()
     model = "wan_h64" if world == 4 else "wan_h32"
-    cases = {"none": Case(model), "tail": Case(model, fields=POSITION)}
+    cases = {
+        "none": Case(model),
+        "tail": Case(model, fields=POSITION),
+        "recall": Case(model, fields={"recall": 0.8, "tail": "none"}),
+    }
+    failing = {name: replace(OTHERS[name], model=model) for name in ("kernel", "interrupt")}
     paths = {model: str(model_paths[model])}
-    for found in ranks.run(on_rank, world, tmp_path, paths, cases):
-        for name, case in cases.items():
-            assert_same_video(found[name][0], video(load(model), case)[0])
+    by_rank = ranks.run(on_rank, world, tmp_path, paths, {**cases, **failing})
+    for name, case in cases.items():
+        expected, data = video(load(model), case)
+        for found in by_rank:
+            assert_same_video(found[name][0], expected)
+        whole = joined([runs_of(found[name][1])[-1] for found in by_rank])
+        assert f"{world} GPUs" in whole.backend
+        assert_same_patterns([whole], runs_of(data)[-1])
+    for name in failing:
+        out = by_rank[0][name][0]
+        assert torch.isfinite(out).all()
+        assert all(torch.equal(found[name][0], out) for found in by_rank)
+        runs = [runs_of(found[name][1])[-1] for found in by_rank]
+        assert [bool(run.kept_dense[FAILED]) for run in runs] == [i == 1 for i in range(world)]
+        assert all(run.timing.sparse for run in runs)
+        assert f"GPU 1: {FAILED}" in joined(runs).warnings
 
 
 def test_a_text_that_ranks_cannot_share_evenly_runs_by_the_engine(of_two_ranks):
