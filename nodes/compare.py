@@ -4,7 +4,7 @@ import torch
 from comfy_api.latest import io
 
 from ..sparse_attn.run.report import seconds
-from ..sparse_attn.sentences import Sentence
+from ..sparse_attn.sentences import Sentence, UserError
 from ..sparse_attn.video_metrics import ALIKE, mean_squared_error, psnr, ssim
 from .compare_preview import preview
 from .own_errors import blank, noted, otherwise
@@ -72,7 +72,7 @@ class AdaSpaCompare(io.ComfyNode):
     )
     def execute(cls, dense, sparse, off=None, on=None) -> io.NodeOutput:
         if dense.shape != sparse.shape:
-            raise ValueError(
+            raise UserError(
                 f"`dense` and `sparse` must be alike in frames and size, got {_size(dense)} and "
                 f"{_size(sparse)}. Compare two runs of one workflow."
             )

@@ -4,7 +4,7 @@ from comfy_api.latest import io
 
 from ..sparse_attn.host.pattern_requests import begin_with
 from ..sparse_attn.patterns.file import load
-from ..sparse_attn.sentences import Sentence
+from ..sparse_attn.sentences import Sentence, UserError
 from .own_errors import otherwise
 from .pattern_files import listed
 from .pattern_schema import pattern_schema
@@ -42,7 +42,7 @@ class AdaSpaLoadPattern(io.ComfyNode):
     def execute(cls, model, adaspa, file) -> io.NodeOutput:
         path = listed().get(file)
         if path is None:
-            raise ValueError(
+            raise UserError(
                 f"There is no pattern {file!r} that can be read; choose one from the list."
             )
         if adaspa is not None and adaspa.failed:

@@ -10,17 +10,15 @@ from ..sparse_attn.config import AdaSpaConfig
 from ..sparse_attn.host.guard import go_on_without_us
 from ..sparse_attn.run.handle import RunHandle
 from ..sparse_attn.run.state import MOST_OF_AN_ERROR
-from ..sparse_attn.sentences import Sentence
+from ..sparse_attn.sentences import Sentence, UserError
 from .settings import spoken
 
 
-def otherwise(without_us: Callable[..., io.NodeOutput], *, mistakes: bool = True):
-    """Give what a node does an alternative.
+def otherwise(without_us: Callable[..., io.NodeOutput]):
+    """Give what a node does an alternative; what the user can mend still ends the prompt.
 
     Args:
         without_us: without_us(said, **inputs) -> what stands in after an error that nobody expected.
-        mistakes: whether a plain ValueError says what the user has done wrong; it then ends the
-            prompt, as it should.
     """
 
     def decorate(execute):
@@ -28,9 +26,9 @@ def otherwise(without_us: Callable[..., io.NodeOutput], *, mistakes: bool = True
         def guarded(cls, *args, **inputs):
             try:
                 return execute(cls, *args, **inputs)
+            except UserError:
+                raise
             except Exception as error:
-                if mistakes and type(error) is ValueError:
-                    raise
                 said = noted(error)
             return without_us(said, *args, **inputs)
 

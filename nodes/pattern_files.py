@@ -7,6 +7,7 @@ from pathlib import Path
 import folder_paths
 
 from ..sparse_attn.patterns.file import SUFFIX
+from ..sparse_attn.sentences import UserError
 
 FOLDER = "adaspa"
 # with number and ending below what any file system allows: 143 bytes where names are encrypted
@@ -50,22 +51,22 @@ def checked_name(name: str) -> str:
     """Return the name of a file to write, without its ending.
 
     Raises:
-        ValueError: the name would leave the folder, is none, or is none on some system.
+        UserError: the name would leave the folder, is none, or is none on some system.
     """
     given = name
     name = unicodedata.normalize("NFC", name).strip().removesuffix(SUFFIX).strip()
     if not re.fullmatch(r"\w[\w .()+-]*", name) or name.endswith("."):
-        raise ValueError(
+        raise UserError(
             f"`name` must be a file name of letters, digits, spaces and . - + ( ) without a "
             f"folder and without a dot at its end, got {given[:LONGEST_NAME]!r}. Try: city_at_night."
         )
     if len(name.encode()) > LONGEST_NAME:
-        raise ValueError(
+        raise UserError(
             f"`name` must be a file name of at most {LONGEST_NAME} bytes, got one of "
             f"{len(name.encode())}. Try a shorter one."
         )
     if RESERVED.fullmatch(name.split(".")[0].rstrip()):
-        raise ValueError(
+        raise UserError(
             f"`name` must be a file name on every system, and Windows keeps {given!r} for a "
             f"device. Try: {name.split('.')[0].rstrip()}_1."
         )

@@ -51,7 +51,6 @@ class AdaSpaReport(io.ComfyNode):
     @classmethod
     @otherwise(
         lambda said, samples, **_: io.NodeOutput(samples, blank(), str(said), ui=spoken([said])),
-        mistakes=False,
     )
     def execute(cls, samples, layer, head, adaspa=None) -> io.NodeOutput:
         runs, told = [], True

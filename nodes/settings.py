@@ -208,7 +208,7 @@ def config_of(preset: str, **settings) -> AdaSpaConfig:
     """Read the widgets; younger ones may be missing in workflows of earlier versions.
 
     Raises:
-        ValueError: one sentence on the value that is wrong.
+        UserError: one sentence on the value that is wrong.
     """
     for name in LISTS.keys() & settings.keys():
         settings[name] = parse_numbers(settings[name], LISTS[name], name)
@@ -230,7 +230,7 @@ def check(settings: dict) -> bool:
         settings: None where another node supplies a value, which is known only then.
 
     Raises:
-        ValueError: one sentence on the value that is wrong.
+        UserError: one sentence on the value that is wrong.
     """
     if None not in settings.values():
         config_of(**settings)

@@ -5,6 +5,8 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
+from .sentences import UserError
+
 MAX_SPARSITY = 0.98
 # shares written with a decimal comma
 COMMA_SHARES = re.compile(r"\s*[01],\d+([;,]?\s+[01],\d+)*\s*")
@@ -60,7 +62,7 @@ class AdaSpaConfig:
         enabled: False leaves the model as it is.
 
     Raises:
-        ValueError: one sentence on what is wrong and what to try.
+        UserError: one sentence on what is wrong and what to try.
     """
 
     sparsity: float = 0.8
@@ -85,53 +87,53 @@ class AdaSpaConfig:
 
     def __post_init__(self):
         if not 0.0 <= self.sparsity <= MAX_SPARSITY:
-            raise ValueError(
+            raise UserError(
                 f"`sparsity` must be from 0 to {MAX_SPARSITY}, got {self.sparsity}. "
                 "Try 0.8; 0 keeps every block."
             )
         for name, choices in CHOICES.items():
             value = getattr(self, name)
             if value not in choices:
-                raise ValueError(
+                raise UserError(
                     f"`{name}` must be one of {', '.join(choices)}, got {value}. Try {choices[0]}."
                 )
         if not 0.0 <= self.warmup < 1.0:
-            raise ValueError(
+            raise UserError(
                 f"`warmup` must be a share of the schedule from 0 to below 1, got {self.warmup}. "
                 "Try 0.12."
             )
         points = self.search_points
         if any(b <= a for a, b in pairwise(points)):
-            raise ValueError(
+            raise UserError(
                 f"`search_points` must ascend, got {list(points)}. Write them in order: 0.3, 0.6."
             )
         for point in points:
             if not self.warmup <= point < 1.0:
-                raise ValueError(
+                raise UserError(
                     f"`search_points` must lie from the warm-up ({self.warmup}) to below 1, "
                     f"got {point}. The first search follows the warm-up by itself."
                 )
         if self.head_adaptive and self.sparsity < 1 / 3:
-            raise ValueError(
+            raise UserError(
                 f"`head_adaptive` needs a sparsity of at least 0.34, got {self.sparsity}. "
                 "Raise the sparsity or switch head-adaptive off."
             )
         if not 0.0 <= self.start_percent < self.end_percent <= 1.0:
-            raise ValueError(
+            raise UserError(
                 "`start_percent` must be at least 0 and below `end_percent`, which is at most 1, "
                 f"got {self.start_percent} and {self.end_percent}. Try 0 and 1."
             )
         if self.query_stride not in (1, 4):
-            raise ValueError(f"`query_stride` must be 1 or 4, got {self.query_stride}. Try 4.")
+            raise UserError(f"`query_stride` must be 1 or 4, got {self.query_stride}. Try 4.")
         if self.min_tokens < 0:
-            raise ValueError(f"`min_tokens` must be 0 or more, got {self.min_tokens}. Try 8192.")
+            raise UserError(f"`min_tokens` must be 0 or more, got {self.min_tokens}. Try 8192.")
         if not (self.recall == 0 or LEAST_RECALL <= self.recall <= MAX_RECALL):
-            raise ValueError(
+            raise UserError(
                 f"`recall` must be 0 or from {LEAST_RECALL} to {MAX_RECALL}, got {self.recall}. "
                 "Try 0.95; 0 leaves the choice to `sparsity`."
             )
         if self.recall and self.head_adaptive:
-            raise ValueError(
+            raise UserError(
                 "`recall` gives every head the blocks it needs by itself, so `head_adaptive` must "
                 "be off. Switch one of them off; the preset Paper is head-adaptive."
             )
@@ -219,12 +221,12 @@ def from_preset(preset: str, **fields) -> AdaSpaConfig:
     """Build a config: a preset decides `PRESET_FIELDS`, "Custom" leaves them to the caller.
 
     Raises:
-        ValueError: an unknown preset, or a field out of range.
+        UserError: an unknown preset, or a field out of range.
     """
     if preset == "Custom":
         return replace(CUSTOM, **fields)
     if preset not in PRESETS:
-        raise ValueError(f"`preset` must be one of {[*PRESETS, 'Custom']}, got {preset!r}.")
+        raise UserError(f"`preset` must be one of {[*PRESETS, 'Custom']}, got {preset!r}.")
     chosen = {name: value for name, value in fields.items() if name not in PRESET_FIELDS}
     return replace(PRESETS[preset], **chosen)
 
@@ -233,13 +235,13 @@ def parse_numbers(text: str, kind: type, name: str) -> tuple:
     """Read a comma separated list such as "0.3, 0.6" or "0, 1, -1".
 
     Raises:
-        ValueError: an entry is not a number of that kind, or commas stand where points should.
+        UserError: an entry is not a number of that kind, or commas stand where points should.
     """
     entries = [entry.strip() for entry in text.split(",") if entry.strip()]
     # "0,45" would be the numbers 0 and 45
     if kind is float and COMMA_SHARES.fullmatch(text):
         meant = [share.replace(",", ".") for share in re.findall(r"[01],\d+", text)]
-        raise ValueError(
+        raise UserError(
             f"`{name}` must have points in its numbers, not commas, got {text!r}. "
             f"Write {', '.join(meant)}."
         )
@@ -247,6 +249,6 @@ def parse_numbers(text: str, kind: type, name: str) -> tuple:
         return tuple(kind(entry) for entry in entries)
     except ValueError:
         example = "0.3, 0.6" if kind is float else "0, 1, -1"
-        raise ValueError(
+        raise UserError(
             f"`{name}` must be numbers with commas between them, got {text!r}. Example: {example}."
         ) from None

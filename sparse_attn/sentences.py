@@ -5,6 +5,11 @@ English stands here; `web/sentences.js` has the others.
 
 import re
 
+
+class UserError(ValueError):
+    """What the user can mend, said in one sentence: the prompt ends with it."""
+
+
 ENGLISH = {
     # before a run
     "ready": "Ready: {preset}, sparsity {sparsity}.",

@@ -12,7 +12,7 @@ from pathlib import Path
 from ..patterns.pattern import CarriedPattern
 from ..run.handle import RunHandle
 from ..run.report import gib
-from ..sentences import Sentence
+from ..sentences import Sentence, UserError
 from . import status
 
 HANDLE, BEGIN, SAVE = "adaspa", "adaspa_begin", "adaspa_save"
@@ -67,7 +67,7 @@ def save_after_run(
 def _with(model, socket: RunHandle | None, key: str, request):
     handle = model.get_attachment(HANDLE)
     if socket is None or handle is None or not handle.serves(socket):
-        raise ValueError(
+        raise UserError(
             "`model` does not come from the AdaSpa node that `adaspa` comes from; wire "
             "both from the same node."
         )

@@ -13,6 +13,7 @@ import torch
 from ..call import LayerName
 from ..config import BLOCK_SIZES
 from ..orders.position import serpentine_order
+from ..sentences import UserError
 from ..token_layout import TokenLayout
 from .pattern import CarriedLayer, CarriedPattern
 
@@ -67,7 +68,7 @@ def load(path: Path) -> CarriedPattern:
     """Read and check a pattern file.
 
     Raises:
-        ValueError: one sentence on what is wrong with the file.
+        UserError: one sentence on what is wrong with the file.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -91,7 +92,7 @@ def load(path: Path) -> CarriedPattern:
     except Exception as error:
         # a file of anyone's making can be wrong in ways that no list has
         why = f"is damaged ({_plain(error)}); save the pattern again."
-    raise ValueError(f"{name!r} {why}")
+    raise UserError(f"{name!r} {why}")
 
 
 class _Unreadable(ValueError):
