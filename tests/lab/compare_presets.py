@@ -30,7 +30,6 @@ from PIL import Image  # noqa: E402
 from tools.comfy_client import ComfyClient  # noqa: E402
 
 from sparse_attn.config import PRESETS  # noqa: E402
-from sparse_attn.video_metrics import ssim  # noqa: E402
 
 NODES = ("AdaSpaAttention", "AdaSpaAttentionPair")
 SEEDS = ("seed", "noise_seed")
@@ -100,7 +99,7 @@ def compare(client, graph, seeds, presets) -> list[dict]:
         print(f"seed {seed} {'dense':>9} {dense_seconds:7.1f} s", flush=True)
         for preset in presets:
             video, seconds = sample(client, variant(graph, preset, seed))
-            like = {name: values[0] for name, values in likeness(dense, video, ssim).items()}
+            like = {name: values[0] for name, values in likeness(dense, video).items()}
             rows.append(
                 {"seed": seed, "preset": preset, "seconds": seconds,
                  "dense_seconds": dense_seconds, **like}

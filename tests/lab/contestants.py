@@ -57,7 +57,7 @@ QUESTIONS = {
         EARLIER,
         TWO.but("similarity, second search at 0.8", again=(0.8,)),
     ],
-    "query rows": [TWO, TWO.but("similarity, one query row of four", query_stride=4)],
+    "query_rows": [TWO, TWO.but("similarity, one query row of four", query_stride=4)],
     "tails": [PLAIN, POSITION, TWO],
     "orders": [TWO, POSITION],
     "budgets": [TWO, TWO.but("similarity, head-adaptive", head_adaptive=True)],
@@ -65,6 +65,7 @@ QUESTIONS = {
         TWO,
         TWO.but("similarity, search in the very first step", warmup=0.0),
         TWO.but("similarity, 5 % dense", warmup=0.05),
+        TWO.but("similarity, 15 % dense", warmup=0.15),
         TWO.but("similarity, 20 % dense", warmup=0.2),
         TWO.but("similarity, 30 % dense", warmup=0.3),
     ],
@@ -76,7 +77,7 @@ QUESTIONS = {
 GROUPS = {
     "decide": [PAPER, SOL, POSITION, TWO, THREE, WIDE], "rivals": RIVALS, "sol op": OP,
     "eight": EIGHT, "eight first": EIGHT_FIRST, "one": [ONE], "low": [TWO, THREE, PAPER, SOL],
-    "long": [PAPER, TWO, THREE, SOL], "earlier": [EARLIER],
+    "long": [PAPER, TWO, THREE, SOL], "earlier": [EARLIER], "lead": [PAPER, EARLIER], "sol": [SOL],
     "presets": [of_preset(name) for name in ("Quality", "Balanced", "Fast", "Paper")],
     **QUESTIONS,
 }  # fmt: skip

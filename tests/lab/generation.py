@@ -1,12 +1,15 @@
 """Whole generations with the seeds as a batch, through ComfyUI's own sampler."""
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import check_model
 import models
 import procedural_video as video
 import sol_op
 import torch
+from continuation import continued
+from natural_clips import Clips
 from rivals import Rival
 from rule import OP_SCORES, Rule, first_search
 
@@ -60,6 +63,11 @@ class Subject:
         )
         return video.decode(found).clamp(0, 1)
 
+    @property
+    def readable(self) -> bool:
+        """Whether what was asked for can be read back from a video."""
+        return self.spec.world is video
+
     def dense(self, steps: int) -> torch.Tensor:
         return self.sample(self.model, steps)
 
@@ -90,3 +98,52 @@ class Subject:
             {layer: sum(p.recall) / len(p.recall) for layer, p in patterns.items()},
             figures["heads_by_similarity"],
         )  # fmt: skip
+
+
+class Continuation(Subject):
+    """The model of natural clips: a seed is a held-out clip and its noise, its first frames are given.
+
+    Videos are the frames that come after those.
+
+    Args:
+        clips: file of `natural_clips.py`.
+    """
+
+    def __init__(self, spec, comfyui, seeds: int | list[int], latent, clips: Path):
+        self.spec, self.latent = spec, latent or spec.latent
+        self.layout = spec.layout_at(self.latent)
+        held_out = Clips(clips, "held out")
+        frames, height, width = self.latent
+        size = video.FRAMES_PER_LATENT * frames, 2 * height, 2 * width
+        long = held_out.of_length(size[0])
+        self.seeds = range(seeds) if isinstance(seeds, int) else seeds
+        if max(self.seeds) >= len(long):
+            raise ValueError(
+                f"{clips.name} has {len(long)} clips that are held out and long enough."
+            )
+        chosen = [long[seed] for seed in self.seeds]
+        self.prompts = [held_out.names[number] for number in chosen]
+        self.given = video.encode(torch.stack([held_out.window(n, *size) for n in chosen]))
+        self.model = models.load(spec, comfyui)
+
+    @property
+    def readable(self) -> bool:
+        return False
+
+    def sample(self, model, steps: int, attention=None) -> torch.Tensor:
+        found = continued(model, self.given, self.spec.known, steps, 0, attention, self.noise())
+        return video.decode(found[:, :, self.spec.known :]).clamp(0, 1)
+
+
+def subject(name: str, comfyui, seeds: int | list[int], latent=None, clips: Path | None = None):
+    """A `Subject` of one of the lab's models.
+
+    Raises:
+        ValueError: it continues clips and there are none.
+    """
+    spec = models.MODELS[name]
+    if not spec.known:
+        return Subject(spec, comfyui, seeds, latent)
+    if clips is None or not clips.is_file():
+        raise ValueError(f"{name} continues clips: {models.CLIPS}, then --clips FILE.")
+    return Continuation(spec, comfyui, seeds, latent, clips)

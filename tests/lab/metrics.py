@@ -7,33 +7,16 @@ from multiprocessing import get_context
 import perceptual
 import torch
 
-from sparse_attn.video_metrics import psnr
+from sparse_attn.video_metrics import psnr, ssim
 
 WORDS = ("shape", "direction", "speed")
 
 
-def structural_similarity(a: torch.Tensor, b: torch.Tensor) -> float:
-    """SSIM of two frames [Y, X, channels] in [0, 1] by scikit-image, as its first paper defines it."""
-    from skimage.metrics import structural_similarity
-
-    return float(
-        structural_similarity(
-            a.cpu().double().numpy(), b.cpu().double().numpy(), data_range=1.0, channel_axis=-1,
-            gaussian_weights=True, sigma=1.5, use_sample_covariance=False,
-        )
-    )  # fmt: skip
-
-
-def likeness(
-    dense: torch.Tensor, other: torch.Tensor, ssim=structural_similarity
-) -> dict[str, list[float]]:
+def likeness(dense: torch.Tensor, other: torch.Tensor) -> dict[str, list[float]]:
     """Per video of [n, 3, F, Y, X] in [0, 1]: PSNR (dB), SSIM, flicker, and if its network is there
     the perceptual distance of frames ("perceptual") and of their changes ("changes").
 
     Flicker is the mean difference between the two videos' changes from frame to frame, in 1/255.
-
-    Args:
-        ssim: of two frames [Y, X, channels].
     """
     error = (dense.double() - other.double()).square().mean((1, 2, 3, 4)).tolist()
     change = (dense.diff(dim=2) - other.diff(dim=2)).abs().mean((1, 2, 3, 4)) * 255

@@ -47,6 +47,8 @@ class LabModel:
         rich: whether its scenes have textures, see `procedural_video.random_scene`.
         world: the module that draws its scenes.
         recipe: arguments of `tests/tiny_model/train.py` that train it; minutes come on top.
+        known: latent frames that are given, of held-out clips of `natural_clips.py`; 0 for a model
+            that is told by text what to show.
     """
 
     name: str
@@ -60,6 +62,7 @@ class LabModel:
     rich: bool = False
     world: ModuleType = video
     recipe: str = ""
+    known: int = 0
 
     @property
     def path(self) -> Path:
@@ -110,9 +113,15 @@ UNTRAINED = {
         world=rendered_video,
         recipe="--rich --world rendered --bits 4 --qk-gain 1.3 --gate 0.3 --lr 2.5e-3 --ema 0.995 "
         "--workers 5 --log-every 200 --heads 3 --head-dim 128 --family wan --layers 6 --ffn 1024 "
-        "--stages 1x56x72x64:0.3:3:0.2,4x56x72x14:0.25:6,16x56x72x3:0.45:12 --check 16x56x72x20",
+        "--stages 1x56x72x64:0.3:3:0.2,4x56x72x16:0.25:6,16x56x72x4:0.45:12 --again 2 "
+        "--check 16x56x72x20",
+    ),
+    # 20,480 tokens; `train_natural.py` trains it
+    "natural": LabModel(
+        "natural", "wan", heads=3, head_dim=128, layers=7, latent=(20, 64, 64), known=4
     ),
 }  # fmt: skip
+CLIPS = "python tests/lab/natural_clips.py --out .adaspa/natural/clips.zip"  # what `known` takes
 
 
 def load(spec: LabModel, comfyui: str):

@@ -29,6 +29,7 @@ import torch
 SIDE, LONGEST = 128, 176  # pixels: the shorter side, and what is kept of the longer one
 LEAST_FRAMES, MOST_FRAMES = 20, 160
 HELD_OUT = 24  # groups of clips
+ENLARGED = 0.75  # least size of a training window, of the largest that fits
 CUT = 30  # of 255: mean change of a picture of 8 x 8 from one frame to the next
 
 
@@ -191,14 +192,20 @@ class Clips:
         self.frames = [frames.to(device) for frames in self.frames]
         return self
 
+    def of_length(self, frames: int) -> list[int]:
+        """Numbers of the clips that have so many frames, of all where none has."""
+        long = [n for n, clip in enumerate(self.frames) if len(clip) >= frames]
+        return long or list(range(len(self)))
+
     def window(
         self, number: int, frames: int, height: int, width: int, rng: random.Random | None = None
     ) -> torch.Tensor:
         """[3, frames, height, width] in [0, 1] of one clip.
 
         Args:
-            rng: draws the place, a size from the whole clip down to pixel for pixel, a flip, the
-                direction and the speed (1 or 2); None for the middle of the clip's beginning.
+            rng: draws the place, a size from the whole clip down to pixel for pixel or a little
+                below, a flip, the direction, the speed (1 or 2), light and contrast; None for the
+                middle of the clip's beginning.
 
         A clip that is too short goes on backwards, like a pendulum.
         """
@@ -212,7 +219,7 @@ class Clips:
         if rng and rng.random() < 0.2:
             order = order.flip(0)
         most = min(y / height, x / width)
-        scale = rng.uniform(min(1.0, most), most) if rng else most
+        scale = rng.uniform(min(1.0, ENLARGED * most), most) if rng else most
         h, w = min(round(height * scale), y), min(round(width * scale), x)
         top = rng.randint(0, y - h) if rng else (y - h) // 2
         left = rng.randint(0, x - w) if rng else (x - w) // 2
@@ -221,8 +228,9 @@ class Clips:
             cut = torch.nn.functional.interpolate(
                 cut, (height, width), mode="bilinear", antialias=True
             )
-        if rng and rng.random() < 0.5:
-            cut = cut.flip(-1)
+        if rng:
+            cut = cut.flip(-1) if rng.random() < 0.5 else cut
+            cut = (cut - 0.5) * rng.uniform(0.85, 1.15) + 0.5 + rng.uniform(-0.06, 0.06)
         return cut.transpose(0, 1).clamp(0, 1)
 
 

@@ -21,7 +21,6 @@ import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 from metrics import likeness  # noqa: E402
 
-from sparse_attn.video_metrics import ssim  # noqa: E402
 from tests.bench.record import facts  # noqa: E402
 
 FRAMES, HEIGHT = 9, 160
@@ -87,7 +86,7 @@ def measured(clip: torch.Tensor, amounts=AMOUNTS) -> dict[str, list[dict[str, fl
     for distort, chosen in amounts.items():
         for amount in chosen:
             other = distort(clip, amount).clamp(0, 1)
-            like = likeness(clip[None], other[None], ssim)
+            like = likeness(clip[None], other[None])
             row = {name: round(values[0], 5) for name, values in like.items()}
             found.setdefault(distort.__name__, []).append({"amount": amount, **row})
     return found

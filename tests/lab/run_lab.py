@@ -39,6 +39,7 @@ class Lab:
         self.options = options
         self.began = time.perf_counter()
         self.readers = Readers() if options.task else None
+        self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self.subjects, self.videos, self.weights = {}, {}, {}
         self.rows, self.dense = [], {}
         self.done = set()
@@ -48,12 +49,13 @@ class Lab:
 
     def subject(self, name):
         if name not in self.subjects:
-            from generation import Subject
+            import generation
 
-            spec = MODELS[name]
-            subject = Subject(spec, self.options.comfyui, self.options.seeds, self.options.latent)
+            o = self.options
+            subject = generation.subject(name, o.comfyui, o.seeds, o.latent, o.clips)
             self.subjects[name] = subject
-            self.weights[name] = hashlib.sha256(spec.path.read_bytes()).hexdigest()[:12]
+            data = MODELS[name].path.read_bytes()
+            self.weights[name] = hashlib.sha256(data).hexdigest()[:12]
             print(f"{name}: {subject.layout.describe()}, {self.seconds():.0f} s", flush=True)
         return self.subjects[name]
 
@@ -69,7 +71,8 @@ class Lab:
         return video
 
     def read(self, subject, videos):
-        return self.readers.read(subject.scenes, videos) if self.readers else None
+        asked = self.readers and subject.readable
+        return self.readers.read(subject.scenes, videos) if asked else None
 
     def job(self, name, schedule, density, rules):
         rules = [r if r.density else r.but(r.name, density=density) for r in rules]
@@ -110,7 +113,7 @@ class Lab:
             "recall_by_layer": held,
             "searches": run.searches,
             "task": self.read(self.subject(name), run.video),
-            **likeness(dense, run.video),
+            **likeness(dense.to(self.device), run.video.to(self.device)),
         }
         if run.similar is not None:
             row["share_by_similarity"] = round(run.similar, 3)
@@ -156,6 +159,7 @@ def main():
     parser.add_argument("--seeds", type=int, default=8)
     parser.add_argument("--latent", type=latent_size, help="TxHxW instead of the models' own")
     parser.add_argument("--seconds", type=float, default=1e9, help="stop after this long")
+    parser.add_argument("--clips", type=Path, help="file of natural_clips.py, for natural")
     parser.add_argument("--task", action=argparse.BooleanOptionalAction, default=True)
     options = parser.parse_args()
     torch.set_float32_matmul_precision("high")

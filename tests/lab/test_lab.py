@@ -247,7 +247,7 @@ def test_all_weights_leave_room_for_a_further_model():
     assert sum(spec.path.stat().st_size for spec in models.MODELS.values()) <= 30e6
 
 
-@pytest.mark.parametrize("name", [*train_models.TRAINED, *models.UNTRAINED])
+@pytest.mark.parametrize("name", train_models.RECIPES)
 def test_a_training_makes_the_model_and_ends_at_its_size(name, tmp_path):
     spec = train_models.RECIPES[name]
     options = Namespace(comfyui="", out=tmp_path, minutes=1.0, more="--seed 5")

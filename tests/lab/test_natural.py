@@ -4,6 +4,7 @@ import json
 import random
 import sys
 import zipfile
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -14,6 +15,9 @@ TESTS = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(TESTS / "lab"), str(TESTS / "tiny_model")]
 
 import check_model  # noqa: E402
+import continuation  # noqa: E402
+import generation  # noqa: E402
+import models  # noqa: E402
 import natural_clips  # noqa: E402
 import networks  # noqa: E402
 import procedural_video as video  # noqa: E402
@@ -22,6 +26,7 @@ import train  # noqa: E402
 import train_natural  # noqa: E402
 from natural_clips import Clips, Package  # noqa: E402
 from PIL import Image  # noqa: E402
+from rule import Rule  # noqa: E402
 
 FRAMES = 22
 
@@ -75,6 +80,9 @@ def test_a_clip_is_parted_where_the_picture_changes_at_once():
 def test_whole_templates_are_held_out(clips_file):
     seen, judged = (Clips(clips_file, part) for part in ("train", "held out"))
     assert len(seen) + len(judged) == 12 and len(judged) >= 3
+    assert seen.of_length(FRAMES) == seen.of_length(10**6) == list(range(len(seen)))
+    seen.frames[1] = seen.frames[1][:-1]
+    assert 1 not in seen.of_length(FRAMES) and len(seen.of_length(FRAMES)) == len(seen) - 1
     groups = [{natural_clips.group_of(name) for name in part.names} for part in (seen, judged)]
     assert not groups[0] & groups[1]
     many = [f"template {n}" for n in range(200)]
@@ -98,29 +106,30 @@ def test_windows_are_cut_in_space_and_time(clips_file):
 
 def test_what_is_known_is_told_in_the_channels_of_image_to_video():
     latent = torch.randn(2, 16, 4, 2, 3)
-    found = train_natural.conditions(latent, torch.tensor([0, 3]))
+    found = continuation.conditions(latent, torch.tensor([0, 3]))
     assert found.shape == (2, 20, 4, 2, 3) and not found[0].any()
-    assert (found[1, :4, :3] == 1).all() and not found[1, :, 3].any()
+    assert (found[1, :4, :3] == 1).all() and not found[1, :4, 3].any()
     assert torch.equal(found[1, 4:, :3], latent[1, :, :3])
+    assert torch.equal(found[1, 4:, 3], latent[1, :, 2]), "the last known one goes on"
 
 
 def test_linear_motion_continues_a_picture_that_moves_as_a_whole():
     picture = torch.rand(3, 24, 32)
     clip = torch.stack([torch.roll(picture, (n, 2 * n), (1, 2)) for n in range(6)], 1)
-    guess = train_natural.linear_motion(clip, 3)
+    guess = continuation.linear_motion(clip, 3)
     assert torch.equal(guess, clip)
-    assert torch.equal(train_natural.linear_motion(clip.flip(1), 3), clip.flip(1))
+    assert torch.equal(continuation.linear_motion(clip.flip(1), 3), clip.flip(1))
 
 
 def test_a_copy_is_nearer_to_a_training_clip_than_anything_else(clips_file):
     clips = Clips(clips_file)
+    looks = continuation.all_looks(clips, 8, 128, 128)
     copy = clips.window(2, FRAMES, 128, 128)[:, 7:15]
-    apart, name = train_natural.nearest(copy, clips)
-    assert name == clips.names[2] and apart < 0.01
-    mirrored, name = train_natural.nearest(copy.flip(3), clips)
-    assert name == clips.names[2] and mirrored < 0.01
+    for same in (copy, copy.flip(3)):
+        apart, number = continuation.nearest(same, looks)
+        assert number == 2 and apart < 0.01
     scene = rendered_video.random_scene(random.Random(0), 8, 1.0)
-    assert train_natural.nearest(rendered_video.render([scene], 8, 64, 64)[0], clips)[0] > 0.08
+    assert continuation.nearest(rendered_video.render([scene], 8, 64, 64)[0], looks)[0] > 0.08
 
 
 def options(clips_file, folder, *more):
@@ -129,7 +138,9 @@ def options(clips_file, folder, *more):
     return train_natural.parser().parse_args([str(word) for word in (*words, *more)])
 
 
-def test_a_training_goes_on_where_it_stopped_and_comfyui_loads_it(clips_file, comfyui, tmp_path):
+def test_a_training_goes_on_where_it_stopped_and_comfyui_loads_it(
+    clips_file, comfyui, tmp_path, monkeypatch
+):
     small = ["--comfyui", comfyui, "--stages", "1x8x8x2:0.5:3,4x8x8x2:0.5:6", "--bits", 8]
     args = options(clips_file, tmp_path, *small, "--steps", 2, "--of", 1e9)
     device = torch.device("cpu")
@@ -152,17 +163,41 @@ def test_a_training_goes_on_where_it_stopped_and_comfyui_loads_it(clips_file, co
     latent = torch.randn(2, 16, 4, 8, 8)
     seen = []
     handle = inner.patch_embedding.register_forward_pre_hook(lambda _, x: seen.append(x[0]))
-    made = train_natural.continued(model, latent, 2, steps=2, seed=0)
+    made = continuation.continued(model, latent, 2, steps=2, seed=0)
     handle.remove()
     assert made.shape == latent.shape and made.isfinite().all()
-    expected = train_natural.conditions(latent, torch.tensor([2, 2]))
+    expected = continuation.conditions(latent, torch.tensor([2, 2]))
     torch.testing.assert_close(seen[0][:, 16:].float().cpu(), expected, atol=2e-2, rtol=1e-2)
 
-    check = train_natural.check(path, args, known=2, count=1)
+    check = continuation.check(
+        path, str(comfyui), clips_file, (8, 16, 16), 20, tmp_path, known=2, count=1
+    )
     (row,) = check["rows"]
     assert {"model", "last frame", "linear motion", "nearest", "memorised"} < set(row)
     assert row["last frame"]["psnr"] > row["model"]["psnr"], "after four steps"
     assert (tmp_path / "continued.png").is_file()
+
+    # as a model of the lab
+    spec = replace(
+        {**models.MODELS, **models.UNTRAINED}["natural"],
+        heads=1,
+        layers=1,
+        latent=(8, 8, 8),
+        known=2,
+    )
+    monkeypatch.setattr(models, "WEIGHTS", tmp_path)
+    monkeypatch.setitem(models.MODELS, "natural", spec)
+    with pytest.raises(ValueError, match=r"natural continues clips: python .*natural_clips"):
+        generation.subject("natural", str(comfyui), 2)
+    subject = generation.subject("natural", str(comfyui), 2, clips=clips_file)
+    assert subject.prompts == Clips(clips_file, "held out").names[:2]
+    dense = subject.dense(3)
+    assert dense.shape == (2, 3, 12, 16, 16), "without the frames that were given"
+    window = Clips(clips_file, "held out").window(0, 16, 16, 16)
+    assert torch.equal(subject.given[:1], video.encode(window[None]))
+    kept = subject.run(Rule("all", 1.0, order="similarity", tail="pooled"), "8")
+    assert sorted(kept.recall) == [0]
+    assert float((kept.video - subject.dense(8)).abs().max()) < 2e-3
 
 
 def test_the_recipe_ends_at_20_000_tokens_and_its_state_travels(comfyui, tmp_path):

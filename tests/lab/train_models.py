@@ -15,8 +15,8 @@ from pathlib import Path
 
 from models import MODELS, TINY, UNTRAINED
 
-TRAINED = [name for name, spec in MODELS.items() if spec.recipe]
-RECIPES = {**MODELS, **UNTRAINED}
+RECIPES = {name: s for name, s in {**MODELS, **UNTRAINED}.items() if s.recipe}
+TRAINED = [name for name in RECIPES if name in MODELS]
 
 
 def command(name: str, options) -> list[str]:
@@ -32,7 +32,7 @@ def main():
     parser.add_argument("--comfyui", default=os.environ.get("COMFYUI_PATH", ""))
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--minutes", type=float, default=8.0, help="for training, checks on top")
-    parser.add_argument("--models", nargs="+", choices=[*TRAINED, *UNTRAINED], default=TRAINED)
+    parser.add_argument("--models", nargs="+", choices=tuple(RECIPES), default=TRAINED)
     parser.add_argument("--more", default="", help="more arguments for train.py, in one string")
     options = parser.parse_args()
     running = [subprocess.Popen(command(name, options)) for name in options.models]

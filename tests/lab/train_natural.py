@@ -5,11 +5,12 @@
         --minutes 9 --of 27 --state .adaspa/natural/state --out OUT
 
 ComfyUI's Wan class with the 20 channels of its image-to-video models: 4 say which latent frames are known,
-16 hold them. The network, the optimisers and the loss are those of `tests/tiny_model/train.py`; text stays
+16 hold them, and the last of them in place of those that follow. The network, the optimisers and the loss are those of `tests/tiny_model/train.py`; text stays
 empty. A further call with the same `--state` goes on: masters in bf16 and their average in 8 bits are kept,
 in files below 16 MB; moments begin anew. `training.json` has the loss on clips that are trained on and on those
 held out; `--check` samples continuations of held-out clips and compares them with two plain guesses and
-with the nearest clip of the training.
+with the nearest clip of the training (`continuation.py`). Weights and record are written every two
+minutes, for a call that is cut short.
 """
 
 import argparse
@@ -31,27 +32,16 @@ import safetensors.torch  # noqa: E402
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 import train  # noqa: E402
+from continuation import check, conditions  # noqa: E402
 from natural_clips import Clips  # noqa: E402
 from torch.nn.attention import sdpa_kernel  # noqa: E402
 
 from tests.bench.record import facts  # noqa: E402
 
 # 20,480 tokens at the end
-STAGES = "1x64x64x64:0.25:3,5x64x64x16:0.3:6,20x64x64x4:0.45:12"
-KNOWN = (0, 1, 2, 4)  # latent frames that may be given; none one time in ten
+STAGES = "1x64x64x64:0.15:3,5x64x64x16:0.35:6,20x64x64x4:0.5:10"
+KNOWN = (1, 2, 4, 4, 4)  # latent frames that may be given; none one time in twenty
 SHARD = 15_000_000  # bytes of a file of the state
-LOOK = 16  # rows and columns by which clips are compared with what they may have been learned from
-
-
-def conditions(latent: torch.Tensor, known: torch.Tensor) -> torch.Tensor:
-    """[N, 20, T, H, W]: 4 channels of ones where frames are given, and those frames, else zeros.
-
-    Args:
-        latent: [N, 16, T, H, W]. known: [N], how many of the first frames are given.
-    """
-    frames = torch.arange(latent.shape[2], device=latent.device)
-    given = (frames < known[:, None]).to(latent)[:, None, :, None, None]
-    return torch.cat((given.expand(-1, 4, -1, *latent.shape[3:]), latent * given), 1)
 
 
 class Trainer(train.Trainer):
@@ -111,10 +101,12 @@ class Trainer(train.Trainer):
         found = []
         with torch.random.fork_rng():
             torch.manual_seed(1)
+            long = clips.of_length(pixels(stage)[0])
             for first in range(0, count, stage.count):
-                chosen = [number % len(clips) for number in range(first, first + stage.count)]
+                chosen = [long[n % len(long)] for n in range(first, first + stage.count)]
                 windows = torch.stack([clips.window(number, *pixels(stage)) for number in chosen])
-                known = torch.full((stage.count,), min(1, stage.frames - 1), device=self.device)
+                known = torch.full((stage.count,), min(KNOWN[-1], stage.frames // 2))
+                known = known.to(self.device)
                 latent = video.encode(windows.to(self.device))
                 found.append(float(self.loss(latent, known, stage.shift).detach()))
         self.publish(self.masters, self.bits)
@@ -127,11 +119,11 @@ def pixels(stage: train.Stage) -> tuple[int, int, int]:
 
 def batch(clips: Clips, stage: train.Stage, rng: random.Random, device):
     """Latents [N, 16, T, H, W] of windows of random clips, and how many frames are known."""
-    chosen = [rng.randrange(len(clips)) for _ in range(stage.count)]
+    long = clips.of_length(pixels(stage)[0])
+    chosen = [rng.choice(long) for _ in range(stage.count)]
     windows = torch.stack([clips.window(number, *pixels(stage), rng) for number in chosen])
-    most = max(stage.frames // 2, min(1, stage.frames - 1))
-    known = [0 if rng.random() < 0.1 else rng.choice(KNOWN[1:]) for _ in chosen]
-    known = torch.tensor([min(k, most) for k in known], device=device)
+    known = [0 if rng.random() < 0.05 else rng.choice(KNOWN) for _ in chosen]
+    known = torch.tensor([min(k, stage.frames // 2) for k in known], device=device)
     return video.encode(windows.to(device)), known
 
 
@@ -147,7 +139,7 @@ def run(args, device) -> tuple[Trainer, dict]:
     rng = random.Random(f"{args.seed} {trainer.steps}")
     clips, others = (Clips(args.clips, part).to(device) for part in ("train", "held out"))
     stages = train.stages(args)
-    clock = time.monotonic()
+    clock = saved = time.monotonic()
     while (spent := time.monotonic() - began) < 60 * args.minutes and trainer.steps < args.steps:
         progress = min((before + spent) / (60 * args.of), 1.0)
         ends = [sum(s.share for s in stages[: i + 1]) for i in range(len(stages))]
@@ -167,106 +159,26 @@ def run(args, device) -> tuple[Trainer, dict]:
             told["log"].append(row)
             print(json.dumps(row), flush=True)
             losses, clock = [], time.monotonic()
+        if time.monotonic() - saved > 60 * args.save_every:
+            told["seconds"] = round(before + time.monotonic() - began, 1)
+            write(args, trainer, told)
+            saved = time.monotonic()
     told["seconds"] = round(before + time.monotonic() - began, 1)
     trainer.keep(args.state, told)
     return trainer, told
 
 
-def continued(model, latent: torch.Tensor, known: int, steps: int, seed: int, attention=None):
-    """Model-space latents [N, 16, T, H, W] that ComfyUI's sampler makes of the first `known` frames.
-
-    Args:
-        attention: an `optimized_attention_override`, or None.
-    """
-    import comfy.sample
-
-    clone = model.clone()
-    if attention is not None:
-        clone.model_options["transformer_options"]["optimized_attention_override"] = attention
-    counts = torch.full((len(latent),), known)
-    found = conditions(latent, counts)
-    outside = model.get_model_object("latent_format").process_out
-    text = torch.zeros(len(latent), video.TEXT_TOKENS, video.TEXT_DIM)
-    told = {"concat_latent_image": outside(found[:, 4:]), "concat_mask": 1 - found[:, :4]}
-    empty = torch.zeros_like(latent)
-    out = comfy.sample.sample(
-        clone, comfy.sample.prepare_noise(empty, seed), steps, 1.0, "euler", "simple",
-        [[text, told]], [[text, told]], empty, denoise=1.0, disable_pbar=True, seed=seed,
-    )  # fmt: skip
-    return model.get_model_object("latent_format").process_in(out.float().cpu())
-
-
-def linear_motion(clip: torch.Tensor, known: int) -> torch.Tensor:
-    """[3, F, Y, X]: the last of `known` frames, shifted on as the whole picture moved to it.
-
-    The shift between the last two known frames is the peak of their phase correlation.
-    """
-    before, last = clip[:, known - 2].mean(0), clip[:, known - 1].mean(0)
-    cross = torch.fft.fft2(last) * torch.fft.fft2(before).conj()
-    peak = int(torch.fft.ifft2(cross / cross.abs().clamp(min=1e-9)).real.argmax())
-    height, width = last.shape
-    dy, dx = peak // width, peak % width
-    dy, dx = dy - height * (dy > height // 2), dx - width * (dx > width // 2)
-    guess = clip.clone()
-    for ahead in range(clip.shape[1] - known):
-        guess[:, known + ahead] = torch.roll(
-            clip[:, known - 1], ((ahead + 1) * dy, (ahead + 1) * dx), (1, 2)
-        )
-    return guess
-
-
-def looks(clip: torch.Tensor) -> torch.Tensor:
-    """[F, LOOK * LOOK]: small grey frames of [3, F, Y, X] in [0, 1]."""
-    return F.adaptive_avg_pool2d(clip.mean(0)[:, None], LOOK).flatten(1)
-
-
-def nearest(clip: torch.Tensor, clips: Clips) -> tuple[float, str]:
-    """How far, as RMS of small grey frames, the nearest stretch of the clips is, and of which clip."""
-    mine, best = looks(clip), (float("inf"), "")
-    for number, name in enumerate(clips.names):
-        length = max(len(clips.frames[number]), clip.shape[1])
-        theirs = looks(clips.window(number, length, *clip.shape[2:]))
-        for look in (theirs, theirs.unflatten(1, (LOOK, LOOK)).flip(2).flatten(1)):
-            stretches = look.unfold(0, len(mine), 1).movedim(-1, 1)  # [places, F, LOOK * LOOK]
-            apart = (stretches - mine).square().mean((1, 2)).sqrt().min()
-            best = min(best, (float(apart), name))
-    return best
-
-
-def check(path: Path, args, known: int = 4, count: int = 8) -> dict:
-    """Continuations of held-out clips against plain guesses, and whether they are copies."""
-    import check_model
-    from metrics import likeness
-
-    from sparse_attn.video_metrics import ssim
-
-    model = check_model.load(path, args.comfyui)
-    clips, others = (Clips(args.clips, part) for part in ("train", "held out"))
-    stage = train.stages(args)[-1]
-    known = min(known, stage.frames // 2)
-    given = video.FRAMES_PER_LATENT * known
-    rows, sheet = [], []
-    for number in range(min(count, len(others))):
-        truth = others.window(number, *pixels(stage))
-        latent = video.encode(truth[None])
-        made = video.decode(continued(model, latent, known, args.sampled, number))[0].clamp(0, 1)
-        still = truth.clone()
-        still[:, given:] = truth[:, given - 1 : given]
-        guesses = {"model": made, "last frame": still, "linear motion": linear_motion(truth, given)}
-        row: dict = {"clip": others.names[number]}
-        for name, guess in guesses.items():
-            like = likeness(truth[None, :, given:], guess[None, :, given:], ssim)
-            row[name] = {key: round(values[0], 4) for key, values in like.items()}
-        copied, of = nearest(made[:, given:], clips)
-        natural, _ = nearest(truth[:, given:], clips)
-        # a copy lies much nearer to a training clip than another clip's true continuation does
-        row["nearest"] = {"clip": of, "sample": round(copied, 4), "truth": round(natural, 4)}
-        row["memorised"] = copied < 0.5 * natural
-        rows.append(row)
-        sheet += [truth, made]
-        print(json.dumps(row), flush=True)
-    check_model.contact_sheet(torch.stack(sheet), args.out / "continued.png", columns=8, scale=1)
-    return {"known": known, "rows": rows, "memorised": sum(row["memorised"] for row in rows)}
+def write(args, trainer: Trainer, told: dict) -> tuple[Path, dict]:
+    """The averaged weights as they are now, and the record beside them, which is returned."""
+    path = args.out / "natural.safetensors"
+    trainer.save(path, args.bits)
+    settings = {k: str(v) for k, v in vars(args).items() if k not in ("comfyui", "out", "state")}
+    record = {
+        "settings": settings, "parameters": sum(m.numel() for m in trainer.masters), **told,
+        "steps": trainer.steps, "bytes": path.stat().st_size, **facts(),
+    }  # fmt: skip
+    (args.out / "training.json").write_text(json.dumps(record, indent=1) + "\n")
+    return path, record
 
 
 def parser() -> argparse.ArgumentParser:
@@ -289,6 +201,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--bits", type=int, choices=(4, 8, 16), default=4)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--log-every", type=int, default=200)
+    parser.add_argument("--save-every", type=float, default=2.0, help="minutes")
     parser.add_argument("--looked-at", type=int, default=16, help="clips per held-out loss")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--check", action=argparse.BooleanOptionalAction, default=False)
@@ -315,16 +228,10 @@ def main():
         train.fastest_backends(args.heads, args.head_dim, tokens, device), set_priority=True
     ):
         trainer, told = run(args, device)
-        path = args.out / "natural.safetensors"
-        trainer.save(path, args.bits)
-    settings = {k: str(v) for k, v in vars(args).items() if k not in ("comfyui", "out", "state")}
-    record = {
-        "settings": settings, "parameters": sum(m.numel() for m in trainer.masters), **told,
-        "steps": trainer.steps, "bytes": path.stat().st_size, **facts(),
-    }  # fmt: skip
-    (args.out / "training.json").write_text(json.dumps(record, indent=1) + "\n")
+        path, record = write(args, trainer, told)
     if args.check:
-        record["check"] = check(path, args)
+        size = pixels(train.stages(args)[-1])
+        record["check"] = check(path, args.comfyui, args.clips, size, args.sampled, args.out)
         (args.out / "training.json").write_text(json.dumps(record, indent=1) + "\n")
 
 

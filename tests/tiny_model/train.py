@@ -18,6 +18,7 @@ import os
 import platform
 import random
 import time
+from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,8 +30,9 @@ import torch.nn.functional as F
 from networks import precision
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-# 1,040, 3,024 and 8,320 tokens
 WORLDS = {"shapes": video, "rendered": rendered_video}
+POOL = 32  # batches
+# 1,040, 3,024 and 8,320 tokens
 STAGES = "8x20x26x96:0.30,12x28x36x32:0.22,16x40x52x12:0.48"
 
 
@@ -281,13 +283,22 @@ def learning_rate(args, step: int, progress: float) -> float:
 
 
 def batches(args, stage: Stage, device, seed=None, workers: int | None = None):
-    """Endless latents [N, 16, T, H, W] and text of one stage."""
+    """Endless latents [N, 16, T, H, W] and text of one stage.
+
+    In training `args.again` of the last `POOL` batches follow every new one, where drawing takes as
+    long as learning.
+    """
     pixels = video.FRAMES_PER_LATENT * stage.frames, 2 * stage.height, 2 * stage.width
     aspect = stage.width / stage.height
+    again = 0 if seed else args.again
     seed, workers = seed or args.seed, args.workers if workers is None else workers
     data = Data(seed, args.rich, stage.count, pixels[0], aspect, stage.plain, args.world)
+    kept, rng = deque(maxlen=POOL), random.Random(seed)
     for scenes, text in torch.utils.data.DataLoader(data, batch_size=None, num_workers=workers):
-        yield video.encode(data.world.paint(scenes.to(device), *pixels)), text.to(device)
+        drawn = data.world.paint(scenes.to(device), *pixels)
+        kept.append((video.encode(drawn), text.to(device)))
+        yield kept[-1]
+        yield from (rng.choice(kept) for _ in range(again))
 
 
 def train(args, device, started: float) -> tuple[Trainer, list[dict]]:
@@ -358,6 +369,7 @@ def parser() -> argparse.ArgumentParser:
         help="a weight in the saved file, or as many more as the held-out loss asks for",
     )  # fmt: skip
     parser.add_argument("--workers", type=int, default=4, help="processes that draw scenes")
+    parser.add_argument("--again", type=int, default=0, help="old batches after every new one")
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--optimizer", choices=("muon", "adamw"), default="muon")
     parser.add_argument("--shift", type=float, default=6.0, help="of the noise levels in training")
