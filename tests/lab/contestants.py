@@ -3,7 +3,7 @@
 In a group of `QUESTIONS` every rule is compared with the first one, its base.
 """
 
-from rule import PAPER, Rule, of_preset
+from rule import AT_TAU, PAPER, Rule, of_preset
 
 SOL = Rule("pooled threshold every step, tail (Sol-Attn's rule)", score="threshold", tail="pooled")
 SLA = Rule("pooled top-k every step (SLA's rule)", score="pooled")
@@ -25,6 +25,7 @@ RIVALS = [
     Rule("random blocks", score="random"),
     PLAIN.but("exact masses, raster", again=()),
 ]
+AS_TIMED = Rule("Sol-Attn's own op, tau 1.3, after 20 % dense steps", score=AT_TAU, warmup=0.2)
 OP = [
     SOL,
     Rule("Sol-Attn's own op, threshold", score="sol op"),
@@ -78,6 +79,7 @@ GROUPS = {
     "decide": [PAPER, SOL, POSITION, TWO, THREE, WIDE], "rivals": RIVALS, "sol op": OP,
     "eight": EIGHT, "eight first": EIGHT_FIRST, "one": [ONE], "low": [TWO, THREE, PAPER, SOL],
     "long": [PAPER, TWO, THREE, SOL], "earlier": [EARLIER], "lead": [PAPER, EARLIER], "sol": [SOL],
+    "as timed": [AS_TIMED],
     "presets": [of_preset(name) for name in ("Quality", "Balanced", "Fast", "Paper")],
     **QUESTIONS,
 }  # fmt: skip

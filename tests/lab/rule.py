@@ -1,11 +1,13 @@
 """One way to run the sparse steps of a generation, as a frozen value."""
 
 from dataclasses import dataclass, fields, replace
+from math import ceil
 
 from sparse_attn.config import BLOCK_SIZES, PRESETS, AdaSpaConfig
 
 # Sol-Attn as comfy-kitchen runs it
-OP_SCORES = ("sol op", "sol op top-k")
+AT_TAU = "sol op at tau 1.3"
+OP_SCORES = ("sol op", "sol op top-k", AT_TAU)
 
 
 @dataclass(frozen=True)
@@ -22,7 +24,8 @@ class Rule:
             order with a tail and none without.
         head_adaptive, precision, search_gap, query_stride: as in `AdaSpaConfig`.
         again: shares of the schedule at which the pack searches again.
-        warmup: share of the steps before the first search, None for the schedule's own.
+        warmup: share of the steps before the first search, None for the schedule's own; of a preset
+            as its user sets it, by which the pack decides on few steps.
     """
 
     name: str
@@ -67,7 +70,7 @@ class Rule:
         steps, first = first_search(self, schedule)
         return AdaSpaConfig(
             sparsity=1 - self.density, block_size=sizes[self.block_q, self.block_k],
-            warmup=first / steps, search_points=self.again, search_gap=self.search_gap,
+            warmup=first / steps if self.warmup is None else self.warmup, search_points=self.again, search_gap=self.search_gap,
             head_adaptive=self.head_adaptive, tail=self.tail, precision=self.precision,
             token_order="position" if self.order == "raster" else self.order, min_tokens=0,
             query_stride=self.query_stride,
@@ -75,13 +78,20 @@ class Rule:
 
 
 # steps, and the step of the first search
-SCHEDULES = {"20": (20, 2), "50": (50, 10), "8": (8, 1), "8 from the start": (8, 0)}
+SCHEDULES = {
+    "20": (20, 2), "50": (50, 10), "8": (8, 1), "8 from the start": (8, 0), "6": (6, 1), "4": (4, 1),
+}  # fmt: skip
 
 
 def first_search(rule: Rule, schedule: str) -> tuple[int, int]:
     """Steps of the schedule, and the one of the rule's first search."""
     steps, first = SCHEDULES[schedule]
-    return steps, first if rule.warmup is None else round(rule.warmup * steps)
+    if rule.warmup is None:
+        return steps, first
+    if rule.score == AT_TAU:
+        # its share of dense steps rounds up, and its first sparse step chooses its own blocks
+        return steps, ceil(rule.warmup * steps) - 1
+    return steps, max(round(rule.warmup * steps), 1 if rule.warmup else 0)
 
 
 def of_preset(name: str) -> Rule:

@@ -3,8 +3,9 @@
     python tests/lab/run_forecast.py --comfyui PATH --models tiny wan128 --out OUT/forecast.json
 
 Every contestant samples the prompts and seeds of the dense run, one by one, since a gate or a cache
-decides for a whole batch. Rows count the calls of the model that were really made. The result is
-rewritten after every row; with `--more` rows of an earlier result are kept and not made again.
+decides for a whole batch. Rows count the calls of the model that were really made, and the steps of
+each kind, on average; `equal_time.py` makes seconds of a large model of them. The result is rewritten
+after every row; with `--more` rows of an earlier result are kept and not made again.
 """
 
 import argparse
@@ -12,6 +13,8 @@ import json
 import statistics
 import sys
 import time
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -26,6 +29,7 @@ from generation import Subject  # noqa: E402
 from models import MODELS  # noqa: E402
 from run_lab import latent_size  # noqa: E402
 
+from sparse_attn.config import PRESETS  # noqa: E402
 from sparse_attn.forecast.plan import LEVELS, Level  # noqa: E402
 from sparse_attn.video_metrics import mean_squared_error, psnr  # noqa: E402
 from tests.bench.record import facts  # noqa: E402
@@ -58,21 +62,44 @@ def cache(node: str, threshold: float):
 
 def contestants(steps: int) -> dict[str, tuple]:
     """By name, what is done to the model, and the steps that are sampled."""
-    found: dict[str, tuple] = {}
+    found: dict[str, tuple] = {name: (forecast(level), steps) for name, level in LEVELS.items()}
     for fewer in (0.7, 0.65, 0.6, 0.5):
         found[f"{round(fewer * steps)} steps"] = lambda model: model, round(fewer * steps)
-    for threshold in (0.02, 0.05, 0.1, 0.2):
-        found[f"EasyCache {threshold}"] = cache("EasyCacheNode", threshold), steps
+    for threshold in (0.05, 0.1, 0.2, 0.02):
         found[f"LazyCache {threshold}"] = cache("LazyCacheNode", threshold), steps
+        found[f"EasyCache {threshold}"] = cache("EasyCacheNode", threshold), steps
     for in_row, name in ((1, "every other"), (2, "two of three"), (3, "three of four")):
         for degree, shape in enumerate(NAMES):
             found[f"{name}, {shape}"] = forecast(Level(degree, in_row, NEVER)), steps
-    for name, level in LEVELS.items():
-        found[name] = forecast(level), steps
     return found
 
 
-class Counter:
+def entries(steps: int, presets) -> dict[str, tuple]:
+    """The contestants without AdaSpa and behind each preset: (preset or None, install, steps)."""
+    found: dict[str, tuple] = {preset: (preset, lambda model: model, steps) for preset in presets}
+    for name, how in contestants(steps).items():
+        found[name] = None, *how
+        found |= {f"{preset}, {name}": (preset, *how) for preset in presets}
+    return found
+
+
+def kinds_done(told) -> list[str]:
+    """What each step of a run with AdaSpa did, by the names of `bench_model`'s steps."""
+    kinds, owed = [], False
+    for step, planned in enumerate(told.step_kinds()):
+        left_out = planned != "forecast" and told.was_skipped(step)
+        kind = "skipped" if left_out else planned
+        # a search that a cache has skipped takes place at the next step
+        if kind == "sparse" and owed:
+            kind = "search"
+        owed = left_out and (owed or planned == "search")
+        if kind == "search" and (told.schedule.sparse_search or "sparse" in kinds):
+            kind = "search_again"
+        kinds.append(kind)
+    return kinds
+
+
+class Calls:
     """Counts the calls that a model makes of its first block."""
 
     def __init__(self, patcher):
@@ -88,29 +115,37 @@ class Counter:
 class Contest:
     def __init__(self, name: str, options):
         self.subject = Subject(MODELS[name], options.comfyui, options.seeds, options.latent)
-        self.counter = Counter(self.subject.model)
+        self.counter = Calls(self.subject.model)
         self.dense: list[torch.Tensor] = []
 
-    def sample(self, model, steps: int, seed: int) -> tuple[torch.Tensor, int]:
-        """A video [1, 3, F, Y, X] in [0, 1], and how often the model was evaluated for it."""
-        before = self.counter.calls
-        prompts, noise = (
-            self.subject.prompts[seed : seed + 1],
-            self.subject.noise()[seed : seed + 1],
-        )
-        found = check_model.generate(model, prompts, self.subject.latent, steps, 0, noise=noise)
-        return video.decode(found).clamp(0, 1), self.counter.calls - before
+    def sample(self, preset, install, steps: int, seed: int):
+        """A video [1, 3, F, Y, X] in [0, 1], the model's evaluations, and the steps by kind."""
+        from sparse_attn.host.install import install as install_adaspa
 
-    def row(self, install, steps: int, whole: int) -> dict:
+        model, handle = self.subject.model, None
+        if preset:
+            model, handle = install_adaspa(model, replace(PRESETS[preset], min_tokens=0))
+        before, inputs = self.counter.calls, (self.subject.prompts, self.subject.noise())
+        prompts, noise = (x[seed : seed + 1] for x in inputs)
+        found = check_model.generate(
+            install(model), prompts, self.subject.latent, steps, 0, noise=noise
+        )
+        calls = self.counter.calls - before
+        kinds = kinds_done(handle.latest()) if handle else ["dense"] * calls
+        return video.decode(found).clamp(0, 1), calls, Counter(kinds)
+
+    def row(self, preset, install, steps: int, whole: int) -> dict:
         seeds = range(len(self.subject.prompts))
         if not self.dense:
-            self.dense = [self.sample(self.subject.model, whole, i)[0] for i in seeds]
-        found = [self.sample(install(self.subject.model), steps, i) for i in seeds]
-        pairs = zip(self.dense, [made for made, _ in found], strict=True)
+            self.dense = [self.sample(None, lambda model: model, whole, i)[0] for i in seeds]
+        found = [self.sample(preset, install, steps, i) for i in seeds]
+        pairs = zip(self.dense, [made for made, _, _ in found], strict=True)
         db = [psnr(max(mean_squared_error(a, b), LEAST_ERROR)) for a, b in pairs]
+        kinds = sum((kinds for _, _, kinds in found), Counter())
         return {
             "steps": steps,
-            "evaluations": statistics.fmean(calls for _, calls in found),
+            "evaluations": statistics.fmean(calls for _, calls, _ in found),
+            "steps_by_kind": {kind: n / len(found) for kind, n in kinds.items()},
             "db": round(statistics.fmean(db), 2),
             "stderr": round(statistics.stdev(db) / len(db) ** 0.5, 2) if len(db) > 1 else None,
             "by_seed": [round(x, 2) for x in db],
@@ -125,19 +160,26 @@ def main():
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--seeds", type=int, default=4)
     parser.add_argument("--latent", type=latent_size, help="TxHxW instead of the models' own")
+    parser.add_argument("--presets", nargs="*", choices=tuple(PRESETS), default=[])
+    parser.add_argument("--seconds", type=float, default=1e9, help="begin no contestant after this")
     parser.add_argument("--rules", nargs="+", help="some of the contestants, by name")
     parser.add_argument("--more", type=Path, help="an earlier result to go on from")
     options = parser.parse_args()
     torch.set_num_threads(1)
     rows = json.loads(options.more.read_text())["rows"] if options.more else []
-    for name in options.models:
-        contest = Contest(name, options)
-        for rule, (install, steps) in contestants(options.steps).items():
+    contests, start = {}, time.perf_counter()
+    # rule by rule, so that a limit of time leaves all models with equally many
+    for rule, (preset, install, steps) in entries(options.steps, options.presets).items():
+        for name in options.models:
             wanted = not options.rules or rule in options.rules
+            wanted = wanted and time.perf_counter() - start < options.seconds
             if not wanted or any((row["rule"], row["model"]) == (rule, name) for row in rows):
                 continue
+            contest = contests.setdefault(name, None) or Contest(name, options)
+            contests[name] = contest
             began = time.perf_counter()
-            rows.append({"rule": rule, "model": name, **contest.row(install, steps, options.steps)})
+            found = contest.row(preset, install, steps, options.steps)
+            rows.append({"rule": rule, "model": name, **found})
             print(rows[-1], f"{time.perf_counter() - began:.0f} s", flush=True)
             result = {
                 "what": "whole generations against the dense one of the same seed, PSNR in dB",

@@ -3,18 +3,25 @@
 import torch
 import torch.nn.functional as F
 from rivals import means
+from rule import AT_TAU
 
 HEAD_DIM = 128
+TAU = 1.3
+
+
+def standing_out(q, k):
+    """By how much more than usual blocks weigh, in comfy-kitchen's units, and which are taken anyway."""
+    q_mean, k_mean = means(q, 64), means(k, 64)
+    k_mean = k_mean - k_mean.mean(2, keepdim=True)
+    spread = (q_mean.square() @ k_mean.square().mean(2)[..., None]).sqrt()
+    number = torch.arange(q_mean.shape[2], device=q.device)
+    near = (number[:, None] - number).abs() <= 1
+    return (q_mean @ k_mean.mT) / spread, near
 
 
 def threshold_for(q, k, density: float):
     """comfy-kitchen's `tau` at which the share `density` of the blocks is exact, and the blocks."""
-    q_mean, k_mean = means(q, 64), means(k, 64)
-    k_mean = k_mean - k_mean.mean(2, keepdim=True)
-    spread = (q_mean.square() @ k_mean.square().mean(2)[..., None]).sqrt()
-    stands_out = (q_mean @ k_mean.mT) / spread
-    number = torch.arange(q_mean.shape[2], device=q.device)
-    near = (number[:, None] - number).abs() <= 1
+    stands_out, near = standing_out(q, k)
     low, high = -9.0, 9.0
     for _ in range(40):
         tau = (low + high) / 2
@@ -48,7 +55,10 @@ def attend(rule, q, k, v):
     import comfy_kitchen
 
     scale, width = q.shape[-1] ** -0.5, q.shape[-1]
-    if rule.score == "sol op":
+    if rule.score == AT_TAU:
+        stands_out, near = standing_out(q, k)
+        options, share = {"tau": TAU}, ((stands_out > TAU) | near).float().mean()
+    elif rule.score == "sol op":
         tau, exact = threshold_for(q, k, rule.density)
         options, share = {"tau": tau}, exact.float().mean()
     else:

@@ -3,6 +3,7 @@
 import sys
 from argparse import Namespace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,12 +18,14 @@ import contestants  # noqa: E402
 import generation  # noqa: E402
 import models  # noqa: E402
 import rivals  # noqa: E402
+import run_forecast  # noqa: E402
 import sol_op  # noqa: E402
 import train  # noqa: E402
 import train_models  # noqa: E402
-from rule import SCHEDULES, Rule, of_preset  # noqa: E402
+from rule import SCHEDULES, Rule, first_search, of_preset  # noqa: E402
 
 from sparse_attn.config import PRESETS  # noqa: E402
+from sparse_attn.schedule import StepKind, plan  # noqa: E402
 from sparse_attn.token_layout import TokenLayout  # noqa: E402
 
 LAYOUT = TokenLayout(before=9, frames=8, height=9, width=11)
@@ -142,10 +145,17 @@ def test_a_name_means_one_rule_and_questions_begin_with_their_base():
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_every_rule_of_the_pack_has_a_configuration(schedule):
     for rule in all_rules():
-        if rule.score == "mass" and (rule.warmup is not None or schedule != "50"):
-            config = rule.but(rule.name, density=rule.density or 0.2).config(schedule)
-            assert config.blocks == {"block_q": rule.block_q, "block_k": rule.block_k}
-            assert config.pooled == (rule.order != "raster")
+        if rule.score != "mass":
+            continue
+        asked = rule.but(rule.name, density=rule.density or 0.2)
+        steps, first = first_search(rule, schedule)
+        if rule.warmup is None and rule.again and rule.again[0] < first / steps:
+            with pytest.raises(ValueError, match="must lie from the warm-up"):
+                asked.config(schedule)
+            continue
+        config = asked.config(schedule)
+        assert config.blocks == {"block_q": rule.block_q, "block_k": rule.block_k}
+        assert config.pooled == (rule.order != "raster")
     with pytest.raises(ValueError, match="no blocks of 64x32"):
         Rule("fine", 0.2, block_k=32).config("20")
 
@@ -165,6 +175,31 @@ def test_a_preset_is_what_its_user_gets(name):
     assert found.warmup == pytest.approx(expected.warmup)
     assert found.sparsity == pytest.approx(expected.sparsity)
     assert found.by_similarity == expected.by_similarity and found.min_tokens == 0
+
+
+@pytest.mark.parametrize("schedule", ["4", "6", "8"])
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_on_few_steps_does_what_its_user_gets(name, schedule):
+    steps = int(schedule)
+    sigmas = [1 - i / steps for i in range(steps + 1)]
+    found, expected = (
+        plan(sigmas, lambda sigma: 1 - sigma, config)
+        for config in (of_preset(name).config(schedule), PRESETS[name])
+    )
+    assert found == expected
+    assert first_search(of_preset(name), schedule)[1] == expected.kinds.index(StepKind.SEARCH)
+
+
+def test_a_search_that_a_cache_has_skipped_is_counted_where_it_took_place():
+    letters = {"D": "dense", "S": "search", "s": "sparse", "f": "forecast", "-": "skipped"}
+    letters["R"] = "search_again"
+    planned = [letters[x] for x in "DDSssfsSss"]
+    told = SimpleNamespace(
+        step_kinds=lambda: planned,
+        was_skipped=lambda step: step in (2, 3, 5, 7, 9),
+        schedule=SimpleNamespace(sparse_search=False),
+    )
+    assert run_forecast.kinds_done(told) == [letters[x] for x in "DD--Sfs-R-"]
 
 
 LATENT = (4, 16, 20)

@@ -1,0 +1,219 @@
+"""What longer videos gain: HunyuanVideo 720p from 5 to 24 s, calls and the rest of a step measured.
+
+    python tests/bench/bench_length.py --out tests/bench/results/length_h200.json
+
+Calls are of some of the 24 heads, and their time is taken times as many more; q, k and v are random, with
+neighbours alike. The rest of a step, three layers and what lies around them at the full width, is timed
+with attention that returns v, and stands for all 60. Runs of 50 steps are composed of both.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+from tests.tools import comfy_inprocess  # noqa: E402
+
+comfy_inprocess.start()
+
+import comfy.model_management  # noqa: E402
+import torch  # noqa: E402
+from torch.nn.attention import SDPBackend, sdpa_kernel  # noqa: E402
+
+from sparse_attn.backends.cudnn import cudnn_serves, torch_cudnn  # noqa: E402
+from sparse_attn.call import Call  # noqa: E402
+from sparse_attn.config import PRESETS  # noqa: E402
+from sparse_attn.forecast.plan import LEVELS  # noqa: E402
+from sparse_attn.orders.position import serpentine_order  # noqa: E402
+from sparse_attn.run.dense import DenseChoice  # noqa: E402
+from sparse_attn.run.state import RunState  # noqa: E402
+from sparse_attn.schedule import Schedule, StepKind, plan  # noqa: E402
+from sparse_attn.token_layout import TokenLayout  # noqa: E402
+from tests.bench import bench_model, bench_runs  # noqa: E402
+from tests.bench.few_steps import flow, simple  # noqa: E402
+from tests.bench.record import facts  # noqa: E402
+
+# latent frames of 45 x 80 tokens
+LENGTHS = {"5 s": 33, "10 s": 63, "16 s": 97, "24 s": 145}
+ALL_HEADS, DIM, LAYERS, TEXT = 24, 128, 60, 256
+ORDER = ("dense_with_lse", "search", "sparse", "search_again", "sparse")
+KINDS = (StepKind.DENSE, StepKind.SEARCH, StepKind.SPARSE, StepKind.SEARCH, StepKind.SPARSE)
+# the paper's at 24 s: sparsity 0.9, searches at 10 and 30 of 50
+PAPER = replace(PRESETS["Paper"], sparsity=0.9)
+SETTINGS = {
+    "Paper at 0.9": PAPER,
+    "Balanced": PRESETS["Balanced"],
+    "Balanced, int8": replace(PRESETS["Balanced"], precision="int8"),
+    "Fast, int8": replace(PRESETS["Fast"], precision="int8"),
+    "Paper at 0.9, 128x64": replace(PAPER, block_size="128x64"),
+    "Fast": PRESETS["Fast"],
+    "no tail at 0.9, 128x64": replace(PAPER, head_adaptive=False, block_size="128x64"),
+}
+STEPS, SHIFT = 50, 7.0
+
+
+def inputs(tokens: int, heads: int, device):
+    """q, k, v [1, H, L, D] over the host's memory; neighbours are alike."""
+    generator = torch.Generator(device).manual_seed(0)
+    found = []
+    for _ in range(3):
+        x = torch.empty(1, tokens, heads, DIM, device=device, dtype=torch.bfloat16)
+        for head in range(heads):
+            base = torch.randn(tokens // 400 + 1, DIM, device=device, generator=generator)
+            noise = torch.randn(tokens, DIM, device=device, generator=generator)
+            x[0, :, head] = base.repeat_interleave(400, 0)[:tokens] + 0.5 * noise
+        found.append(x.transpose(1, 2))
+    return found
+
+
+def wait():
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def timed(run, repeats: int) -> float:
+    """Median seconds."""
+    seconds = []
+    for _ in range(repeats):
+        wait()
+        began = time.perf_counter()
+        run()
+        wait()
+        seconds.append(time.perf_counter() - began)
+    return statistics.median(seconds)
+
+
+def dense_seconds(qkv) -> dict:
+    def flash():
+        if not cudnn_serves(qkv[0]):
+            return torch.nn.functional.scaled_dot_product_attention(*qkv)
+        with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+            return torch.nn.functional.scaled_dot_product_attention(*qkv)
+
+    runs = {"flash, ComfyUI's default": flash}
+    if cudnn_serves(qkv[0]):
+        runs["cuDNN"] = lambda: torch_cudnn(*qkv, scale=DIM**-0.5)
+    return {name: timed(run, 2) for name, run in runs.items() if run() is not None}
+
+
+def call_seconds(config, qkv, layout, repeats: int) -> dict[str, float]:
+    """Of every kind of step of `ORDER`."""
+    config = replace(config, cache="gpu", min_tokens=0)
+    sigmas = tuple(float(x) for x in range(len(KINDS), -1, -1))
+    schedule = Schedule(KINDS, 0, len(KINDS), sigmas)
+    run, found = RunState(config, schedule, DenseChoice("host")), {}
+    place = serpentine_order(layout, qkv[0].device)
+    for step, name in enumerate(ORDER):
+        call = Call(
+            *qkv, DIM**-0.5, layout, step=step, dense=lambda heads=None: 1 / 0, key="layer",
+            by_position=place,
+        )  # fmt: skip
+        run.enter_step(step)
+        found[name] = timed(lambda call=call: run.attend(call), repeats if name == "sparse" else 1)
+    said = run.statistics
+    if said.warnings or said.kept_dense:
+        raise RuntimeError(f"{said.warnings} {dict(said.kept_dense)}")
+    run.free()
+    return found
+
+
+def rest_seconds(bench, frames: int) -> float:
+    """A whole step of the whole model without its attention over the video."""
+
+    def override(func, q, k, v, heads, *args, **options):
+        if q.shape[-2] <= TEXT:
+            return func(q, k, v, heads, *args, **options)
+        if options.get("skip_reshape"):
+            return v.transpose(1, 2).flatten(2)
+        return v
+
+    model = bench.patcher.clone()
+    inner = {**model.model_options.get("transformer_options", {})}
+    model.model_options = {**model.model_options, "transformer_options": inner}
+    inner["optimized_attention_override"] = override
+    shape = bench.shapes[0]
+    return bench.steps(model, 2, ((*shape[:2], frames, *shape[3:]),))[1]
+
+
+def runs_of(config, calls: dict, rest: float, times: float) -> dict[str, float]:
+    """Seconds of 50 steps, without and with Skip Steps."""
+    schedule = plan(simple(STEPS, SHIFT), lambda sigma: flow(sigma, SHIFT), config)
+    names, found = bench_runs.step_names(schedule), {}
+    for level in ("", *LEVELS):
+        skipped = bench_runs.forecast_steps(schedule, LEVELS[level]) if level else ()
+        found[level or "all steps"] = round(
+            sum(
+                rest + LAYERS * times * calls[name]
+                for step, name in enumerate(names)
+                if step not in skipped
+            ),
+            1,
+        )
+    return found
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--lengths", nargs="+", choices=LENGTHS, default=list(LENGTHS))
+    parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS))
+    parser.add_argument("--heads", type=int, default=4)
+    parser.add_argument("--small", action="store_true", help="a few tokens, to try the script")
+    parser.add_argument("--seconds", type=float, default=1e9, help="begin no setting after this")
+    parser.add_argument("--out", type=Path, required=True)
+    options = parser.parse_args()
+    torch.set_grad_enabled(False)
+    began, device = time.perf_counter(), comfy.model_management.get_torch_device()
+    bench = bench_model.ModelRuns(False, options.small, device)
+    result = {
+        "what": "calls in ms, of the measured heads; runs of 50 steps of HunyuanVideo 13B, composed, in s",
+        "heads_measured": options.heads, "heads": ALL_HEADS, "layers": LAYERS, "lengths": {},
+        **facts(),
+    }  # fmt: skip
+    times = ALL_HEADS / options.heads
+    warm = set()
+    for length in options.lengths:
+        frames = LENGTHS[length] // (16 if options.small else 1)
+        height, width = (4, 8) if options.small else (45, 80)
+        layout = TokenLayout(0, frames, height, width, TEXT)
+        rest = rest_seconds(bench, frames)
+        qkv = inputs(layout.tokens, options.heads, device)
+        dense = dense_seconds(qkv)
+        entry = result["lengths"][length] = {
+            "tokens": layout.tokens, "rest_of_a_step_s": round(rest, 3),
+            "dense_ms": {name: round(1e3 * s, 2) for name, s in dense.items()},
+            "dense_runs_s": {
+                name: round(STEPS * (rest + LAYERS * times * s), 1) for name, s in dense.items()
+            },
+            "settings": {},
+        }  # fmt: skip
+        print(length, entry, flush=True)
+        for name in options.settings:
+            if time.perf_counter() - began > options.seconds:
+                print(f"No time for {name}.", flush=True)
+                continue
+            if name not in warm:
+                warm.add(name)
+                call_seconds(SETTINGS[name], qkv, layout, 1)
+            calls = call_seconds(SETTINGS[name], qkv, layout, 3)
+            # a plainly dense step is left to the fastest
+            calls["dense"] = min([*dense.values(), calls["dense_with_lse"]])
+            runs = runs_of(SETTINGS[name], calls, rest, times)
+            entry["settings"][name] = {
+                "ms": {kind: round(1e3 * s, 2) for kind, s in calls.items()}, "runs_s": runs,
+            }  # fmt: skip
+            best = STEPS * (rest + LAYERS * times * calls["dense"])
+            default = entry["dense_runs_s"]["flash, ComfyUI's default"]
+            over = {k: f"{best / s:.2f}x, {default / s:.2f}x default" for k, s in runs.items()}
+            print(" ", name, entry["settings"][name]["ms"], over, flush=True)
+            options.out.write_text(json.dumps(result, indent=1) + "\n")
+        del qkv
+
+
+if __name__ == "__main__":
+    main()
