@@ -8,6 +8,15 @@ import torch
 GATHER = 0x0102040810204080
 # a map of more blocks than this is averaged down for people
 MAP_SIZE = 96
+# a side of more blocks than this is told in twos, threes and so on: a mask of 24 s at 720p then takes a
+# quarter, and is still finer, beside the video, than one of 5 s
+MOST_BLOCKS = 4096
+
+
+def mask_blocks(tokens: int, block_q: int, block_k: int) -> dict[str, int]:
+    """Tokens per block of the mask of a sequence: the kernels' blocks, or so many of them."""
+    sizes = {"block_q": block_q, "block_k": block_k}
+    return {name: size * -(-tokens // (size * MOST_BLOCKS)) for name, size in sizes.items()}
 
 
 @dataclass(frozen=True)
@@ -66,6 +75,23 @@ class BlockMask:
         ]
         sizes = rows.sum(1, keepdim=True) * columns.sum(1)
         return (torch.stack(counts).float() / sizes * 255).round().to(torch.uint8)
+
+    def of_blocks(self, tokens: int, block_q: int, block_k: int) -> "BlockMask":
+        """The same mask of a sequence of `tokens` in smaller blocks, of which its own are multiples."""
+        rows, each = self.block_q // block_q, self.block_k // block_k
+        if rows == each == 1:
+            return self
+        bits, num_k = self.bits, -(-tokens // block_k)
+        shifts = torch.arange(8, dtype=torch.uint8, device=bits.device)
+        ones = torch.arange(256, dtype=torch.uint8, device=bits.device)[:, None] >> shifts & 1
+        # a byte becomes `each` bytes
+        wider = BlockMask.from_dense(ones.repeat_interleave(each, -1), block_q=1, block_k=1).bits
+        heads = [wider[head.int()].flatten(-2) for head in bits.unbind(1)]
+        found = torch.stack(heads, 1)[..., : -(-num_k // 8)]
+        # the last block may be shorter
+        found[..., -1] &= 0xFF >> -num_k % 8
+        found = found.repeat_interleave(rows, -2)[..., : -(-tokens // block_q), :]
+        return BlockMask(found.contiguous(), num_k, block_q, block_k)
 
     def with_bits(self, bits: torch.Tensor) -> "BlockMask":
         return replace(self, bits=bits)

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from sparse_attn.block_mask import MAP_SIZE, BlockMask
+from sparse_attn.block_mask import MAP_SIZE, MOST_BLOCKS, BlockMask, mask_blocks
 
 
 def random_keep(num_k, density=0.3, seed=0):
@@ -31,6 +31,30 @@ def test_density_is_the_kept_share_of_each_head():
     keep[0, 1, 0, :4] = True
     mask = BlockMask.from_dense(keep, block_q=64, block_k=64)
     torch.testing.assert_close(mask.density(), torch.tensor([[0.0, 0.1]]))
+
+
+@pytest.mark.parametrize("rows, each", [(1, 2), (2, 1), (2, 2), (3, 5)])
+@pytest.mark.parametrize("tokens", [1, 63, 64, 65, 700, 1024, 3210])
+def test_large_blocks_come_apart(rows, each, tokens):
+    num_q, num_k = -(-tokens // 64), -(-tokens // 32)
+    shape = 2, 3, -(-tokens // (64 * rows)), -(-tokens // (32 * each))
+    keep = torch.rand(shape, generator=torch.Generator().manual_seed(0)) < 0.3
+    mask = BlockMask.from_dense(keep, block_q=64 * rows, block_k=32 * each)
+    found = mask.of_blocks(tokens, block_q=64, block_k=32)
+    wanted = keep.repeat_interleave(rows, -2).repeat_interleave(each, -1)[..., :num_q, :num_k]
+    wanted = BlockMask.from_dense(wanted, block_q=64, block_k=32)
+    assert torch.equal(found.bits, wanted.bits) and found.bits.is_contiguous()
+    assert (found.num_k, found.block_q, found.block_k) == (num_k, 64, 32)
+    assert wanted.of_blocks(tokens, block_q=64, block_k=32) is wanted
+
+
+def test_a_side_has_at_most_so_many_blocks():
+    for tokens in (1, 119_056, 262_144, 262_145, 522_256, 3_000_000):
+        sizes = mask_blocks(tokens, block_q=128, block_k=64)
+        for size, small in zip(sizes.values(), (128, 64), strict=True):
+            assert size % small == 0 and -(-tokens // size) <= MOST_BLOCKS
+            # no larger than it takes
+            assert size == small or -(-tokens // (size - small)) > MOST_BLOCKS
 
 
 def test_other_bits_keep_the_geometry():

@@ -24,19 +24,19 @@ def fused_online_search(
     """Answer with dense attention, and search on the way.
 
     Args:
-        previous_lse: [B, H, L] float16 or float32 of an earlier step, or None.
+        previous_lse: [B, H, L] float32 of an earlier step, or None.
         dense: dense(call) -> (out, lse), for the case of two passes.
     """
     if previous_lse is None or not backend.one_pass_search:
         out, lse = dense(call)
         found = lse_cached_search(backend, call, config, lse, int8=False)
         return found._replace(exact=config.search_stride == 1, out=out, lse=lse)
-    out, lse = empty_output(call.v), torch.empty_like(previous_lse, dtype=torch.float32)
+    out, lse = empty_output(call.v), torch.empty_like(previous_lse)
     attend = backend.attention_with_masses
     assert attend is not None, "`one_pass_search` says so"
 
     def measure(call, heads, rows):
-        some = previous_lse[:, heads].float()
+        some = previous_lse[:, heads]
         if rows is not None:
             some = some.gather(-1, rows.long())
         # one pass knows its rows' LSE only when it ends, and takes the earlier one's

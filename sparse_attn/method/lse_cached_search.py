@@ -15,7 +15,7 @@ from .mask_search import Found, Masses, search_mask
 def lse_cached_search(
     backend: Backend, call: Call, config: AdaSpaConfig, lse: torch.Tensor, int8: bool
 ) -> Found:
-    """Search with the `lse` [B, H, L] of an earlier step, float16, or of this one, float32.
+    """Search with the `lse` [B, H, L] float32 of an earlier step, or of this one.
 
     Args:
         int8: measure with INT8 q and k, where the backend can.
@@ -24,7 +24,7 @@ def lse_cached_search(
     block_q = config.block_q // stride
 
     def measure(call, heads, rows):
-        some = lse[:, heads].float()
+        some = lse[:, heads]
         if rows is not None:
             some = some.gather(-1, rows.long())
         masses = backend.block_masses(

@@ -1,9 +1,10 @@
 """From block masses and scores to a block mask: text sink, budgets or a recall, row-wise top-k."""
 
 import torch
+import torch.nn.functional as F
 
 from ..backends.choice import Backend
-from ..block_mask import BlockMask, recall
+from ..block_mask import BlockMask, mask_blocks, recall
 from ..config import AdaSpaConfig
 from ..token_layout import TokenLayout
 from .head_adaptive import budget_shift, moved_heads
@@ -18,7 +19,7 @@ class Selection:
     when all recalls are known, `settle` takes one of the three.
 
     Args:
-        layout: of the sequence whose blocks `config` names.
+        layout: of the sequence whose blocks `config` names; the mask's own may be multiples of them.
         videos, heads: of all that will be added.
     """
 
@@ -27,10 +28,12 @@ class Selection:
         device: torch.device,
     ):  # fmt: skip
         self.backend, self.config = backend, config
-        num_q, self.num_k = (layout.num_blocks(size) for size in config.blocks.values())
-        self.sink_q = sink_blocks(layout, config.block_q, device)
-        self.sink_k = sink_blocks(layout, config.block_k, device)
-        sinks = count_sinks(layout, config.block_k)
+        self.blocks = mask_blocks(layout.tokens, **config.blocks)
+        block_q, block_k = self.blocks.values()
+        num_q, self.num_k = layout.num_blocks(block_q), layout.num_blocks(block_k)
+        self.sink_q = sink_blocks(layout, block_q, device)
+        self.sink_k = sink_blocks(layout, block_k, device)
+        sinks = count_sinks(layout, block_k)
         self.least = min(sinks + 1, self.num_k)
         budget = row_budget(config.density, self.num_k, sinks)
         shift = budget_shift(budget, self.num_k, sinks) if config.head_adaptive else 0
@@ -45,16 +48,25 @@ class Selection:
         """Choose for the next heads.
 
         Args:
-            masses: [B, h, Nq, Nk] float32 block masses.
+            masses: [B, h, Nq, Nk] float32, of the blocks that `config` names.
             scores: what to rank the blocks of a row by, [B, h, Nq, Nk] float32; None ranks by mass.
                 A recall that was asked for is one of masses, and the masses rank there.
         """
+        scores = None if scores is None else self._together(scores)
+        masses = self._together(masses)
         heads = slice(self._added, self._added + masses.shape[1])
         self._added = heads.stop
         scores = masses if scores is None else scores
         for i, budget in enumerate(self.budgets):
             keep, self._recall[i, :, heads] = self._choose(masses, scores, budget)
-            self._bits[i, :, heads] = BlockMask.from_dense(keep, **self.config.blocks).bits
+            self._bits[i, :, heads] = BlockMask.from_dense(keep, **self.blocks).bits
+
+    def _together(self, x):
+        """Sums over the blocks of `config` in each block of the mask."""
+        cell = tuple(self.blocks[name] // size for name, size in self.config.blocks.items())
+        if cell == (1, 1):
+            return x
+        return F.avg_pool2d(x, cell, ceil_mode=True, divisor_override=1)
 
     def _choose(self, masses, scores, budget):
         """(keep [B, h, Nq, Nk] bool, recall [B, h])."""
@@ -75,7 +87,7 @@ class Selection:
             taken = moved_heads(held[0])
             video, head = (torch.arange(n, device=bits.device) for n in held.shape[1:])
             bits, held = (x[taken, video[:, None], head] for x in (bits, held))
-        return BlockMask(bits, self.num_k, **self.config.blocks), held
+        return BlockMask(bits, self.num_k, **self.blocks), held
 
 
 def row_budget(density: float, num_k: int, num_sinks: int) -> int:

@@ -5,6 +5,7 @@ import torch
 from ..backends.choice import Backend
 from ..block_mask import BlockMask
 from ..call import Call, empty_output
+from ..config import AdaSpaConfig
 from ..head_groups import head_groups
 
 # of every pair of blocks, a number in a list
@@ -12,8 +13,9 @@ PAIR_BYTES = 4
 
 
 def sparse_step(
-    backend: Backend, call: Call, mask: BlockMask, order: torch.Tensor | None, quantised: bool
-) -> tuple[torch.Tensor, torch.Tensor | None]:
+    backend: Backend, call: Call, config: AdaSpaConfig, mask: BlockMask,
+    order: torch.Tensor | None, quantised: bool,
+) -> tuple[torch.Tensor, torch.Tensor | None]:  # fmt: skip
     """Attend what a mask keeps.
 
     Args:
@@ -27,12 +29,13 @@ def sparse_step(
     # permuted and quantised q, k and v, and the output of a group, which is then put in its place
     copies = (0 if order is None else 3) + 1.5 * quantised + 1
     groups = list(head_groups(call, copies, PAIR_BYTES))
+    tokens, blocks = call.q.shape[2], config.blocks
     if len(groups) == 1:
-        return _attend(backend, call, mask, order, quantised)
+        return _attend(backend, call, mask.of_blocks(tokens, **blocks), order, quantised)
     out, lse = empty_output(call.v), None
     for heads, part in groups:
         found, found_lse = _attend(
-            backend, part, mask.with_bits(mask.bits[:, heads]),
+            backend, part, mask.with_bits(mask.bits[:, heads]).of_blocks(tokens, **blocks),
             None if order is None else order[:, heads], quantised,
         )  # fmt: skip
         out[:, heads] = found

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from ..backends.permuted import BLOCK
+from ..block_mask import mask_blocks
 from ..config import AdaSpaConfig
 from ..method.selection import row_budget
 from ..method.text_sink import count_sinks
@@ -11,6 +12,7 @@ from ..orders.position import video_first
 from ..schedule import Schedule, StepKind
 from ..sentences import Sentence
 from ..token_layout import TokenLayout
+from . import packed_lse
 from .report import gib
 
 # masses need q @ k.T, one of the two products of attention
@@ -109,19 +111,19 @@ def estimate(
     return Estimate(
         work.layout,
         0.0 if config.recall else skipped,
-        cache_size(work, schedule, config, one_pass).total,
+        cache_size(work, schedule, config, one_pass, carried).total,
         config.recall,
         windows,
     )
 
 
 def cache_size(
-    work: Workload, schedule: Schedule, config: AdaSpaConfig, one_pass: bool
+    work: Workload, schedule: Schedule, config: AdaSpaConfig, one_pass: bool, carried: bool = False
 ) -> CacheSize:
     """Predict the cache of one conditioning.
 
-    A mask takes one bit per block pair, an LSE two bytes per token, head and layer, an order as many
-    and a little more.
+    A mask takes one bit per block pair, an LSE a little more than one byte per token, head and layer,
+    an order a little more than two.
     The LSE of the last warm-up step gives way to the masks layer by layer, so both are whole at once
     only when a later search needs the LSE again. What lives within a call alone, such as the permuted
     copies of q, k and v, is not counted.
@@ -129,9 +131,12 @@ def cache_size(
     searches = schedule.kinds.count(StepKind.SEARCH)
     if searches == 0:
         return CacheSize()
-    rows, blocks = (work.layout.num_blocks(size) for size in config.blocks.values())
+    # a carried mask is of the kernels' own blocks
+    sizes = config.blocks if carried else mask_blocks(work.layout.tokens, **config.blocks)
+    rows, blocks = (work.layout.num_blocks(size) for size in sizes.values())
     heads = work.sparse_calls * work.batch * work.heads
-    mask, lse = heads * rows * -(-blocks // 8), heads * work.layout.tokens * 2
+    mask = heads * rows * -(-blocks // 8)
+    lse = heads * packed_lse.packed_bytes(work.layout.tokens)
     order = heads * packed_bytes(work.layout) if config.by_similarity else 0
     # where a recall is asked for, every search measures its own LSE
     if config.recall:
@@ -161,9 +166,11 @@ def kept_share(layout: TokenLayout, config: AdaSpaConfig) -> float:
     """
     if config.pooled:
         layout = video_first(layout)
-    rows, blocks = (layout.num_blocks(size) for size in config.blocks.values())
-    whole = count_sinks(layout, config.block_q)
-    budget = row_budget(config.density, blocks, count_sinks(layout, config.block_k))
-    means = -(-blocks // BLOCK) if config.pooled else 0
+    sizes = mask_blocks(layout.tokens, **config.blocks)
+    block_q, block_k = sizes.values()
+    rows, blocks = layout.num_blocks(block_q), layout.num_blocks(block_k)
+    whole = count_sinks(layout, block_q)
+    budget = row_budget(config.density, blocks, count_sinks(layout, block_k))
+    means = -(-layout.num_blocks(BLOCK) // BLOCK) * BLOCK / block_k if config.pooled else 0
     kept = (rows - whole) * min(budget + means, blocks) + whole * blocks
     return kept / (rows * blocks)

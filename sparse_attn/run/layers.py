@@ -53,8 +53,7 @@ class Layer:
     """One layer of one conditioning. It has no pattern yet, or one, or runs dense for a reason.
 
     Args:
-        lse: [B, H, L] float16 in q's order, kept while a later search needs it: what rounding takes
-            from it is far less than what an LSE changes from step to step.
+        lse: [B, H, bytes] uint8 of `packed_lse` in q's order, kept while a later search needs it.
         served: whether a sparse step has used its pattern. unused: steps in a row without a call.
     """
 
@@ -199,13 +198,14 @@ class Layers(dict[Hashable, Layer]):
             pattern, name = layer.pattern, layer.name
             if pattern is None or name is None or name in kept:
                 continue
-            like = layer.layout, pattern.mask.bits.shape
+            mask = pattern.mask.of_blocks(layer.layout.tokens, **config.blocks)
+            like = layer.layout, mask.bits.shape
             # one sequence a pattern: a part of the picture with a prompt of its own may be another
             first = first or like
             if like == first:
                 order = pattern.own_order
                 kept[name] = CarriedLayer(
-                    pattern.mask.bits.cpu(),
+                    mask.bits.cpu(),
                     tuple(pattern.density.tolist()),
                     tuple(pattern.recall.tolist()),
                     None if order is None else unpack(order.cpu(), layer.layout),

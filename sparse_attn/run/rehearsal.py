@@ -62,7 +62,7 @@ def rehearse(
         if quantised_attention is not None and low and not bias:
             quantised_attention(q, q, q, scale=call.scale)
         for quantised in (low, False) if low else (False,):
-            sparse_step(backend, call, found.mask, found.order, quantised)
+            sparse_step(backend, call, config, found.mask, found.order, quantised)
         for int8 in (low, False) if low else (False,):
             lse_cached_search(backend, call, config, lse, int8)
         for blocks in FURTHER_BLOCKS:

@@ -16,6 +16,7 @@ from ..orders.position import serpentine_order
 from ..patterns.pattern import CarriedPattern
 from ..patterns.reuse import SAMPLED_ROWS, fitting_mask
 from ..schedule import Schedule, StepKind
+from . import packed_lse
 from .cache import Cache
 from .dense import Dense
 from .layers import Layer, LayerPattern, Layers
@@ -160,7 +161,7 @@ class Serving:
 
     def _search_with_lse(self, call, layer, *, int8: bool) -> bool:
         with self.timer.attempt("search_again", call.q):
-            lse = self.cache.fetch(layer.lse, call.q.device)
+            lse = self._lse(call, layer.lse)
             self._install_mask(
                 call, layer, lse_cached_search(layer.backend, call, self.config, lse, int8)
             )  # fmt: skip
@@ -187,7 +188,7 @@ class Serving:
             mask, order = self.layers.fetch(layer, call.q.device)
             with self.outlives_block():
                 self.layers.prefetch_next(call.key, call.q.device)
-            return sparse_step(layer.backend, call, mask, order, quantised)
+            return sparse_step(layer.backend, call, self.config, mask, order, quantised)
         return None
 
     def _sample(self, call, layer):
@@ -261,7 +262,11 @@ class Serving:
     def _take_lse(self, call: Call, layer: Layer) -> torch.Tensor | None:
         """The kept LSE on the call's device; the layer keeps it no longer."""
         lse, layer.lse = layer.lse, None
-        return None if lse is None else self.cache.fetch(lse, call.q.device)
+        return None if lse is None else self._lse(call, lse)
+
+    def _lse(self, call: Call, kept: torch.Tensor) -> torch.Tensor:
+        """A kept LSE as it was before, [B, H, L] float32."""
+        return packed_lse.unpack(self.cache.fetch(kept, call.q.device), call.q.shape[2])
 
     def _keep_pattern(self, call: Call, layer: Layer, pattern: LayerPattern) -> None:
         """Go on with the earlier pattern where memory has no room for a search."""
@@ -271,7 +276,7 @@ class Serving:
     def _keep_lse(self, layer: Layer, lse: torch.Tensor | None) -> None:
         """Keep an LSE while memory has room; without it the next search measures its own."""
         with until_out_of_memory(), self.outlives_block():
-            layer.lse = None if lse is None else self.cache.keep(lse.half())
+            layer.lse = None if lse is None else self.cache.keep(packed_lse.pack(lse))
         self.layers.count_held()
 
     def _checked(self, call, layer, out, probed):

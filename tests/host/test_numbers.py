@@ -7,7 +7,8 @@ import torch
 from close import mass_rounding
 
 from sparse_attn.backends import choice, reference
-from sparse_attn.orders.position import is_shared
+from sparse_attn.orders.position import is_shared, serpentine_order
+from sparse_attn.run import packed_lse
 from sparse_attn.run.state import RunState
 from tests.host.host_fixtures import VIDEO_15, assert_same_video, calls, sample, sparse
 
@@ -91,7 +92,7 @@ def test_lse_kept_for_a_search_in_one_pass_is_predicted(load, most_held, one_pas
     model, handle = sparse(load("wan_h64"), warmup=0.5, **fields)
     sample(model, (1, 16, 8, 16, 24), cfg=1.0)
     statistics = handle.latest()
-    assert statistics.memory.held_bytes == most_held[0] >= 2 * 4 * 768 * 2
+    assert statistics.memory.held_bytes == most_held[0] >= 2 * 4 * packed_lse.packed_bytes(768)
     assert statistics.memory.predicted_bytes == pytest.approx(most_held[0], rel=0.05)
     assert calls(handle)["dense"] == 4
 
@@ -250,10 +251,13 @@ def test_later_recall_is_an_estimate_from_the_kept_lse(load, captured):
         true = (masses * keep).sum((-1, -2)) / masses.sum((-1, -2))
         shown = statistics.patterns[key]
         assert shown.step == 2
-        # with the LSE that the first search kept, in half precision, every row mended to its sum
+        # with the LSE that the first search kept, in eight bits, every row mended to its sum
         _, old_q, old_k, _ = first[key]
         lse = reference.scaled_logits(old_q.double(), old_k.double(), call.scale).logsumexp(-1)
-        lse = lse.half().double()
+        # it is kept in the order of the tokens
+        order = serpentine_order(call.layout, lse.device).long()
+        kept = packed_lse.pack(lse[..., order.argsort()].float())
+        lse = packed_lse.unpack(kept, lse.shape[-1])[..., order].double()
         masses = reference.block_masses(
             q.double(), k.double(), lse, block_q=64, block_k=64, scale=call.scale
         )

@@ -5,14 +5,17 @@ from dataclasses import replace
 import pytest
 import torch
 
+from sparse_attn import block_mask
 from sparse_attn import head_groups as groups_module
 from sparse_attn.backends.choice import choose
+from sparse_attn.block_mask import BlockMask
 from sparse_attn.call import Call
 from sparse_attn.config import AdaSpaConfig
 from sparse_attn.head_groups import WORKSPACE_BYTES, head_groups
 from sparse_attn.method import mask_search, sparse_step
 from sparse_attn.method.fused_online_search import fused_online_search
 from sparse_attn.method.lse_cached_search import lse_cached_search
+from sparse_attn.method.recall import sampled_recall
 from sparse_attn.orders import choice, similarity
 from sparse_attn.orders.position import serpentine_order
 from sparse_attn.token_layout import TokenLayout
@@ -58,7 +61,9 @@ def results(call, config):
     for name, x in (("one pass", with_lse), ("first", first), ("again", again)):
         found |= {f"{name} {field}": y for field, y in x._asdict().items() if field != "exact"}
         found[f"{name} mask"] = x.mask.bits
-    out, lse = sparse_step.sparse_step(TORCH, call, again.mask, again.order, quantised=False)
+    out, lse = sparse_step.sparse_step(
+        TORCH, call, config, again.mask, again.order, quantised=False
+    )
     return {**found, "out": out, "sparse lse": lse}
 
 
@@ -88,6 +93,31 @@ def test_groups_of_heads_change_no_bit(monkeypatch, config):
             assert (x is None and y is None) or torch.equal(x, y), (size, name)
             if name in ("out", "first out"):
                 assert x.transpose(1, 2).is_contiguous(), "as the host lays it out"
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_a_mask_of_larger_blocks_is_that_of_the_small_ones_in_them(monkeypatch, config):
+    call = a_call()
+    # two query blocks, and two key blocks of some sizes, make one of the mask
+    rows, blocks = (call.layout.num_blocks(size) for size in config.blocks.values())
+    monkeypatch.setattr(block_mask, "MOST_BLOCKS", -(-rows // 2))
+    found = fused_online_search(ONE_PASS, call, config, dense(call)[1], dense)
+    mask, order = found.mask, found.order
+    assert mask.block_q == 2 * config.block_q and mask.block_k % config.block_k == 0
+    keep = mask.to_dense().repeat_interleave(2, -2)
+    keep = keep.repeat_interleave(mask.block_k // config.block_k, -1)
+    small = BlockMask.from_dense(keep[..., :rows, :blocks], **config.blocks)
+    for size in (call.q.shape[1], 1):
+        monkeypatch.setattr(sparse_step, "head_groups", groups_of(size))
+        outs = [
+            sparse_step.sparse_step(TORCH, call, config, x, order, False)[0] for x in (mask, small)
+        ]
+        assert torch.equal(*outs)
+    # what it holds is what its blocks hold
+    every = list(range(call.layout.tokens))
+    listed = sampled_recall(call, mask, every, order)
+    torch.testing.assert_close(listed, found.recall, rtol=0, atol=1e-4)
+    assert torch.equal(sampled_recall(call, small, every, order), listed)
 
 
 @pytest.mark.parametrize("tokens", [7, 119_040, 522_256])
@@ -129,7 +159,7 @@ def test_no_call_takes_more_than_the_workspace(monkeypatch, config, int8):
         lambda: lse_cached_search(backend, call, config, lse, int8)
     )
     taken["sparse"], _ = taken_by(
-        lambda: sparse_step.sparse_step(backend, call, found.mask, found.order, int8)
+        lambda: sparse_step.sparse_step(backend, call, config, found.mask, found.order, int8)
     )
     # what is small is not counted
     assert max(taken.values()) <= 1.1 * room, taken

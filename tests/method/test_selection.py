@@ -1,7 +1,9 @@
 import pytest
 import torch
+import torch.nn.functional as F
 from close import rounding
 
+from sparse_attn import block_mask
 from sparse_attn.backends import reference
 from sparse_attn.config import BLOCK_SIZES, AdaSpaConfig
 from sparse_attn.method.head_adaptive import HIGH_RECALL, budget_shift
@@ -82,6 +84,25 @@ def test_scores_rank_and_masses_tell_the_recall(layout, head_adaptive):
     if not head_adaptive:
         # heads that share out blocks do so by the recall of their masses
         assert torch.equal(keep, chosen(scores, layout, config)[0])
+
+
+@pytest.mark.parametrize("head_adaptive", [False, True], ids=["uniform", "head-adaptive"])
+@pytest.mark.parametrize("layout", LAYOUTS[:4], ids=lambda x: x.describe())
+def test_blocks_are_chosen_in_twos_where_there_are_many(monkeypatch, layout, head_adaptive):
+    masses = masses_of(layout, "64")
+    rows = masses.shape[-1]
+    summed = F.pad(masses, (0, rows % 2, 0, rows % 2))
+    summed = summed.unflatten(-1, (-1, 2)).sum(-1).unflatten(-2, (-1, 2)).sum(-2)
+    config = AdaSpaConfig(sparsity=0.6, head_adaptive=head_adaptive)
+    twice = AdaSpaConfig(sparsity=0.6, head_adaptive=head_adaptive, block_size="128", tail="none")
+    expected = naive_select(summed, layout, twice)[0]
+    monkeypatch.setattr(block_mask, "MOST_BLOCKS", -(-rows // 2))
+    keep, held = chosen(masses, layout, config)
+    assert torch.equal(keep, expected)
+    # scores rank, and masses tell the recall
+    again, told = chosen(torch.rand_like(masses), layout, config, masses)
+    assert head_adaptive or torch.equal(again, keep)
+    assert not torch.equal(told, held)
 
 
 def test_a_recall_asked_for_is_ranked_by_mass():
