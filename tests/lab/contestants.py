@@ -68,6 +68,7 @@ QUESTIONS = {
         TWO.but("similarity, 5 % dense", warmup=0.05),
         TWO.but("similarity, 15 % dense", warmup=0.15),
         TWO.but("similarity, 20 % dense", warmup=0.2),
+        EARLIER.but("similarity, 20 % dense, second search at 0.45", warmup=0.2),
         TWO.but("similarity, 30 % dense", warmup=0.3),
     ],
     "blocks": [TWO, WIDE],
@@ -76,7 +77,7 @@ QUESTIONS = {
     "paper precision": [PAPER, PAPER.but("paper, INT8", precision="int8")],
 }
 GROUPS = {
-    "decide": [PAPER, SOL, POSITION, TWO, THREE, WIDE], "rivals": RIVALS, "sol op": OP,
+    "decide": [PAPER, SOL, POSITION, TWO, THREE, WIDE], "rivals": RIVALS, "sol_op": OP,
     "eight": EIGHT, "eight first": EIGHT_FIRST, "one": [ONE], "low": [TWO, THREE, PAPER, SOL],
     "long": [PAPER, TWO, THREE, SOL], "earlier": [EARLIER], "lead": [PAPER, EARLIER], "sol": [SOL],
     "as timed": [AS_TIMED],
