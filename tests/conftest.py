@@ -16,6 +16,7 @@ import torch
 from tests.host.host_fixtures import (
     comfy_server,  # noqa: F401
     comfyui,  # noqa: F401
+    imports_frozen,  # noqa: F401
     load,  # noqa: F401
     loaded_models,  # noqa: F401
     model_paths,  # noqa: F401

@@ -1,6 +1,8 @@
 """A real ComfyUI for tests: in this process, and as one server for the whole session."""
 
+import gc
 import os
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -19,12 +21,38 @@ VIDEO_15 = (1, 32, 3, 8, 12)
 CROSS_ATTENTION = "cross-attention or grouped heads"
 
 
+frozen = 0
+
+
+def freeze_imports() -> None:
+    """Let searches for garbage leave out what has been imported.
+
+    ComfyUI searches before it loads a model whose earlier clone has gone, as in nearly every test;
+    with all of torch and ComfyUI that took 0.33 s, and takes 0.06 s (Python 3.11, AMD EPYC).
+    """
+    global frozen
+    if len(sys.modules) > frozen + 50:
+        gc.collect()
+        gc.freeze()
+        frozen = len(sys.modules)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def imports_frozen():
+    freeze_imports()
+
+
 @pytest.fixture(scope="session")
 def comfyui():
     """ComfyUI importable in this process; its path."""
     if "COMFYUI_PATH" not in os.environ:
         pytest.skip("COMFYUI_PATH is not set; `python run.py test` finds or sets up a ComfyUI")
-    return comfy_inprocess.start()
+    found = comfy_inprocess.start()
+    import comfy.sample
+    import comfy.sd  # noqa: F401
+
+    freeze_imports()
+    return found
 
 
 @pytest.fixture(scope="session")
