@@ -2,7 +2,8 @@
 
 A few processes of low priority rehearse the run and leave its binaries in Triton's cache. A launch
 whose binary one of them is at waits for it; one that none has begun compiles by itself, and none begins
-it any more. Nothing of this can fail a run: without these processes each launch compiles what it
+it any more. A thread follows them, rehearses the run on the GPU, and so loads the binaries and what
+torch loads at a first call. Nothing of this can fail a run: without it each launch compiles what it
 needs.
 """
 
@@ -20,7 +21,9 @@ import folder_paths
 import torch
 
 from ..backends import choice, tiles, tuned
+from ..backends.cudnn import cudnn_serves, torch_cudnn
 from ..config import AdaSpaConfig
+from ..run.rehearsal import rehearse
 from ..sentences import Sentence
 from . import status
 from .families import family_of
@@ -30,13 +33,18 @@ WORKER = Path(__file__).with_name("compile_worker.py")
 MOST_WORKERS = 4
 # of the computer's memory: what a process takes, and what is left to others
 WORKER_BYTES, SPARE_BYTES = 1 << 30, 4 << 30
-# of a first kernel, after which the others begin too: what is in the cache needs no help
+# of a first kernel, after which the others begin too, where some of ours are in the cache already: what is
+# there needs no help
 HELP_AFTER = 0.5
 # a launch that has waited so long compiles by itself
 LONGEST_WAIT = 120.0
 CLAIMED, DONE = "claimed", "done"
 # settings that decide which kernels a run launches
 DECIDE = ("block_size", "head_adaptive", "precision", "recall", "tail", "token_order")
+
+
+class Nothing(Exception):
+    """Nobody compiles what the thread that loads would need next."""
 
 
 class Compiling:
@@ -52,6 +60,7 @@ class Compiling:
         self._kernels: dict[str, str] = {}
         self._take_back: Callable = lambda: None
         self._said = False
+        self._loader: threading.Thread | None = None
 
     def want(self, node_id: str, work: dict | None) -> None:
         """Compile `work` for a node, and no longer what it wanted before."""
@@ -79,7 +88,33 @@ class Compiling:
         self._kernels, self._said = {}, False
         self._take_back()
         self._take_back = choice.before_launches(torch.device("cuda"), self._before_launch)
-        self._begin(self._current, min(1, workers()))
+        at_once = workers() if choice.compiler().is_cold() else min(1, workers())
+        self._begin(self._current, at_once)
+        if self._processes and self._loader is None:
+            self._loader = threading.Thread(target=self._load, daemon=True)
+            self._loader.start()
+
+    def _load(self) -> None:
+        """Launch in this process what the others compile, as soon as they have."""
+        loaded = None
+        while True:
+            with self._change:
+                if self._current in (None, loaded):
+                    self._loader = None
+                    self._end_of_launches()
+                    return
+                loaded = self._current
+            try:
+                load(json.loads(loaded))
+            except Nothing:
+                pass
+            except Exception as error:
+                go_on_without_us(error)
+
+    def _end_of_launches(self) -> None:
+        """Come before launches no longer than it is of use."""
+        if not self._processes and self._loader is None:
+            self._take_back()
 
     def _begin(self, work: str, number: int) -> None:
         for _ in range(number):
@@ -111,7 +146,7 @@ class Compiling:
                     del self._kernels[mine]
                 self._change.notify_all()
                 if not self._processes:
-                    self._take_back()
+                    self._end_of_launches()
                     self._begin_next()
 
     def _claim(self, process: subprocess.Popen, key: str) -> bool:
@@ -136,6 +171,14 @@ class Compiling:
 
     def _before_launch(self, key: str) -> None:
         """Wait where a process compiles what a launch needs."""
+        if threading.current_thread() is self._loader:
+            with self._change:
+                self._change.wait_for(
+                    lambda: self._kernels.get(key) == DONE or not self._processes
+                )  # fmt: skip
+                if self._kernels.get(key) != DONE:
+                    raise Nothing
+            return
         try:
             with self._change:
                 state = self._kernels.get(key)
@@ -151,8 +194,7 @@ class Compiling:
                     self._change.wait_for(
                         lambda: self._kernels.get(key) != CLAIMED, LONGEST_WAIT
                     )  # fmt: skip
-                if not self._processes:
-                    self._take_back()
+                self._end_of_launches()
         except Exception as error:
             go_on_without_us(error)
 
@@ -169,6 +211,19 @@ def compile_ahead(model, config: AdaSpaConfig, node_id: str) -> None:
         COMPILING.want(node_id, work_of(model, config))
     except Exception as error:
         go_on_without_us(error)
+
+
+def load(work: dict) -> None:
+    """Rehearse a run on the GPU, with what it will launch and what torch will load."""
+    device = torch.device(work["device"])
+    generator = torch.Generator(device).manual_seed(0)
+    dtype, config = getattr(torch, work["dtype"]), AdaSpaConfig(**work["config"])
+    with torch.no_grad():
+        q = torch.zeros(1, 1, 128, work["head_dim"], dtype=dtype, device=device)
+        if cudnn_serves(q):
+            torch_cudnn(q, q, q, scale=1.0)
+        backend = choice.triton_kernels(device)
+        rehearse(backend, config, work["head_dim"], dtype, generator=generator)
 
 
 def work_of(model, config: AdaSpaConfig) -> dict | None:
@@ -190,7 +245,8 @@ def work_of(model, config: AdaSpaConfig) -> dict | None:
     settings = {name: value for name, value in asdict(config).items() if name in DECIDE}
     named = str(dtype).removeprefix("torch.")
     return {
-        "card": card, "head_dim": head_dim, "dtype": named, "config": settings,
+        "card": card, "device": str(device), "head_dim": head_dim, "dtype": named,
+        "config": settings,
         "tiles": {name: list(vars(tile).values()) for name, tile in found.items()},
     }  # fmt: skip
 

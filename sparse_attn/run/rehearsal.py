@@ -1,4 +1,6 @@
-"""A run rehearsed: every operation of its steps once, on zeros, for who wants to know its kernels."""
+"""A run rehearsed: every operation of its steps once, for who wants its kernels compiled or loaded."""
+
+from contextlib import nullcontext
 
 import torch
 from torch.overrides import TorchFunctionMode
@@ -34,18 +36,24 @@ class _Zeros(TorchFunctionMode):
 
 
 def rehearse(
-    backend: Backend, config: AdaSpaConfig, head_dim: int, dtype: torch.dtype, bias: bool = False
-) -> None:
+    backend: Backend, config: AdaSpaConfig, head_dim: int, dtype: torch.dtype, bias: bool = False,
+    generator: torch.Generator | None = None,
+) -> None:  # fmt: skip
     """Do what a run does, in its order: dense, search, sparse, later search.
 
     Args:
-        backend: whose launches do nothing but tell.
+        backend: whose launches do nothing but tell where there is no `generator`.
         bias: with a key bias, as masked text makes one.
+        generator: of q, k and v, on whose device all is done in earnest; None rehearses on zeros of
+            the CPU.
     """
-    tokens = LAYOUT.tokens
-    with _Zeros():
-        q = torch.zeros(1, HEADS, tokens, head_dim, dtype=dtype)
-        key_bias = torch.zeros(1, tokens) if bias else None
+    tokens, shape = LAYOUT.tokens, (1, HEADS, LAYOUT.tokens, head_dim)
+    device = torch.device("cpu") if generator is None else generator.device
+    with _Zeros() if generator is None else nullcontext():
+        q = torch.zeros(shape, dtype=dtype)
+        if generator is not None:
+            q = torch.randn(shape, dtype=dtype, device=device, generator=generator)
+        key_bias = torch.zeros(1, tokens, device=device) if bias else None
         by_position = serpentine_order(LAYOUT, q.device) if config.pooled else None
         call = Call(
             q, q, q, head_dim**-0.5, LAYOUT, step=0, dense=lambda: q, key_bias=key_bias,
@@ -66,5 +74,7 @@ def rehearse(
         for int8 in (low, False) if low else (False,):
             lse_cached_search(backend, call, config, lse, int8)
         for blocks in FURTHER_BLOCKS:
-            scores, sinks = torch.zeros(1, 1, 1, blocks), torch.zeros(blocks, dtype=torch.bool)
-            backend.row_wise_top_k(scores, scores, torch.ones(1, 1), 1, sinks, sinks[:1])
+            scores = torch.zeros(1, 1, 1, blocks, device=device)
+            sinks = torch.zeros(blocks, dtype=torch.bool, device=device)
+            budgets = torch.ones(1, 1, device=device)
+            backend.row_wise_top_k(scores, scores, budgets, 1, sinks, sinks[:1])

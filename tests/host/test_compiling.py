@@ -50,6 +50,8 @@ def compiling(comfyui, monkeypatch, tmp_path):
     script.write_text(STAND_IN)
     monkeypatch.setattr(compiling, "WORKER", script)
     monkeypatch.setattr(compiling, "workers", lambda: 1)
+    monkeypatch.setattr(compiling, "load", lambda work: None)
+    monkeypatch.setattr(compiling.choice.compiler(), "is_cold", lambda: False)
     compiling.said = []
     monkeypatch.setattr(
         compiling.status, "say", lambda node, text: compiling.said.append((node, text.code))
@@ -79,6 +81,42 @@ def test_a_launch_waits_for_what_is_under_way_and_for_nothing_else(compiling):
     assert here._kernels == dict.fromkeys("abc", compiling.DONE)
 
 
+def test_a_thread_loads_what_the_processes_have_compiled_and_no_more(compiling, monkeypatch):
+    here, loaded, ended = compiling.Compiling(), [], []
+
+    def load(work):
+        for key in work["keys"] + ["z"]:
+            try:
+                here._before_launch(key)
+            except compiling.Nothing:
+                ended.append(key)
+                raise
+            loaded.append((key, here._kernels[key]))
+
+    monkeypatch.setattr(compiling, "load", load)
+    here.want("7", {"keys": ["a", "b"], "seconds": 0.2})
+    # a second one, which begins when the first has ended
+    here.want("8", {"keys": ["b", "c"], "seconds": 0.2})
+    until(lambda: here._loader is None and not here._processes and len(ended) == 2)
+    assert loaded == [(key, compiling.DONE) for key in "abbc"] and ended == ["z", "z"]
+    assert not compiling.said and "z" not in here._kernels
+
+
+def test_what_is_loaded_is_a_run_on_the_gpu_of_the_model(comfyui, monkeypatch):
+    from sparse_attn.host import compiling
+
+    seen, state = [], torch.get_rng_state()
+    monkeypatch.setattr(
+        compiling, "rehearse", lambda *args, **options: seen.append((args, options))
+    )
+    compiling.load({**WORK, "device": "cpu"})
+    (((_, config, head_dim, dtype), options),) = seen
+    assert (config, head_dim, dtype) == (AdaSpaConfig(tail="none"), 64, torch.bfloat16)
+    assert options["generator"].device.type == "cpu"
+    # the seeds of a video are not ours
+    assert torch.equal(torch.get_rng_state(), state)
+
+
 def test_a_worker_that_dies_keeps_no_launch_waiting(compiling):
     here = compiling.Compiling()
     here.want("7", {"keys": ["a"], "seconds": 0.3, "dies": True})
@@ -100,6 +138,16 @@ def test_what_is_slow_gets_help_and_another_node_waits_its_turn(compiling, monke
     here.want("9", first)
     until(lambda: len(begun) == 4 and not here._processes)
     assert begun == [json.dumps(first)] * 3 + [json.dumps(second)]
+
+
+def test_where_nothing_is_in_the_cache_all_begin_at_once(compiling, monkeypatch):
+    monkeypatch.setattr(compiling, "workers", lambda: 3)
+    monkeypatch.setattr(compiling.choice.compiler(), "is_cold", lambda: True)
+    here = compiling.Compiling()
+    here.want("7", {"keys": ["a", "b"], "seconds": 0.2})
+    assert len(here._processes) == 3
+    until(lambda: not here._processes)
+    assert here._kernels == dict.fromkeys("ab", compiling.DONE)
 
 
 def test_a_node_that_is_switched_off_ends_what_only_it_wanted(compiling):
@@ -174,6 +222,7 @@ def test_the_work_is_what_decides_the_kernels(comfyui, monkeypatch, tmp_path):
     work = compiling.work_of(model, AdaSpaConfig(sparsity=0.9, precision="int8"))
     assert work == compiling.work_of(model, AdaSpaConfig(sparsity=0.5, precision="int8"))
     assert (work["card"], work["head_dim"], work["dtype"]) == ((8, 9), 128, "bfloat16")
+    assert work["device"] == "cuda"
     assert work["config"]["precision"] == "int8"
     AdaSpaConfig(**work["config"])
     assert work["tiles"] == {}
@@ -219,6 +268,7 @@ def test_a_worker_leaves_in_the_cache_what_it_was_told_to_compile(comfyui, monke
 
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    assert compiling.choice.compiler().is_cold()
     process = compiling.begin_worker(json.dumps(WORK))
     timer = threading.Timer(400, process.kill)
     timer.start()
@@ -236,6 +286,7 @@ def test_a_worker_leaves_in_the_cache_what_it_was_told_to_compile(comfyui, monke
     timer.cancel()
     assert met[0] == ("claim", "_attention_kernel") and met[-1] == ("done", wanted)
     assert [path.name for path in tmp_path.rglob("*.cubin")] == [wanted + ".cubin"]
+    assert not compiling.choice.compiler().is_cold()
 
 
 # begins the worker as ComfyUI does, says its number, and waits to be killed

@@ -80,6 +80,18 @@ def test_a_run_launches_nothing_that_was_not_rehearsed(settings, bias, monkeypat
     assert launches.met <= rehearsed
 
 
+@pytest.mark.parametrize("settings", [{}, {"tail": "none", "recall": 0.7}], ids=["tail", "recall"])
+def test_a_rehearsal_in_earnest_leaves_the_seeds_of_others_alone(settings, device):
+    if device.type == "cuda":
+        backend, dtype = choice.triton_kernels(device), torch.bfloat16
+    else:
+        backend, dtype = choice.plain_torch(), torch.float32
+    generator, state = torch.Generator(device).manual_seed(0), torch.get_rng_state()
+    for bias in (False, True):
+        rehearse(backend, AdaSpaConfig(**settings), 64, dtype, bias, generator)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
 def test_what_comes_before_launches_is_taken_back(device):
     from sparse_attn.block_mask import BlockMask
 

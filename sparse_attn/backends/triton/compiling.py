@@ -7,6 +7,7 @@ what the other one looks up.
 
 import sys
 from collections.abc import Callable, Iterable
+from pathlib import Path
 
 import torch
 import triton
@@ -17,6 +18,8 @@ from .. import tiles
 from . import launch
 
 OPTIONS = ("num_warps", "num_stages", "maxnreg")
+# what Triton's cache calls a kernel that every run launches
+ALWAYS = "_unpack_mask_kernel.json"
 
 
 class _Card:
@@ -39,6 +42,11 @@ def serves(card: tiles.Card, head_dim: int, dtype: torch.dtype) -> bool:
     """Whether kernels run on a card for heads of this kind, and can be compiled without it."""
     nvidia = not isinstance(card, str) and card >= tiles.ANY_CARD
     return nvidia and head_dim in launch.HEAD_DIMS and dtype in launch.DTYPES
+
+
+def is_cold() -> bool:
+    """Whether Triton's cache has nothing of ours, not even of an older version."""
+    return next(Path(triton.knobs.cache.dir).glob(f"*/{ALWAYS}"), None) is None
 
 
 def only_compile(capability: tuple[int, int], claim: Callable, done: Callable) -> None:
