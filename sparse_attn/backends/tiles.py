@@ -160,15 +160,13 @@ def _amd_attention(card: str, block_q: int) -> Tile:
     return Tile(block_q, 16, 8 if block_q == 64 else 16, 1)
 
 
-# with wgmma off, 2026-11-30, quantising (1.7) included: 64 rows, 4 warps, 3 stages dense 386, density 0.2 84, with
-# a tail 93; with 168 registers 441, 76 and 98; 2 stages 481, 81 and 96, with 168 registers 402, 81 and 99, with
-# 128 766, 140 and 154; 128 rows, 8 warps 429 and 96, 4 warps 654 and 126. Blocks of 128 are two halves. In
-# the same process comfy-kitchen's int8_attention took 365
-def quantised_attention(card: Card, listed: bool, pooled: bool) -> Tile:
+# with wgmma off, 2026-11-30, quantising (1.7) included, 168 registers: dense 355, density 0.2 73, with a tail 82
+# (4 stages 357; 2 stages 399, 82 and 94; as many registers as it takes 388, 87 and 99); 128 rows, 4 warps 529, 115 and
+# 116, 2 stages 434. Blocks of 128 are two halves. What is masked, after the main loop and by tiles as large, took
+# registers from it: dense 386, 76 and 93. comfy-kitchen's int8_attention takes 365
+def quantised_attention(card: Card) -> Tile:
     """The tile of attention in eight bits."""
-    if tile := _tuned_for(card, "quantised_attention"):
-        return tile
-    return Tile(64, 64, 4, 3, maxnreg=168 if listed and not pooled else None)
+    return _tuned_for(card, "quantised_attention") or Tile(64, 64, 4, 3, maxnreg=168)
 
 
 # of a product with ones that adds up the weights of rows: the narrowest that the compiler takes

@@ -15,6 +15,7 @@ from . import launch
 from .operands import operands_of
 from .quantise import TILE, quantise
 from .softmax import (
+    INTERPRETED,
     LOG2_E,
     MAGIC,
     MAGIC_BITS,
@@ -34,11 +35,25 @@ SIZES = [
 ]  # fmt: skip
 
 
+# four float32 as int8, rounded to the nearest; two conversions become one instruction
+FOUR_INT8 = tl.constexpr("""{
+.reg .s32 a, b, c, d; .reg .b32 t;
+cvt.rni.s32.f32 a, $1; cvt.rni.s32.f32 b, $2; cvt.rni.s32.f32 c, $3; cvt.rni.s32.f32 d, $4;
+cvt.pack.sat.s8.s32.b32 t, d, c, 0;
+cvt.pack.sat.s8.s32.b32 $0, b, a, t;
+}""")
+
+
 @triton.jit
-def _operand_order(b_p, TILE_Q: tl.constexpr, TILE: tl.constexpr):
-    """Columns in `key_order`: a lane has the weights already that it must hand to the product."""
-    b_p = tl.permute(tl.reshape(b_p, [TILE_Q, TILE // 16, 2, 4, 2]), [0, 1, 3, 2, 4])
-    return tl.reshape(b_p, [TILE_Q, TILE])
+def _to_operand(b_p, TILE_Q: tl.constexpr, KEYS: tl.constexpr):
+    """Weights as int8, columns in `key_order`: a lane has those already that the product asks of it."""
+    b_p = tl.permute(tl.reshape(b_p, [TILE_Q, KEYS // 16, 2, 4, 2]), [0, 1, 3, 2, 4])
+    b_p = tl.reshape(b_p, [TILE_Q, KEYS])
+    if INTERPRETED:
+        return (b_p + MAGIC).to(tl.int32, bitcast=True).to(tl.int8)
+    return tl.inline_asm_elementwise(
+        FOUR_INT8, "=r,r,r,r,r", [b_p], dtype=tl.int8, is_pure=True, pack=4
+    )
 
 
 @triton.jit
@@ -53,31 +68,30 @@ def _merge(b_acc, b_p, b_v, b_old, b_new):
 @triton.jit
 def _attend_tile(
     b_acc0, b_acc1, b_max, b_sum, b_q, b_scale, p_k, p_k_scale, p_v, p_v_scale, key_bias, bits,
-    tile, L,
-    D: tl.constexpr, TILE: tl.constexpr, TILE_Q: tl.constexpr, COLS: tl.constexpr,
-    SUM_COLS: tl.constexpr,
+    first, L,
+    D: tl.constexpr, TILE: tl.constexpr, KEYS: tl.constexpr, TILE_Q: tl.constexpr,
+    COLS: tl.constexpr, SUM_COLS: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_BITS: tl.constexpr, RAGGED: tl.constexpr,
 ):  # fmt: skip
-    """Online softmax over one tile of keys."""
-    o_t = tl.arange(0, TILE)
+    """Online softmax over KEYS keys of one tile, from `first` on."""
+    tile = first // TILE
+    o_t = tl.arange(0, KEYS)
     o_c = tl.arange(0, COLS)
     # the keys are padded
-    b_k = tl.load(p_k + tl.full([], tile, tl.int64) * (TILE * D)
+    b_k = tl.load(p_k + tl.full([], first, tl.int64) * D
                   + (o_t[:, None] * D + tl.arange(0, D)[None, :]))  # fmt: skip
     b_factor = b_scale * tl.load(p_k_scale + tile)
     if HAS_BIAS or RAGGED:
         b_s = int8_scores(b_q, b_k) * b_factor[:, None]
         # they are scaled already
-        b_s = mask_scores(
-            b_s, 1.0, key_bias, bits, tile * TILE, L, TILE, HAS_BIAS, HAS_BITS, RAGGED
-        )
+        b_s = mask_scores(b_s, 1.0, key_bias, bits, first, L, KEYS, HAS_BIAS, HAS_BITS, RAGGED)
         b_top = tl.max(b_s, 1)
         b_p = tl.exp2(b_s - (tl.where(b_top == float("-inf"), 0.0, b_top) - STEPS)[:, None])
         b_next = tl.maximum(b_max, b_top)
         # a row may have met only keys at -inf so far
         b_pivot = tl.where(b_next == float("-inf"), 0.0, b_next)
     else:
-        b_zero = tl.full([TILE_Q, TILE], MAGIC_BITS, tl.int32)
+        b_zero = tl.full([TILE_Q, KEYS], MAGIC_BITS, tl.int32)
         b_s = int8_matmul(b_q, tl.trans(b_k), b_zero)
         b_top = (tl.max(b_s, 1) - MAGIC) * b_factor
         # two steps less than MAGIC, or rounding could lift a weight past 127
@@ -87,12 +101,12 @@ def _attend_tile(
         b_pivot = b_next
     b_old = tl.exp2(b_max - b_pivot)
     b_new = tl.exp2(b_top - b_pivot)
-    # rounded to whole steps
-    b_p = (b_p + MAGIC).to(tl.int32, bitcast=True).to(tl.int8)
-    b_p = _operand_order(b_p, TILE_Q, TILE)
-    b_sum = _merge(b_sum, b_p, tl.full([TILE, SUM_COLS], 1, tl.int8), b_old, b_new)
+    b_p = _to_operand(b_p, TILE_Q, KEYS)
+    b_sum = _merge(b_sum, b_p, tl.full([KEYS, SUM_COLS], 1, tl.int8), b_old, b_new)
     b_new *= tl.load(p_v_scale + tile)
     p_v += tl.full([], tile, tl.int64) * (TILE * D) + (o_c[:, None] * TILE + o_t[None, :])
+    if KEYS < TILE:
+        p_v += tl.multiple_of(first % TILE, KEYS)
     b_acc0 = _merge(b_acc0, b_p, tl.trans(tl.load(p_v)), b_old, b_new)
     if D > COLS:
         b_acc1 = _merge(b_acc1, b_p, tl.trans(tl.load(p_v + COLS * TILE)), b_old, b_new)
@@ -149,17 +163,19 @@ def _quantised_attention_kernel(
         p_bias += i_b.to(tl.int64) * Lk
     p_list = kv_indices
     num_blocks = 0
-    num_all = Nk
     num_whole = Lk // TILE
+    # keys of a block that runs past Lk
+    first_edge = num_whole * TILE
+    past_edge = Lk
     if LISTED:
         PARTS: tl.constexpr = BLOCK_K // TILE
         p_list += row_of_blocks * list_stride
         num_blocks = tl.load(kv_num_blocks + row_of_blocks)
-        # the list ascends, so only its last block can run past Lk, or have one tile
+        # the list ascends
         last = tl.load(p_list + num_blocks - 1, mask=num_blocks > 0, other=0)
-        num_tiles = tl.where(num_blocks > 0, (num_blocks - 1) * PARTS, 0)
-        num_all = num_tiles + tl.where(num_blocks > 0, tl.minimum(PARTS, Nk - last * PARTS), 0)
-        num_whole = tl.where((last + 1) * BLOCK_K > Lk, num_tiles, num_all)
+        first_edge = tl.minimum(last * BLOCK_K, Lk)
+        past_edge = tl.where((num_blocks > 0) & ((last + 1) * BLOCK_K > Lk), Lk, first_edge)
+        num_whole = (num_blocks - tl.where(past_edge > first_edge, 1, 0)) * PARTS
 
     # [TILE_Q, D]; the queries are padded
     row = i_bh * num_rows + o_q
@@ -173,6 +189,27 @@ def _quantised_attention_kernel(
     b_acc1 = tl.zeros([TILE_Q, COLS], dtype=tl.float32)
     b_max = tl.full([TILE_Q], float("-inf"), dtype=tl.float32)
     b_sum = tl.zeros([TILE_Q, SUM_COLS], dtype=tl.float32)
+    # first what is masked, by smaller tiles: the loop that matters gets all registers
+    EDGE: tl.constexpr = 32
+    if HAS_POOLED:
+        num_pooled_tiles = tl.cdiv(num_pooled, TILE)
+        p_bits = bits + row_of_blocks * tl.cdiv(num_pooled, 8)
+        p_sizes = log_sizes + i_b.to(tl.int64) * num_pooled
+        pooled_k += i_bh * num_pooled_tiles * TILE * D
+        pooled_v += i_bh * num_pooled_tiles * TILE * D
+        pooled_k_scale += i_bh * num_pooled_tiles
+        pooled_v_tile_scale += i_bh * num_pooled_tiles
+        for first in tl.range(0, num_pooled, EDGE):
+            b_acc0, b_acc1, b_max, b_sum = _attend_tile(
+                b_acc0, b_acc1, b_max, b_sum, b_q, b_scale, pooled_k, pooled_k_scale, pooled_v,
+                pooled_v_tile_scale, p_sizes, p_bits, first, num_pooled,
+                D, TILE, EDGE, TILE_Q, COLS, SUM_COLS, True, True, True,
+            )  # fmt: skip
+    for first in tl.range(first_edge, past_edge, EDGE, num_stages=1):
+        b_acc0, b_acc1, b_max, b_sum = _attend_tile(
+            b_acc0, b_acc1, b_max, b_sum, b_q, b_scale, p_k, p_k_scale, p_v, p_v_scale, p_bias, bits,
+            first, Lk, D, TILE, EDGE, TILE_Q, COLS, SUM_COLS, HAS_BIAS, False, True,
+        )  # fmt: skip
     # known a turn ahead, or no load of keys could run ahead of the turn that uses them
     following = _tile(p_list, 0, num_blocks, BLOCK_K, TILE, LISTED)
     for t in tl.range(0, num_whole):
@@ -180,29 +217,8 @@ def _quantised_attention_kernel(
         following = _tile(p_list, t + 1, num_blocks, BLOCK_K, TILE, LISTED)
         b_acc0, b_acc1, b_max, b_sum = _attend_tile(
             b_acc0, b_acc1, b_max, b_sum, b_q, b_scale, p_k, p_k_scale, p_v, p_v_scale, p_bias, bits,
-            tile, Lk, D, TILE, TILE_Q, COLS, SUM_COLS, HAS_BIAS, False, False,
+            tile * TILE, Lk, D, TILE, TILE, TILE_Q, COLS, SUM_COLS, HAS_BIAS, False, False,
         )  # fmt: skip
-    # at most two turns
-    for t in tl.range(num_whole, num_all, num_stages=1):
-        b_acc0, b_acc1, b_max, b_sum = _attend_tile(
-            b_acc0, b_acc1, b_max, b_sum, b_q, b_scale, p_k, p_k_scale, p_v, p_v_scale, p_bias, bits,
-            _tile(p_list, t, num_blocks, BLOCK_K, TILE, LISTED), Lk,
-            D, TILE, TILE_Q, COLS, SUM_COLS, HAS_BIAS, False, True,
-        )  # fmt: skip
-    if HAS_POOLED:
-        num_pooled_tiles = tl.cdiv(num_pooled, TILE)
-        p_bits = bits + row_of_blocks * tl.cdiv(num_pooled, 8)
-        p_sizes = log_sizes + i_b.to(tl.int64) * num_pooled
-        p_k = pooled_k + i_bh * num_pooled_tiles * TILE * D
-        p_v = pooled_v + i_bh * num_pooled_tiles * TILE * D
-        p_k_scale = pooled_k_scale + i_bh * num_pooled_tiles
-        p_v_scale = pooled_v_tile_scale + i_bh * num_pooled_tiles
-        for t in tl.range(0, num_pooled_tiles):
-            b_acc0, b_acc1, b_max, b_sum = _attend_tile(
-                b_acc0, b_acc1, b_max, b_sum, b_q, b_scale, p_k, p_k_scale, p_v, p_v_scale,
-                p_sizes, p_bits, t, num_pooled, D, TILE, TILE_Q, COLS, SUM_COLS, True,
-                True, True,
-            )  # fmt: skip
 
     # the columns are alike
     b_sum = tl.max(b_sum, 1)
@@ -235,7 +251,7 @@ def quantised_attention(
         return x.out, x.lse
     if Lk == 0:
         return x.out.zero_(), x.lse.fill_(float("-inf"))
-    tile = tiles.quantised_attention(tiles.card_of(q.device), mask is not None, pooled is not None)
+    tile = tiles.quantised_attention(tiles.card_of(q.device))
     block_q, block_k = (tile.tile_q, TILE) if mask is None else (mask.block_q, mask.block_k)
     Nq = triton.cdiv(Lq, block_q)
     with launch.on_device(q):
