@@ -32,6 +32,8 @@ const workflowId = () => graph()?.id ?? null;
 const locale = () => app.extensionManager?.setting?.get("Comfy.Locale") ?? "en";
 
 const views = new WeakMap();
+// what a loaded node's preset was otherwise, until a setting is changed
+const presetNews = new WeakMap();
 const latest = new Latest(window.sessionStorage);
 const log = new RunLog();
 // the workflow that executes, and the settings with which its nodes of ours do
@@ -102,7 +104,7 @@ function show(node, status) {
 
 function noteChanges(node, status) {
   const changed = haveChanged(status?.settings, node.widgets, (name) => isWired(node, name));
-  views.get(node)?.setNote(changed ? line("changed") : status?.note);
+  views.get(node)?.setNote(presetNews.get(node) ?? (changed ? line("changed") : status?.note));
 }
 
 /** The id of a node of the canvas, as a prompt names it. */
@@ -185,15 +187,18 @@ app.registerExtension({
   nodeCreated(node) {
     if (!(node.comfyClass in HINTS)) return;
     if (PATCHES.has(node.comfyClass)) {
-      const changed = () => {
+      const changed = (widget) => {
+        if (widget) presetNews.delete(node);
         applyPreset(node);
         noteChanges(node, latest.get(workflowId(), idOf(node)));
         node.setDirtyCanvas?.(true, true);
       };
       watch(node, {
         changed,
-        loaded: () => {
-          beginPreset(node);
+        loaded: (saved) => {
+          const other = beginPreset(node, saved?.properties);
+          if (other) presetNews.set(node, line("preset_changed", other));
+          noteChanges(node, null);
           foldSettings(node);
         },
         wired: () => {

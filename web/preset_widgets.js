@@ -3,6 +3,7 @@
 
 // in the node's properties, which are saved with a graph
 const OWN = "adaspa_own_values";
+const SAVED = "adaspa_preset_values";
 
 const decidedBefore = new WeakMap();
 
@@ -32,10 +33,21 @@ export function isWired(node, name) {
   return node.inputs?.some((input) => input.widget?.name === name && input.link != null) ?? false;
 }
 
-/** Call it when a node was made or loaded: what its preset decides is then none of the user's values. */
-export function beginPreset(node) {
-  decidedBefore.set(node, new Set(Object.keys(decidedBy(node))));
+/**
+ * Call it when a node was made or loaded: what its preset decides is then none of the user's values.
+ *
+ * @param {object} properties - the node's as they were saved; while it is loaded, its own are written anew
+ * @returns {null | { preset: string, values: string }} what was otherwise in the preset when the graph
+ *   was saved. Custom then begins with those values.
+ */
+export function beginPreset(node, properties = {}) {
+  const [decided, preset, saved] = [decidedBy(node), chosenPreset(node), properties[SAVED]];
+  const known = saved?.preset === preset ? saved.values : {};
+  const other = Object.keys(decided).filter((name) => name in known && known[name] !== decided[name]);
+  if (other.length) node.properties[OWN] = { ...node.properties[OWN], ...known };
+  decidedBefore.set(node, new Set(Object.keys(decided)));
   applyPreset(node);
+  return other.length ? { preset, values: other.map((name) => `${name} ${known[name]}`).join(", ") } : null;
 }
 
 export function applyPreset(node) {
@@ -54,7 +66,8 @@ export function applyPreset(node) {
     }
   }
   decidedBefore.set(node, new Set(Object.keys(decided)));
-  remember(node, own);
+  remember(node, OWN, own);
+  remember(node, SAVED, Object.keys(decided).length ? { preset: chosenPreset(node), values: decided } : {});
   const replaced = new Set((node.widgets ?? []).filter(isOn).flatMap(({ name }) => replacedBy(node, name)));
   for (const widget of node.widgets ?? []) {
     // two that exclude each other stay free, so that one can be switched off
@@ -76,9 +89,9 @@ function set(widget, value) {
   if (widget.value !== value) widget.value = value;
 }
 
-function remember(node, own) {
-  if (!Object.keys(own).length) delete node.properties?.[OWN];
-  else if (node.properties) node.properties[OWN] = own;
+function remember(node, name, values) {
+  if (!Object.keys(values).length) delete node.properties?.[name];
+  else if (node.properties) node.properties[name] = values;
 }
 
 // the canvas renderer blanks the value of a disabled widget; here it is what the user must see

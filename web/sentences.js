@@ -30,6 +30,7 @@ export const SENTENCES = {
     "apart": "It took no part in the last run: nothing that is saved or shown depends on it.",
     "stopped_before": "The run was stopped before its turn.",
     "failed_before": "The run ended with an error before its turn.",
+    "preset_changed": "{preset} has changed since this graph was saved: it had {values}. Custom has the old values.",
     "changed": "The settings have changed since this run."
   },
   "zh": {
@@ -60,6 +61,7 @@ export const SENTENCES = {
     "apart": "该节点没有参与上次运行：保存或显示的内容都不依赖它。",
     "stopped_before": "轮到它之前运行已停止。",
     "failed_before": "轮到它之前运行因错误结束。",
+    "preset_changed": "此图保存之后 {preset} 已更改：原为 {values}。选择 Custom 可得到旧值。",
     "changed": "此次运行之后设置已更改。",
     "ready": "就绪：{preset}，稀疏度 {sparsity}。",
     "ready_recall": "就绪：{preset}，召回率 {recall}。",
@@ -240,6 +242,7 @@ export const SENTENCES = {
     "apart": "前回の実行には参加していません: 保存や表示される結果はこのノードに依存していません。",
     "stopped_before": "順番が来る前に実行が停止されました。",
     "failed_before": "順番が来る前に実行がエラーで終了しました。",
+    "preset_changed": "このグラフの保存後に {preset} が変わりました。以前は {values} でした。Custom を選ぶと以前の値になります。",
     "changed": "この実行の後に設定が変更されました。",
     "ready": "準備完了: {preset}、スパース率 {sparsity}。",
     "ready_recall": "準備完了: {preset}、再現率 {recall}。",
@@ -420,6 +423,7 @@ export const SENTENCES = {
     "apart": "지난 실행에 참여하지 않았습니다: 저장되거나 표시되는 것이 이 노드에 의존하지 않습니다.",
     "stopped_before": "차례가 오기 전에 실행이 중지되었습니다.",
     "failed_before": "차례가 오기 전에 실행이 오류로 끝났습니다.",
+    "preset_changed": "이 그래프를 저장한 뒤 {preset} 값이 바뀌었습니다. 이전 값: {values}. Custom을 선택하면 이전 값이 됩니다.",
     "changed": "이 실행 이후 설정이 변경되었습니다.",
     "ready": "준비됨: {preset}, 희소도 {sparsity}.",
     "ready_recall": "준비됨: {preset}, 재현율 {recall}.",

@@ -128,6 +128,37 @@ test("what the user had set is saved with the graph and outlives a load", () => 
   assert.deepEqual(read(loaded), OWN);
 });
 
+test("a preset that is another than when the graph was saved says so once, and Custom has its old values", () => {
+  const before = node("Fast");
+  beginPreset(before);
+  assert.equal(beginPreset(before, before.properties), null);
+  const loaded = node("Fast", PRESETS.Fast);
+  loaded.properties = structuredClone(before.properties);
+  Object.assign(loaded.properties.adaspa_preset_values.values, { sparsity: 0.95, search_points: "0.3" });
+  const saved = structuredClone(loaded.properties);
+  // a front end connects the inputs before it has set the widgets
+  pick(loaded, "Paper");
+  pick(loaded, "Fast");
+  assert.deepEqual(beginPreset(loaded, saved), { preset: "Fast", values: "sparsity 0.95, search_points 0.3" });
+  assert.equal(widget(loaded, "sparsity").value, 0.9);
+  const again = node("Fast", PRESETS.Fast);
+  again.properties = structuredClone(loaded.properties);
+  assert.equal(beginPreset(again, loaded.properties), null);
+  pick(again, "Custom");
+  assert.deepEqual(read(again), { ...PRESETS.Fast, sparsity: 0.95, search_points: "0.3" });
+  assert.deepEqual(again.properties, {});
+});
+
+test("a graph of a time without such a note, or with another preset, says nothing", () => {
+  for (const saved of [undefined, { preset: "Paper", values: { sparsity: 0.1 } }]) {
+    const loaded = node("Fast");
+    if (saved) loaded.properties.adaspa_preset_values = saved;
+    assert.equal(beginPreset(loaded, { ...loaded.properties }), null);
+    pick(loaded, "Custom");
+    assert.equal(widget(loaded, "sparsity").value, 0.9);
+  }
+});
+
 test("a preset that decides the recall gives it back", () => {
   const owner = node("Fast", { recall: 0.95 });
   beginPreset(owner);

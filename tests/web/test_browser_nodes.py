@@ -93,6 +93,21 @@ def test_custom_gives_back_what_the_user_had_set(graph):
     assert graph.evaluate("() => widget(node, 'sparsity').value") == 0.85
 
 
+def test_a_preset_that_has_changed_since_a_graph_was_saved_says_so(graph):
+    graph.evaluate("() => { window.node = make('AdaSpaAttention', { preset: 'Fast' }) }")
+    graph.evaluate(
+        """async () => { const saved = app.graph.serialize();
+            saved.nodes[0].properties.adaspa_preset_values.values.warmup = 0.3;
+            await app.loadGraphData(saved); window.node = app.graph.nodes[0]; }"""
+    )
+    assert "Fast has changed since this graph was saved: it had warmup 0.3." in graph.evaluate(
+        "() => said(node)"
+    )
+    graph.evaluate("() => pick(node, 'preset', 'Custom')")
+    assert graph.evaluate("() => widget(node, 'warmup').value") == 0.3
+    assert "has changed since" not in graph.evaluate("() => said(node)")
+
+
 def test_settings_that_exclude_each_other_grey_out(graph):
     graph.evaluate("() => { window.node = make('AdaSpaAttention', { preset: 'Custom' }) }")
     greyed = "() => node.widgets.filter(({ disabled }) => disabled).map(({ name }) => name)"
