@@ -18,7 +18,7 @@ from ..token_layout import TokenLayout
 LAYOUT = TokenLayout(0, 3, 8, 88)
 HEADS = 2
 # key blocks of longer videos, for which rows of masks have binaries of their own
-FURTHER_BLOCKS = (2048,)
+FURTHER_BLOCKS = (2048, 4096)
 
 
 FILLED = {
