@@ -111,7 +111,7 @@ def test_presets_hold_the_designed_values():
     gaps = {name: preset.search_gap for name, preset in PRESETS.items()}
     assert gaps == {"Quality": 3, "Balanced": 3, "Fast": 3, "Paper": 0}
     strides = {name: preset.query_stride for name, preset in PRESETS.items()}
-    assert strides == {"Quality": 1, "Balanced": 1, "Fast": 1, "Paper": 1}
+    assert strides == {"Quality": 4, "Balanced": 4, "Fast": 4, "Paper": 1}
 
 
 def test_a_tail_needs_blocks_of_64_keys():
@@ -164,7 +164,7 @@ def test_a_preset_decides_its_fields_and_leaves_the_others(preset):
 def test_custom_leaves_every_field_to_the_caller():
     config = from_preset("Custom", sparsity=0.5, block_size="128", warmup=0.4)
     assert (config.sparsity, config.block_size, config.warmup) == (0.5, "128", 0.4)
-    assert config.search_gap == 3 and config.query_stride == 1
+    assert config.search_gap == 3 and config.query_stride == 4
 
 
 def test_a_search_for_a_recall_measures_every_row():

@@ -158,8 +158,6 @@ def ours() -> list[Contestant]:
             found.append(of_preset(preset, f"{preset}, int8", LOW))
     for level in LEVELS:
         found.append(of_preset("Balanced", f"Balanced, int8, Skip Steps {level}", LOW, level))
-    rows = {"query_stride": 4}
-    found.append(of_preset("Balanced", "Balanced, int8, one row of four", {**LOW, **rows}))
     found += [of_preset(x, f"{x}, int8, 128x64", WIDE) for x in ("Balanced", "Fast", "Quality")]
     return found
 
@@ -167,8 +165,7 @@ def ours() -> list[Contestant]:
 def jobs(device, all_steps) -> list[tuple[Contestant, int]]:
     """What is run, the most telling first, since a limit of time may end it."""
     mine, theirs = ours(), rivals(device)
-    leading = (x for x in mine if x.forecast or "query_stride" in x.settings)
-    first = [mine[1], theirs[0], *theirs[2:3], *leading, mine[0]]
+    first = [mine[1], theirs[0], *theirs[2:3], *(x for x in mine if x.forecast), mine[0]]
     rest = [x for x in (*mine, *theirs) if x not in first]
     rest.sort(key=lambda x: (x.precision == "bf16", "128x64" in x.name))
     slow = [theirs[0], *(x for x in theirs if x not in first)]
@@ -306,6 +303,9 @@ def composed_rows(options):
             name: getattr(config, name)
             for name in ("sparsity", "tail", "token_order", "head_adaptive", "query_stride")
         }
+        if preset == next(iter(COMPOSED)):
+            # compiles what depends on the length
+            bench.variant({**kept, "precision": precisions[0]})
         for precision in precisions:
             found = bench.variant({**kept, "precision": precision})
             took = found["step_seconds"]

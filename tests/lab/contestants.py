@@ -31,6 +31,43 @@ OP = [
     Rule("Sol-Attn's own op, threshold", score="sol op"),
     Rule("Sol-Attn's own op, top-k", score="sol op top-k"),
 ]
+# what the seconds of a run buy most: dense steps at the start, blocks, or a second search. Searches
+# measure one query row of four
+NOW = EARLIER.but("1 dense step, then a search", warmup=0.05, query_stride=4)
+
+
+def front(steps: int, *asked) -> list[Rule]:
+    """Rules of (dense steps before the first search, density, whether a second search follows)."""
+    rules = []
+    for dense, density, second in asked:
+        words = f"{steps} steps: {dense} dense, density {density}"
+        again = NOW.again if second else ()
+        rules.append(
+            NOW.but(
+                words + ("" if second else ", one search"),
+                density=density,
+                warmup=dense / steps,
+                again=again,
+            )
+        )
+    return rules
+
+
+FRONT_4 = front(4, (1, 0.2, 0), (1, 0.1, 0), (2, 0.2, 0), (2, 0.1, 0), (1, 0.3, 0))
+# a warm-up that rounds to none gets a step, and its search runs sparse
+FRONT_4 += [
+    NOW.but(f"4 steps: 1 dense, sparse search, density {x}", density=x, warmup=0.1, again=())
+    for x in (0.2, 0.3, 0.4)
+]
+FRONT_6 = front(6, (1, 0.2, 0), (2, 0.2, 0), (2, 0.1, 0), (1, 0.1, 0))
+FRONT_8 = front(
+    8, (1, 0.2, 1), (2, 0.1, 1), (2, 0.1, 0), (1, 0.1, 1), (2, 0.15, 1), (2, 0.2, 1), (3, 0.1, 0),
+    (2, 0.2, 0), (1, 0.3, 1),
+)  # fmt: skip
+FRONT_20 = front(
+    20, (2, 0.2, 1), (1, 0.1, 1), (2, 0.1, 1), (3, 0.1, 1), (4, 0.1, 1), (3, 0.15, 1), (4, 0.3, 1),
+    (3, 0.2, 1), (4, 0.2, 1), (2, 0.15, 1), (5, 0.1, 1),
+)  # fmt: skip
 EIGHT = [
     PAPER,
     SOL,
@@ -59,6 +96,7 @@ QUESTIONS = {
         TWO.but("similarity, second search at 0.8", again=(0.8,)),
     ],
     "query_rows": [TWO, TWO.but("similarity, one query row of four", query_stride=4)],
+    "query rows": [TWO, TWO.but("similarity, one query row of four", query_stride=4)],
     "tails": [PLAIN, POSITION, TWO],
     "orders": [TWO, POSITION],
     "budgets": [TWO, TWO.but("similarity, head-adaptive", head_adaptive=True)],
@@ -80,6 +118,7 @@ GROUPS = {
     "decide": [PAPER, SOL, POSITION, TWO, THREE, WIDE], "rivals": RIVALS, "sol_op": OP,
     "eight": EIGHT, "eight first": EIGHT_FIRST, "one": [ONE], "low": [TWO, THREE, PAPER, SOL],
     "long": [PAPER, TWO, THREE, SOL], "earlier": [EARLIER], "lead": [PAPER, EARLIER], "sol": [SOL],
+    "front 4": FRONT_4, "front 6": FRONT_6, "front 8": FRONT_8, "front 20": FRONT_20,
     "as timed": [AS_TIMED],
     "presets": [of_preset(name) for name in ("Quality", "Balanced", "Fast", "Paper")],
     **QUESTIONS,
