@@ -4,6 +4,7 @@ import pytest
 import torch
 from close import assert_same_choice, assert_within, mass_rounding, rounding
 
+from sparse_attn import block_mask
 from sparse_attn.backends import reference
 from sparse_attn.block_mask import BlockMask, recall
 from sparse_attn.call import LayerName
@@ -432,8 +433,12 @@ def carried_from(**config):
 
 
 @BOTH_ORDERS
-def test_a_carried_pattern_is_used_in_its_order(token_order, tmp_path):
+@pytest.mark.parametrize("most_blocks", [block_mask.MOST_BLOCKS, 5])
+def test_a_carried_pattern_is_used_in_its_order(token_order, most_blocks, tmp_path, monkeypatch):
+    # eleven blocks a side: a file has the small ones
+    monkeypatch.setattr(block_mask, "MOST_BLOCKS", most_blocks)
     pattern = carried_from(token_order=token_order)
+    assert pattern.layers[NAME].bits.shape[-2:] == (11, 2)
     assert pattern.pooled and pattern.layout == LAYOUT
     own = token_order == "similarity"
     assert pattern.order == ("similarity" if own else "rods")
