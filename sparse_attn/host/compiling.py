@@ -40,7 +40,9 @@ HELP_AFTER = 0.5
 LONGEST_WAIT = 120.0
 CLAIMED, DONE = "claimed", "done"
 # settings that decide which kernels a run launches
-DECIDE = ("block_size", "head_adaptive", "precision", "recall", "tail", "token_order")
+DECIDE = (
+    "block_size", "head_adaptive", "precision", "query_stride", "recall", "tail", "token_order"
+)  # fmt: skip
 
 
 class Nothing(Exception):

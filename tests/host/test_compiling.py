@@ -14,7 +14,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from sparse_attn.config import AdaSpaConfig
+from sparse_attn.config import PRESETS, AdaSpaConfig
 
 pytestmark = pytest.mark.any_comfyui
 
@@ -224,6 +224,12 @@ def test_the_work_is_what_decides_the_kernels(comfyui, monkeypatch, tmp_path):
     assert (work["card"], work["head_dim"], work["dtype"]) == ((8, 9), 128, "bfloat16")
     assert work["device"] == "cuda"
     assert work["config"]["precision"] == "int8"
+    # of every preset all that a search launches by
+    for preset in PRESETS.values():
+        found = AdaSpaConfig(**compiling.work_of(model, preset)["config"])
+        assert found.search_stride == preset.search_stride and found.blocks == preset.blocks
+        assert (found.pooled, found.by_similarity) == (preset.pooled, preset.by_similarity)
+        assert (found.head_adaptive, found.recall) == (preset.head_adaptive, preset.recall)
     AdaSpaConfig(**work["config"])
     assert work["tiles"] == {}
     (tile, *_) = tuned.candidates()["attention 64"]

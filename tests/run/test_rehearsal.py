@@ -55,7 +55,7 @@ class Launches:
 @pytest.mark.parametrize(
     ("settings", "bias"),
     [
-        ({"precision": "int8", "tail": "pooled"}, False),
+        ({"precision": "int8", "tail": "pooled", "query_stride": 4}, False),
         ({"tail": "none", "block_size": "128", "recall": 0.7}, True),
     ],
     ids=["tail", "recall"],
