@@ -207,7 +207,7 @@ CUSTOM = AdaSpaConfig(**NO_WIDGET)
 PRESETS = {
     "Balanced": replace(CUSTOM, sparsity=0.8, warmup=0.12, search_points=HALFWAY),
     "Quality": replace(CUSTOM, sparsity=0.7, warmup=0.2, search_points=(0.6,)),
-    "Fast": replace(CUSTOM, sparsity=0.9, warmup=0.06, search_points=HALFWAY),
+    "Fast": replace(CUSTOM, sparsity=0.9, warmup=0.1, search_points=HALFWAY),
     "Paper": AdaSpaConfig(
         sparsity=0.8, warmup=0.2, search_points=(0.6,), head_adaptive=True, tail="none"
     ),

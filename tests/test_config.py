@@ -100,7 +100,7 @@ def test_presets_hold_the_designed_values():
     assert values == {
         "Quality": (0.7, 0.2, (0.6,)),
         "Balanced": (0.8, 0.12, (0.45,)),
-        "Fast": (0.9, 0.06, (0.45,)),
+        "Fast": (0.9, 0.1, (0.45,)),
         "Paper": (0.8, 0.2, (0.6,)),
     }
     assert all(preset.block_size == "64" for preset in PRESETS.values())

@@ -52,10 +52,10 @@ PLANS = [
     ("Quality", 20, 4 * "D" + "S" + 7 * "s" + "S" + 7 * "s"),
     ("Quality", 50, 10 * "D" + "S" + 19 * "s" + "S" + 19 * "s"),
     ("Fast", 4, "DSss"),
-    ("Fast", 5, "DSsss"),  # rounds to no dense step, and gets one
+    ("Fast", 5, "DSsss"),
     ("Fast", 8, "DSssSsss"),
-    ("Fast", 20, "DS" + 7 * "s" + "S" + 10 * "s"),
-    ("Fast", 50, 3 * "D" + "S" + 19 * "s" + "S" + 26 * "s"),
+    ("Fast", 20, "DDS" + 6 * "s" + "S" + 10 * "s"),
+    ("Fast", 50, 5 * "D" + "S" + 17 * "s" + "S" + 26 * "s"),
     ("Paper", 4, "DSSs"),  # 0.6 of 4 rounds to step 2
     ("Paper", 8, "DDSssSss"),
     ("Paper", 20, 4 * "D" + "S" + 7 * "s" + "S" + 7 * "s"),

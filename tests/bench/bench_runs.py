@@ -1,7 +1,7 @@
 """Whole sampler runs, timed as a whole: ComfyUI's default, rivals, and every preset, on random weights.
 
     python tests/bench/bench_runs.py --out tests/bench/results/runs_h200.json
-    python tests/bench/bench_runs.py --layers 40 --steps 8 --only "Balanced, int8" --out runs_40.json
+    python tests/bench/bench_runs.py --layers 40 --runs "Balanced, int8:8" --out runs_40.json
     python tests/bench/bench_runs.py --compose --out runs_50.json
 
 Samples some layers of a model at its real width and length through ComfyUI's sampler, at cfg 1.
@@ -332,7 +332,7 @@ def main():
     parser.add_argument("--model", choices=list(real_stacks.STACKS), default="wan")
     parser.add_argument("--layers", type=int, default=4, help="0 takes the stack's own")
     parser.add_argument("--steps", type=int, nargs="+", default=list(STEPS))
-    parser.add_argument("--only", nargs="+", help="these contestants, by name")
+    parser.add_argument("--runs", nargs="+", help="these alone, in this order: NAME:STEPS,STEPS")
     parser.add_argument("--small", action="store_true", help="narrow and short, to try the script")
     parser.add_argument("--cold", nargs="*", choices=list(COLD), default=list(COLD))
     parser.add_argument("--compose", action="store_true", help="50 steps of HunyuanVideo instead")
@@ -369,9 +369,12 @@ def main():
         add(row)
     runs = Runs(options)
     warm = set()
-    for contestant, steps in jobs(runs.device, options.steps):
-        if options.only and contestant.name not in options.only:
-            continue
+    wanted = jobs(runs.device, options.steps)
+    if options.runs:
+        known = {contestant.name: contestant for contestant, _ in wanted}
+        asked = (word.rsplit(":", 1) for word in options.runs)
+        wanted = [(known[name], int(n)) for name, steps in asked for n in steps.split(",")]
+    for contestant, steps in wanted:
         if time.perf_counter() - began > options.seconds:
             print(f"No time for {contestant.name}, {steps} steps.", flush=True)
             continue
