@@ -133,18 +133,21 @@ def hopper_block_masses(int8: bool, has_bias: bool) -> HopperTile:
 
 
 # with wgmma off (DISABLE_MMA_V3, as on every card but Hopper's), 2026-11-30; torch's flash attention took
-# 496 in the same process. Dense: 128 rows, pairs of 16 keys, 4 warps, 3 stages 504, 2 stages 519; pairs
-# of 32 keys 678 and 805, since registers spill; 64 rows, pairs of 16 keys 560. Sparse at density 0.2: 128 rows
-# 109, pairs of 32 keys 146 and 159; 64 rows 116, pairs of 32 keys 129, with 4 warps 124. Dense with masses:
-# 128 rows, 3 stages 547, 2 stages 596; 64 rows 639
-# two stages leave room for two programs in the 100 KB of a multiprocessor of RTX cards
-def attention(card: Card, block_q: int, head_dim: int) -> Tile:
-    """The tile of attention over pairs of key tiles; in the table a warp has 32 rows."""
+# 510 in the same process. Dense: 128 rows, pairs of 32 keys, 4 warps, 2 stages 500, 3 stages 506, pairs of 16 keys
+# 528. Sparse at density 0.2: 102 (100; 113), with a tail 118, of which means in pairs of 32 keys 5 more; 64 rows,
+# 2 warps, pairs of 16 keys 114, of 32 112, with 4 warps 154, with a tail 129. Dense with masses 528 (522; 616).
+# Masked keys after the main loop, by tiles as large, took registers from it: 526, 114, 121 and 598
+# two stages leave room for two programs in the 100 KB of a multiprocessor of RTX cards, or pairs of 32 keys
+# with 128 rows for one. With no more than that on the H200, 64 rows with pairs of 16 keys 105, of 32 136; 128 rows
+# with pairs of 16 keys, dense and at 0.2, 519 and 109, of 32 490 and 98, with 3 stages 629 and 132 (8 heads, x3)
+def attention(card: Card, block_q: int, head_dim: int, tail: bool = False) -> Tile:
+    """The tile of attention over pairs of key tiles, or of its `tail`; in the table a warp has 32 rows."""
     if isinstance(card, str):
         return _amd_attention(card, block_q)
-    if head_dim == 128 and (tile := _tuned_for(card, f"attention {block_q}")):
+    if not tail and head_dim == 128 and (tile := _tuned_for(card, f"attention {block_q}")):
         return tile
-    return Tile(block_q, 2048 // head_dim, block_q // 32, _stages(card))
+    keys = 32 if head_dim == 64 or (block_q == 128 and not tail) else 16
+    return Tile(block_q, keys, block_q // 32, _stages(card))
 
 
 def _stages(card: Card) -> int:
@@ -156,7 +159,7 @@ def _stages(card: Card) -> int:
 # those spill up to 1,374 registers, these at most 107, and that in the search with blocks of 128 alone
 def _amd_attention(card: str, block_q: int) -> Tile:
     if card.startswith("gfx9"):
-        return attention(ANY_CARD, block_q, 128)
+        return Tile(block_q, 16, block_q // 32)
     return Tile(block_q, 16, 8 if block_q == 64 else 16, 1)
 
 
@@ -175,13 +178,19 @@ def sum_columns(card: Card) -> int:
     return 16 if card[0] in (10, 11) else 8
 
 
-# with wgmma off: 128 rows, 4 warps, 2 stages 261, of INT8 202; with 168 registers 262 and 212; as many as it
-# takes 380 and 214; 3 stages 279 and 203
-def block_masses(card: Card) -> Tile:
+# with wgmma off, bfloat16: 256 rows, 4 warps, 3 stages 264, 128 rows with 2 stages and 128 registers 251; with no
+# more than 100 KB of a multiprocessor, as on RTX cards, 323 and 396 (8 heads, x3). INT8: 256 rows, 3 stages 149,
+# 2 stages 170; 128 rows, 2 warps, 3 stages 156, with 4 warps and 128 registers 176, 2 stages 197
+def block_masses(card: Card, int8: bool, has_bias: bool) -> Tile:
     """The tile of block masses."""
     if isinstance(card, str):
         return Tile(128, 64, 8 if card.startswith("gfx9") else 16, 1)
-    return _tuned_for(card, "block_masses") or Tile(128, 64, 4, 2, maxnreg=128)
+    if tile := _tuned_for(card, "block_masses"):
+        return tile
+    # a bias takes registers
+    if has_bias or (_stages(card) == 3 and not int8):
+        return Tile(128, 64, 4, 2, maxnreg=128)
+    return Tile(256, 64, 4, 3)
 
 
 # 64 rows: 5.6; others not measured. A warp owns sixteen rows, the height of a matrix instruction

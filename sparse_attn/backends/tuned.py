@@ -30,6 +30,7 @@ def candidates() -> dict[str, list[tiles.Tile]]:
     some = list(product((2, 3), (None, 128, 168)))
     found["quantised_attention"] = [Tile(64, 64, 4, *one) for one in some]
     found["block_masses"] = [Tile(128, 64, 4, *one) for one in some]
+    found["block_masses"] += [Tile(256, 64, 4, stages) for stages in (2, 3)]
     return found
 
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 from close import assert_as_accurate_as, assert_within
 
+from sparse_attn.backends import tiles
 from tests.backends import inputs
 from tests.backends.implementations import implementations
 
@@ -41,6 +42,13 @@ def test_matches_reference(search, case, dtype, device):
     assert_within("lse", lse, exact_lse, LSE_TOLERANCE)
     exact_masses = inputs.exact_masses(q, k, exact_lse, scale, block_q, block_k)
     assert_within("masses", masses, exact_masses, MASS_TOLERANCE)
+
+
+@pytest.mark.parametrize("search", implementations("attention_with_masses", "triton"))
+def test_turns_of_half_a_block_add_up(search, device, monkeypatch):
+    tile = tiles.Tile(64, 16, 2, 2)
+    monkeypatch.setattr(tiles, "attention", lambda *card_and_shape: tile)
+    test_matches_reference(search, CASES[1], torch.bfloat16, device)
 
 
 @SEARCH

@@ -124,6 +124,16 @@ def enter_dense(table):
         ours, "dense_low", lambda: quantised_attention.quantised_attention(q, k, v, scale=scale),
         first,
     )  # fmt: skip
+
+    def low_with_masses():
+        # no kernel does both in eight bits
+        out, found = quantised_attention.quantised_attention(q, k, v, scale=scale)
+        return out, found, block_masses.block_masses(q, k, found, int8=True, **blocks)
+
+    table.enter(
+        ours, "dense_low_masses", low_with_masses,
+        lambda x: max(first(x), mass_error(contest, x[2])), "64x64",
+    )  # fmt: skip
     for kind, int8 in (("masses_bf16", False), ("masses_low", True)):
         table.enter(
             ours, kind,

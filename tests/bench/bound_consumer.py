@@ -24,6 +24,7 @@ os.environ.pop("TRITON_INTERPRET", None)
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
+from sparse_attn.backends import tiles  # noqa: E402
 from tests.backends.test_tiles import attend, compile_only, measure, search, tensors  # noqa: E402
 
 RESULTS = ROOT / "tests" / "bench" / "results"
@@ -69,13 +70,14 @@ def main_loop(cubin):
         ).stdout  # fmt: skip
     found = [(int(m[1], 16), m[2], m[3]) for m in map(INSTRUCTION.search, text.splitlines()) if m]
     best: list[str] = []
+    most = 0
     for at, name, rest in found:
         to = re.search(r"0x([0-9a-f]+)", rest) if name.startswith("BRA") else None
         if to and int(to[1], 16) < at:
             body = [n for a, n, _ in found if int(to[1], 16) <= a <= at]
-            # the main loop comes before the one of the last keys, which masks as well
-            if sum(n.startswith(tuple(PRODUCTS)) for n in body) and not best:
-                best = body
+            # keys that are masked have smaller tiles, or a loop after the main one
+            if (products := sum(n.startswith(tuple(PRODUCTS)) for n in body)) > most:
+                best, most = body, products
     return best
 
 
@@ -114,14 +116,24 @@ def kernels(arch):
     dense = {"masked": False}
     low = {"name": "quantised_attention"}
     name, low_name = "attention_kernel", "quantised_attention_kernel"
-    yield "dense_bf16", made(name, attend, "triton", q, **dense), 128, 32, 1.0
-    yield "dense_bf16_masses", made(name, search, "triton", q), 128, 32, 1.0
-    yield "sparse_bf16 64x64", made(name, attend, "triton", q, 64), 64, 32, DENSITY
-    yield "sparse_bf16 128x64", made(name, attend, "triton", q, 128), 128, 32, DENSITY
+    card = divmod(arch, 10)
+    high, low_high = tiles.attention(card, 128, DIM), tiles.attention(card, 64, DIM)
+    size, half = ((x.tile_q, 2 * x.tile_k) for x in (high, low_high))
+    yield "dense_bf16", made(name, attend, "triton", q, **dense), *size, 1.0
+    yield "dense_bf16_masses", made(name, search, "triton", q), *size, 1.0
+    yield "sparse_bf16 64x64", made(name, attend, "triton", q, 64), *half, DENSITY
+    yield "sparse_bf16 128x64", made(name, attend, "triton", q, 128), *size, DENSITY
     yield "dense_low", made(low_name, attend, "triton", q, **dense, **low), 64, 64, 1.0
     yield "sparse_low 64x64", made(low_name, attend, "triton", q, 64, **low), 64, 64, DENSITY
-    yield "masses_bf16", made("block_masses_kernel", measure, "triton", q), 128, 64, 1.0
-    yield "masses_low", made("block_masses_kernel", measure, "triton", q, int8=True), 128, 64, 1.0
+    rows, low_rows = (tiles.block_masses(card, x, False).tile_q for x in (False, True))
+    yield "masses_bf16", made("block_masses_kernel", measure, "triton", q), rows, 64, 1.0
+    yield (
+        "masses_low",
+        made("block_masses_kernel", measure, "triton", q, int8=True),
+        low_rows,
+        64,
+        1.0,
+    )
 
 
 def measured():

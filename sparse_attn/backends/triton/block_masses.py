@@ -18,13 +18,17 @@ from .mass_granularity import empty_masses, measured_rows, to_granularity
 from .quantise import TILE, quantise_qk
 from .softmax import (
     LOG2_E,
-    gather_masses,
+    MAGIC,
+    MAGIC_BITS,
+    bias_scores,
+    hide_past,
+    int8_matmul,
     int8_scores,
     load_rows,
     load_tile,
-    mask_scores,
     neighbours,
     raw_scores,
+    store_masses,
     weights,
 )
 
@@ -33,32 +37,35 @@ SIZES = [
     "H", "Lq", "Lk", "Nk", "num_rows",
 ]  # fmt: skip
 
-# keeps a hopelessly stale LSE from turning a whole row into inf / inf
-MAX_MASS = tl.constexpr(1e30)
-
 
 @triton.jit
-def _gather_block(
-    b_held, b_q, b_scale, k, k_scale, p_masses, key_bias, b_lse, i_b, i_h, i_k, i_q, Nq, Nk,
+def _measure_block(
+    b_q, b_scale, k, k_scale, p_masses, key_bias, b_lse, i_b, i_h, i_k, i_q, Nq, Nk,
     stride_kb, stride_kh, stride_kl, Lk, scale_log2,
     D: tl.constexpr, BLOCK: tl.constexpr, TILE_Q: tl.constexpr, BLOCK_Q: tl.constexpr,
-    HELD: tl.constexpr, HAS_BIAS: tl.constexpr, INT8: tl.constexpr, RAGGED: tl.constexpr,
+    HAS_BIAS: tl.constexpr, INT8: tl.constexpr, RAGGED: tl.constexpr,
 ):  # fmt: skip
-    """`gather_masses` of one block of keys."""
+    """Masses of one block of keys."""
     first = i_k * BLOCK
     # [BLOCK, D]
     b_k = load_rows(k, i_b, i_h, first, stride_kb, stride_kh, stride_kl, Lk, BLOCK, D, RAGGED)
     # [TILE_Q, BLOCK]
-    if INT8:
+    if INT8 and not (HAS_BIAS or RAGGED):
         b_factor = b_scale * tl.load(k_scale + i_k)
-        b_s = int8_scores(b_q, b_k) * b_factor[:, None]
+        b_s = int8_matmul(b_q, tl.trans(b_k), tl.full([TILE_Q, BLOCK], MAGIC_BITS, tl.int32))
+        b_p = tl.exp2(tl.fma(b_s, b_factor[:, None], (-(b_factor * MAGIC) - b_lse)[:, None]))
     else:
-        b_s = raw_scores(b_q, b_k)
-    b_s = mask_scores(b_s, scale_log2, key_bias, None, first, Lk, BLOCK, HAS_BIAS, False, RAGGED)
-    b_shares = tl.sum(weights(b_s, b_lse, scale_log2, HAS_BIAS), 1)
-    b_shares = tl.where(b_shares > MAX_MASS, MAX_MASS, b_shares)
-    full = ((i_k + 1) % HELD == 0) | (i_k + 1 == Nk)
-    return gather_masses(b_held, b_shares, p_masses, i_k, full, i_q, Nq, Nk, TILE_Q, BLOCK_Q, HELD)
+        if INT8:
+            b_factor = b_scale * tl.load(k_scale + i_k)
+            b_s = int8_scores(b_q, b_k) * b_factor[:, None]
+        else:
+            b_s = raw_scores(b_q, b_k)
+        if HAS_BIAS:
+            b_s = bias_scores(b_s, scale_log2, key_bias, None, first, Lk, BLOCK, False, RAGGED)
+        elif RAGGED:
+            b_s = hide_past(b_s, first, Lk, BLOCK)
+        b_p = weights(b_s, b_lse, scale_log2, HAS_BIAS)
+    store_masses(b_p, p_masses + i_k, i_q, Nq, Nk, BLOCK_Q)
 
 
 @triton.jit(
@@ -104,22 +111,25 @@ def _block_masses_kernel(
     b_q = load_tile(
         q, i_b, i_h, first_q, o_tile, 0, stride_qb, stride_qh, stride_ql, Lq, D, RAGGED=True
     )
-    HELD: tl.constexpr = 32
-    SUM_Q: tl.constexpr = 16 if BLOCK_Q == 16 else 32
-    b_held = tl.zeros([TILE_Q // SUM_Q, HELD], dtype=tl.float32)
+    if INT8:
+        # zeros in the layout of the scores: what they are added to moves there before the loop
+        b_zero = tl.full([TILE_Q, 16], MAGIC_BITS, tl.int32)
+        b_zero = tl.max(int8_matmul(b_q, tl.zeros([D, 16], tl.int8), b_zero) - MAGIC, 1)
+        b_scale += b_zero
+        b_lse += b_zero
     whole = Lk // BLOCK
     for i_k in tl.range(0, whole):
-        b_held = _gather_block(
-            b_held, b_q, b_scale, k, k_scale, p_masses, key_bias, b_lse, i_b, i_h, i_k, i_q, Nq, Nk,
+        _measure_block(
+            b_q, b_scale, k, k_scale, p_masses, key_bias, b_lse, i_b, i_h, i_k, i_q, Nq, Nk,
             stride_kb, stride_kh, stride_kl, Lk, scale_log2,
-            D, BLOCK, TILE_Q, BLOCK_Q, HELD, HAS_BIAS, INT8, RAGGED=False,
+            D, BLOCK, TILE_Q, BLOCK_Q, HAS_BIAS, INT8, RAGGED=False,
         )  # fmt: skip
     # at most one turn
     for i_k in tl.range(whole, Nk, num_stages=1):
-        b_held = _gather_block(
-            b_held, b_q, b_scale, k, k_scale, p_masses, key_bias, b_lse, i_b, i_h, i_k, i_q, Nq, Nk,
+        _measure_block(
+            b_q, b_scale, k, k_scale, p_masses, key_bias, b_lse, i_b, i_h, i_k, i_q, Nq, Nk,
             stride_kb, stride_kh, stride_kl, Lk, scale_log2,
-            D, BLOCK, TILE_Q, BLOCK_Q, HELD, HAS_BIAS, INT8, RAGGED=True,
+            D, BLOCK, TILE_Q, BLOCK_Q, HAS_BIAS, INT8, RAGGED=True,
         )  # fmt: skip
 
 
@@ -182,9 +192,9 @@ def block_masses(
         [B, H, Nq, Nk] float32.
     """
     found = measured_rows(block_q), TILE
-    masses = empty_masses(q, k, *found).zero_()
+    masses = empty_masses(q, k, *found)
     if masses.numel():
-        tile = tiles.block_masses(tiles.card_of(q.device))
+        tile = tiles.block_masses(tiles.card_of(q.device), int8, key_bias is not None)
         with launch.on_device(q):
             x = MassOperands.of(q, k, lse, scale, key_bias, int8)
             B, H, Lq, Lk, D = x.sizes

@@ -19,9 +19,10 @@ from .softmax import (
     LOG2_E,
     MAGIC,
     MAGIC_BITS,
+    bias_scores,
+    hide_past,
     int8_matmul,
     int8_scores,
-    mask_scores,
     store_lse,
     store_tile,
 )
@@ -83,8 +84,11 @@ def _attend_tile(
     b_factor = b_scale * tl.load(p_k_scale + tile)
     if HAS_BIAS or RAGGED:
         b_s = int8_scores(b_q, b_k) * b_factor[:, None]
-        # they are scaled already
-        b_s = mask_scores(b_s, 1.0, key_bias, bits, first, L, KEYS, HAS_BIAS, HAS_BITS, RAGGED)
+        if HAS_BIAS:
+            # they are scaled already
+            b_s = bias_scores(b_s, 1.0, key_bias, bits, first, L, KEYS, HAS_BITS, RAGGED)
+        else:
+            b_s = hide_past(b_s, first, L, KEYS)
         b_top = tl.max(b_s, 1)
         b_p = tl.exp2(b_s - (tl.where(b_top == float("-inf"), 0.0, b_top) - STEPS)[:, None])
         b_next = tl.maximum(b_max, b_top)

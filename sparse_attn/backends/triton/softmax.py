@@ -14,6 +14,8 @@ LN_2 = tl.constexpr(0.6931471805599453)
 # 1.5 * 2^23, and its bits
 MAGIC = tl.constexpr(12582912.0)
 MAGIC_BITS = tl.constexpr(0x4B400000)
+# keeps a hopelessly stale LSE from turning a whole row into inf / inf
+MAX_MASS = tl.constexpr(1e30)
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 # float32 products on tensor cores, as precise as float32: each number in three parts
 FLOAT32 = tl.constexpr("ieee" if torch.version.hip else "tf32x3")
@@ -86,25 +88,26 @@ def load_rows(
 
 
 @triton.jit
-def mask_scores(
+def bias_scores(
     b_s, scale_log2, key_bias, bits, first, L,
-    COLS: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_BITS: tl.constexpr, RAGGED: tl.constexpr,
+    COLS: tl.constexpr, HAS_BITS: tl.constexpr, RAGGED: tl.constexpr,
 ):  # fmt: skip
-    """Hide the keys past L and those whose bit is set, and add a bias.
-
-    Biased scores come back scaled; plain ones are left for the exponent to scale.
-    """
+    """Scale scores, add a bias, and hide the keys past L and those whose bit is set."""
     o_k = first + tl.arange(0, COLS)
+    if RAGGED:
+        b_bias = tl.load(key_bias + o_k, mask=o_k < L, other=float("-inf")) * LOG2_E
+    else:
+        b_bias = tl.load(key_bias + o_k) * LOG2_E
     if HAS_BITS:
         b_byte = tl.load(bits + o_k // 8, mask=o_k < L, other=0).to(tl.int32)
-        b_s = tl.where(((b_byte >> (o_k % 8)) & 1 == 1)[None, :], float("-inf"), b_s)
-    if HAS_BIAS:
-        # keys past L get -inf
-        b_bias = tl.load(key_bias + o_k, mask=o_k < L, other=float("-inf"))
-        b_s = b_s * scale_log2 + (b_bias * LOG2_E)[None, :]
-    elif RAGGED:
-        b_s = tl.where((o_k < L)[None, :], b_s, float("-inf"))
-    return b_s
+        b_bias = tl.where((b_byte >> (o_k % 8)) & 1 == 1, float("-inf"), b_bias)
+    return tl.fma(b_s, scale_log2, b_bias[None, :])
+
+
+@triton.jit
+def hide_past(b_s, first, L, COLS: tl.constexpr):
+    """Hide the keys past L."""
+    return tl.where((first + tl.arange(0, COLS) < L)[None, :], b_s, float("-inf"))
 
 
 @triton.jit
@@ -118,18 +121,26 @@ def weights(b_s, b_pivot, scale_log2, HAS_BIAS: tl.constexpr):
 
 
 @triton.jit
+def output_rows(
+    out, i_b, i_h, H, Lq, o_q, column, order, D: tl.constexpr, COLS: tl.constexpr,
+    HAS_ORDER: tl.constexpr,
+):  # fmt: skip
+    """COLS columns from `column` of rows of an output [B, Lq, H, D], row o_q at order[o_q]."""
+    o_to = o_q
+    if HAS_ORDER:
+        o_to = tl.load(order + o_q, mask=o_q < Lq, other=0)
+    row = (i_b.to(tl.int64) * Lq + o_to) * H + i_h
+    return out + row[:, None] * D + (column + tl.arange(0, COLS))[None, :]
+
+
+@triton.jit
 def store_tile(
     out, b_out, i_b, i_h, H, Lq, o_q, column, order, D: tl.constexpr, COLS: tl.constexpr,
     HAS_ORDER: tl.constexpr,
 ):  # fmt: skip
-    """Store COLS columns of output rows [B, Lq, H, D] from `column`, row o_q at order[o_q]."""
-    m_q = o_q < Lq
-    o_to = o_q
-    if HAS_ORDER:
-        o_to = tl.load(order + o_q, mask=m_q, other=0)
-    row = (i_b.to(tl.int64) * Lq + o_to) * H + i_h
-    p_out = out + row[:, None] * D + (column + tl.arange(0, COLS))[None, :]
-    tl.store(p_out, b_out.to(out.dtype.element_ty), mask=m_q[:, None])
+    """Store `output_rows`."""
+    p_out = output_rows(out, i_b, i_h, H, Lq, o_q, column, order, D, COLS, HAS_ORDER)
+    tl.store(p_out, b_out.to(out.dtype.element_ty), mask=(o_q < Lq)[:, None])
 
 
 @triton.jit
@@ -150,35 +161,22 @@ def neighbours(TILE_Q: tl.constexpr):
 
 
 @triton.jit
-def gather_masses(
-    b_held, b_shares, p_masses, i_k, full, i_q, Nq, Nk,
-    TILE_Q: tl.constexpr, BLOCK_Q: tl.constexpr, HELD: tl.constexpr,
-):  # fmt: skip
-    """Gather masses of BLOCK_Q rows x 64 keys, rows in the order of `neighbours`; write when `full`.
-
-    A sum over at most 32 rows stays within a warp. Two such sums make up a mass of 64 rows:
-    whichever is added first, the mass is the same.
+def store_masses(b_p, p_masses, i_q, Nq, Nk, BLOCK_Q: tl.constexpr):
+    """Store masses of BLOCK_Q rows each, 16 or 64, of one block of keys.
 
     Args:
-        b_held: [TILE_Q / min(BLOCK_Q, 32), HELD], the sums of the last key blocks.
-        b_shares: [TILE_Q] shares of key block i_k, or of a part of it.
-        i_q: the tile's first block of BLOCK_Q rows, 16 or 64; there are Nq of them.
-
-    Returns:
-        b_held, zeros after it was written.
+        b_p: [TILE_Q, K] what adds up to them, rows in the order of `neighbours`.
+        p_masses: mass of the tile's first block of rows, i_q; there are Nq of them, Nk apart.
     """
-    GROUPS: tl.constexpr = TILE_Q // 32
-    SUMS: tl.constexpr = b_held.shape[0]
-    b_shares = tl.reshape(b_shares, [GROUPS // 2, GROUPS, 4 // GROUPS, 16])
-    b_shares = tl.reshape(tl.permute(b_shares, [1, 0, 2, 3]), [SUMS, TILE_Q // SUMS])
-    b_sums = tl.sum(b_shares, 1)
-    o_held = tl.arange(0, HELD)
-    b_held += tl.where((o_held == i_k % HELD)[None, :], b_sums[:, None], 0.0)
-    if full:
-        o_row = tl.arange(0, SUMS) // (BLOCK_Q * SUMS // TILE_Q)
-        o_k = i_k - i_k % HELD + o_held
-        p_out = p_masses + o_row.to(tl.int64)[:, None] * Nk + o_k[None, :]
-        m_out = (i_q + o_row < Nq)[:, None] & (o_k <= i_k)[None, :]
-        tl.atomic_add(p_out, b_held, mask=m_out, sem="relaxed")
-        b_held = tl.zeros_like(b_held)
-    return b_held
+    TILE_Q: tl.constexpr = b_p.shape[0]
+    RUNS: tl.constexpr = TILE_Q // 64
+    NUM: tl.constexpr = TILE_Q // BLOCK_Q
+    K: tl.constexpr = b_p.shape[1]
+    if BLOCK_Q == 16:
+        b_p = tl.permute(tl.reshape(b_p, [RUNS, 4, 16, K]), [1, 0, 2, 3])
+    else:
+        b_p = tl.permute(tl.reshape(b_p, [RUNS, RUNS, 4 // RUNS, 16, K]), [1, 0, 2, 3, 4])
+    b_masses = tl.sum(tl.reshape(b_p, [NUM, BLOCK_Q * K]), 1)
+    b_masses = tl.where(b_masses > MAX_MASS, MAX_MASS, b_masses)
+    o_row = tl.arange(0, NUM)
+    tl.store(p_masses + o_row.to(tl.int64) * Nk, b_masses, mask=i_q + o_row < Nq)
