@@ -7,7 +7,8 @@ the blocks; 8, 20 and 50 steps) there is the recall at its latest search and, of
 SSIM of its video to the dense one. A word asks of the average video what `AdaSpa Compare` asks for
 the like: "very close" is "hard to see", "close" is "small differences". Lines through the runs of two
 models (least squares) say at which recall the average has that PSNR and that SSIM; the larger of both,
-rounded up to 0.01, is the word's. The third model, which had no part in it, says how well that holds.
+rounded up to 0.01, is the word's. The third model, which had no part in it, says how well that holds,
+and two that draw another world: `natural` and `solid`.
 """
 
 import json
@@ -27,21 +28,24 @@ SOURCES = {
     model: HERE / "results" / "second_weights" / f"h200_9_{model}.json"
     for model in ("tiny", "wan128", "joint")
 }
-CHOSEN_ON, HELD_OUT = ("tiny", "wan128"), "joint"
+JUDGES = {model: HERE / "results" / f"h200_{model}.json" for model in ("natural", "solid")}
+CHOSEN_ON, HELD_OUT = ("tiny", "wan128"), ("joint", *JUDGES)
 WORDS = {"very_close": "hard_to_see", "close": "small"}
+# as it was called when each model was sampled
 OWN = {"score": "block tail", "order": "clusters", "tail": "pooled", "choose": True}
+NOW = {"order": "similarity", "tail": "pooled"}
 # what users set too: more searches, other blocks, low precision, a longer warm-up
-FREE = {"again", "block_q", "quantised", "warmup"}
+FREE = {"again", "block_q", "quantised", "precision", "search_gap", "warmup"}
 OUT = HERE / "results" / "closeness.json"
 
 
 def runs(model: str, ours: bool = True) -> list[dict]:
     """The runs of a model by the pack's rule; or those that know a recall and have no tail."""
-    found = []
-    for row in json.loads(SOURCES[model].read_text(encoding="utf-8"))["rows"]:
+    found, own = [], OWN if model in SOURCES else NOW
+    for row in json.loads((SOURCES | JUDGES)[model].read_text(encoding="utf-8"))["rows"]:
         settings = row["settings"]
         fixed = {key: value for key, value in settings.items() if key not in FREE}
-        if ours and fixed == OWN and settings.get("warmup", 0.12) >= 0.12:
+        if ours and fixed == own and settings.get("warmup", 0.12) >= 0.12:
             # with "from the start" no step is dense before the search
             found += [row] if "start" not in row["schedule"] else []
         elif not ours and "tail" not in settings and np.isfinite(row["recall"]):
@@ -76,7 +80,8 @@ def bands(group: list[dict], least: dict[str, float]) -> dict:
     """Runs by the word that they would get."""
     found, above = {}, 1.01
     for word, recall in {**least, "may_differ": 0.0}.items():
-        found[word] = told([run for run in group if recall <= run["recall"] < above])
+        of_word = [run for run in group if recall <= run["recall"] < above]
+        found[word] = told(of_word) if of_word else None
         above = recall
     return found
 
@@ -90,10 +95,10 @@ def derive() -> dict:
         "what": "least recall at the last search for each word of the verdict, with a pooled tail",
         "asked": {word: dict(zip(("psnr", "ssim"), ALIKE[like], strict=True))
                   for word, like in WORDS.items()},
-        "sources": [path.relative_to(HERE).as_posix() for path in SOURCES.values()],
+        "sources": [path.relative_to(HERE).as_posix() for path in (SOURCES | JUDGES).values()],
         "chosen_on": CHOSEN_ON, "words": words,
         "chosen": bands(chosen, least),
-        "held_out": HELD_OUT, "judged": bands(runs(HELD_OUT), least),
+        "held_out": HELD_OUT, "judged": {model: bands(runs(model), least) for model in HELD_OUT},
         "without_a_tail": {"most_recall": max(run["recall"] for run in bare), **told(bare)},
         "large_models": "none was measured",
     }  # fmt: skip

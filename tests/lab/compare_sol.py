@@ -19,12 +19,12 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "tiny_model"), str(HERE)]
 
+import generation  # noqa: E402
 import models  # noqa: E402
 import rivals  # noqa: E402
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 from contestants import SOL  # noqa: E402
-from generation import Subject  # noqa: E402
 from sol_op import threshold_for  # noqa: E402
 
 from tests.bench.record import facts  # noqa: E402
@@ -82,7 +82,7 @@ def main():
     parser.add_argument("--step", type=int, default=5)
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
-    subject = Subject(models.MODELS[options.model], options.comfyui, 1)
+    subject = generation.subject(options.model, options.comfyui, 1)
     seen = seen_at(subject, options.step, options.steps)
     kitchen = importlib.import_module("comfy_kitchen.backends.eager.sol_attn")
     kitchen._MAX_SCORE_BYTES = 1 << 40

@@ -1,15 +1,29 @@
-"""Continuations of held-out clips by the model of natural clips, and two plain guesses beside them."""
+"""Continuations of held-out clips by the model of natural clips, and two plain guesses beside them.
 
+    python tests/lab/continuation.py --comfyui PATH --clips .adaspa/natural/clips.zip --out OUT
+
+is the check that `train_natural.py --check` makes, of the weights that are here.
+"""
+
+import argparse
 import json
+import sys
 from pathlib import Path
 
-import check_model
-import procedural_video as video
-import torch
-import torch.nn.functional as F
-from metrics import likeness
-from natural_clips import Clips
+HERE = Path(__file__).resolve().parent
+PATHS = [str(HERE.parents[1]), str(HERE.parent / "tiny_model"), str(HERE)]
+sys.path[:0] = [path for path in PATHS if path not in sys.path]
 
+import check_model  # noqa: E402
+import procedural_video as video  # noqa: E402
+import torch  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
+from metrics import likeness  # noqa: E402
+from natural_clips import Clips  # noqa: E402
+
+from tests.bench.record import facts  # noqa: E402
+
+NEAR = 8  # frames that come first after those that are given
 LOOK = 16  # rows and columns by which clips are compared with what they may have been learned from
 
 
@@ -105,6 +119,8 @@ def check(
 ) -> dict:  # fmt: skip
     """Continuations of held-out clips against plain guesses, and whether they are copies.
 
+    Likeness is that of all frames that follow the given ones and, with "near", of the first `NEAR`.
+
     Args:
         size: frames, rows and columns in pixels.
         out: folder of a contact sheet, the truth above each continuation.
@@ -127,8 +143,10 @@ def check(
         guesses = {"model": made, "last frame": still, "linear motion": linear_motion(truth, given)}
         row: dict = {"clip": others.names[number]}
         for name, guess in guesses.items():
-            like = likeness(truth[None, :, given:], guess[None, :, given:])
-            row[name] = {key: round(values[0], 4) for key, values in like.items()}
+            for end, kind in ((given + NEAR, "near "), (None, "")):
+                frames = [clip[None, :, given:end] for clip in (truth, guess)]
+                like = {kind + key: round(x[0], 4) for key, x in likeness(*frames).items()}
+                row.setdefault(name, {}).update(like)
         copied, of = nearest(made[:, given:], seen)
         natural, _ = nearest(truth[:, given:], seen)
         # a copy lies much nearer to a training clip than another clip's true continuation does
@@ -152,3 +170,31 @@ def check(
         "known": known, "rows": rows, "mean": mean,
         "memorised": sum(row["memorised"] for row in rows),
     }  # fmt: skip
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--comfyui", required=True)
+    parser.add_argument("--weights", type=Path, default=HERE / "weights" / "natural.safetensors")
+    parser.add_argument("--clips", type=Path, required=True)
+    parser.add_argument("--size", default="40x128x128", help="frames, rows and columns")
+    parser.add_argument("--steps", type=int, nargs="+", default=[20])
+    parser.add_argument("--known", type=int, nargs="+", default=[4], help="latent frames given")
+    parser.add_argument("--count", type=int, default=24, help="clips at most")
+    parser.add_argument("--out", type=Path, required=True)
+    o = parser.parse_args()
+    o.out.mkdir(parents=True, exist_ok=True)
+    frames, height, width = (int(n) for n in o.size.split("x"))
+    found = []
+    for known in o.known:
+        for steps in o.steps:
+            size = frames, height, width
+            told = check(o.weights, o.comfyui, o.clips, size, steps, o.out, known, o.count)
+            print(json.dumps({"known": known, "steps": steps, **told["mean"]}), flush=True)
+            found.append({"steps": steps, **told})
+            record = json.dumps({"checks": found, **facts()}, indent=1)
+            (o.out / "continued.json").write_text(record + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -145,5 +145,7 @@ def subject(name: str, comfyui, seeds: int | list[int], latent=None, clips: Path
     if not spec.known:
         return Subject(spec, comfyui, seeds, latent)
     if clips is None or not clips.is_file():
-        raise ValueError(f"{name} continues clips: {models.CLIPS}, then --clips FILE.")
+        raise ValueError(
+            f"{name} continues clips: `{models.CLIPS}` makes them, `run_lab.py --clips FILE` takes them."
+        )
     return Continuation(spec, comfyui, seeds, latent, clips)

@@ -1,7 +1,7 @@
 """Chooses rules on some models and judges them on the others, from recorded results.
 
-    python tests/lab/judged.py tests/lab/results/second_weights/h200_*.json \
-        --out tests/lab/results/judged.json --table
+    python tests/lab/judged.py tests/lab/results/second_weights/h200_[4-9]*.json \
+        tests/lab/results/h200_*.json --out tests/lab/results/judged.json --table
 
 The models are split in two, and the split is swapped once. A winner is the best of its rivals on the
 choosing models; what it is worth is what the judging models say, and the gap between the two is what
@@ -17,18 +17,36 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parents[1]), str(HERE)]
 
+from contestants import EARLIER, SOL, THREE, TWO, WIDE  # noqa: E402
 from paired import load, paired  # noqa: E402
 from rule import PAPER, SCHEDULES  # noqa: E402
 
 from tests.bench.record import facts  # noqa: E402
 
-# heads of 64 and plain scenes; heads of 128 and rich ones
-SPLIT = (("tiny",), ("wan128", "joint"))
-# of the pack as it was when the results were recorded
-TWO = "one cluster order (queries half), rods where better"
-EARLIER = "queries half, second search at 0.45"
-THREE = "one cluster order (queries half), three searches"
-RODS = "ours, by block tail, two searches"
+RESULTS = HERE / "results"
+# flat moving shapes, for which the rules were thought of; continued clips, and solid things in space
+SPLIT = (("tiny", "wan128", "joint"), ("natural", "solid"))
+POSITION, ONE, PLAIN = "position, two searches", "similarity, one search", "paper, even heads"
+TWENTY, QUERIES = "similarity, 20 % dense", "similarity, one query row of four"
+INT8 = "similarity, INT8"
+# what rules were called when `second_weights` was recorded
+NOW = {
+    "one cluster order (queries half), rods where better": TWO.name,
+    "queries half, second search at 0.45": EARLIER.name,
+    "one cluster order (queries half), three searches": THREE.name,
+    "ours, by block tail, two searches": POSITION,
+    "one cluster order, rods where better, 128x64": WIDE.name,
+    "queries half, one search": ONE,
+    "queries half, head-adaptive": "similarity, head-adaptive",
+    "queries half, search in the very first step": "similarity, search in the very first step",
+    "queries half, two dense steps, one search": "similarity, two dense steps, one search",
+    "queries half, two dense steps, two searches": "similarity, two dense steps, two searches",
+    "queries half, searches at 1, 3, 5": "similarity, searches at 1, 3, 5",
+    "queries half, 20 % dense, second search at 0.45": f"{TWENTY}, second search at 0.45",
+    **{f"queries half, {n} % dense": f"similarity, {n} % dense" for n in (5, 20, 30)},
+    **{f"queries half, second search at {x}": f"similarity, second search at {x}"
+       for x in (0.3, 0.8)},
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -38,6 +56,7 @@ class Claim:
     Args:
         field: the preset's field that the claim decides, with its value there; () for none.
         presets: which have it.
+        base_density: of the other rule, None for the same.
     """
 
     text: str
@@ -46,33 +65,52 @@ class Claim:
     places: tuple[tuple[str, float], ...]
     presets: tuple[str, ...] = ()
     field: tuple = ()
+    base_density: float | None = None
 
 
-MOST = (("20", 0.2), ("20", 0.1), ("50", 0.2), ("8", 0.2))
+ALL = ("Balanced", "Quality", "Fast")
+LOW, HALF = ("20", 0.2), ("20", 0.1)
+MOST = (LOW, HALF, ("50", 0.2), ("8", 0.2))
 CLAIMS = (
-    Claim("the preset's rule over the paper's", EARLIER, PAPER.name, MOST, ("Balanced", "Fast")),
-    Claim("second search at 0.45 over 0.6", EARLIER, TWO, MOST,
-          ("Balanced", "Fast"), ("search_points", (0.45,))),
-    Claim("second search at 0.6 over 0.45, behind 20 % dense", "queries half, 20 % dense",
-          "queries half, 20 % dense, second search at 0.45", (("20", 0.3),),
-          ("Quality",), ("search_points", (0.6,))),
-    Claim("three searches over two", THREE, EARLIER, MOST),
-    Claim("two searches over one", TWO, "queries half, one search", (("20", 0.2), ("8", 0.2))),
-    Claim("similarity over position", TWO, RODS, (("20", 0.2), ("20", 0.1), ("8", 0.2)),
-          ("Balanced", "Quality", "Fast"), ("token_order", "similarity")),
-    Claim("pooled tail over none", TWO, "queries half, no tail, by mass", (("20", 0.2),),
-          ("Balanced", "Quality", "Fast"), ("tail", "pooled")),
-    Claim("even heads over adaptive ones", TWO, "queries half, head-adaptive", (("20", 0.2),),
-          ("Balanced", "Quality", "Fast"), ("head_adaptive", False)),
-    Claim("even heads over adaptive ones, by the paper's rule", "paper, even heads", PAPER.name,
-          (("20", 0.2),)),
-    Claim("10 % dense steps over 5 %", TWO, "queries half, 5 % dense", (("20", 0.2),)),
-    Claim("20 % dense steps over 10 %", "queries half, 20 % dense", TWO, (("20", 0.2),)),
-    Claim("30 % dense steps over 20 %", "queries half, 30 % dense", "queries half, 20 % dense",
-          (("20", 0.2),)),
-    Claim("two dense steps of 8 over one", "queries half, two dense steps, two searches", TWO,
+    Claim("the preset's rule over the paper's", EARLIER.name, PAPER.name, MOST, ("Balanced", "Fast")),
+    Claim("the preset's rule at half the density over the paper's", EARLIER.name, PAPER.name, (HALF,),
+          base_density=0.2),
+    Claim("the preset's rule over Sol-Attn's", EARLIER.name, SOL.name, (LOW, HALF, ("8", 0.2))),
+    Claim("similarity over position", TWO.name, POSITION, (LOW, HALF), ALL,
+          ("token_order", "similarity")),
+    Claim("position with a pooled tail over the model's order without", POSITION, PLAIN, (LOW, HALF),
+          ALL, ("tail", "pooled")),
+    Claim("second search at 0.45 over 0.6", EARLIER.name, TWO.name, MOST, ("Balanced", "Fast"),
+          ("search_points", (0.45,))),
+    Claim("second search at 0.45 over 0.3", EARLIER.name, "similarity, second search at 0.3", (LOW,)),
+    Claim("second search at 0.6 over 0.8", TWO.name, "similarity, second search at 0.8", (LOW,)),
+    Claim("second search at 0.6 over 0.45, behind 20 % dense", TWENTY,
+          f"{TWENTY}, second search at 0.45", (LOW, ("20", 0.3)), ("Quality",),
+          ("search_points", (0.6,))),
+    Claim("three searches over two", THREE.name, EARLIER.name, (LOW,)),
+    Claim("two searches over one", TWO.name, ONE, (LOW, ("8", 0.2))),
+    Claim("even heads over adaptive ones", TWO.name, "similarity, head-adaptive", (LOW,), ALL,
+          ("head_adaptive", False)),
+    Claim("even heads over adaptive ones, by the paper's rule", PLAIN, PAPER.name, (LOW, HALF)),
+    Claim("one dense step of 20 over none", "similarity, 5 % dense",
+          "similarity, search in the very first step", (LOW,)),
+    Claim("two dense steps over one", TWO.name, "similarity, 5 % dense", (LOW,)),
+    Claim("three dense steps over two", "similarity, 15 % dense", TWO.name, (LOW,)),
+    Claim("four dense steps over three", TWENTY, "similarity, 15 % dense", (LOW,)),
+    Claim("six dense steps over four", "similarity, 30 % dense", TWENTY, (LOW,)),
+    Claim("two dense steps of 8 over one", "similarity, two dense steps, two searches", TWO.name,
           (("8", 0.2),)),
+    Claim("INT8 over bf16", INT8, TWO.name, (LOW, HALF)),
+    Claim("one query row of four over all", QUERIES, TWO.name, (LOW,)),
 )  # fmt: skip
+
+
+def recorded(paths) -> dict:
+    """`paired.load`, with every rule by the name that it has now."""
+    data, rows = load(paths), {}
+    for (schedule, density, name), found in data["rows"].items():
+        rows.setdefault((schedule, density, NOW.get(name, name)), {}).update(found)
+    return {**data, "rows": rows}
 
 
 def side(rows: dict, base: dict, models) -> dict:
@@ -95,11 +133,11 @@ def verdict(judging: dict) -> str:
 
 def _row(claim: str, place, rule: str, base: str, compared: int, sides) -> dict:
     choosing, judging = sides
+    gap = round(choosing["gain_db"] - judging["gain_db"], 2) if choosing else None
     return {
         "claim": claim, "density": place[1], "steps": SCHEDULES[place[0]][0],
         "rule": rule, "base": base, "rules_compared": compared,
-        "choosing": choosing, "judging": judging,
-        "gap_db": round(choosing["gain_db"] - judging["gain_db"], 2), "verdict": verdict(judging),
+        "choosing": choosing, "judging": judging, "gap_db": gap, "verdict": verdict(judging),
     }  # fmt: skip
 
 
@@ -137,15 +175,24 @@ def winners(data: dict) -> list[dict]:
 
 
 def claims(data: dict) -> list[dict]:
-    """Every claim at every place where all models ran both of its rules, judged both ways."""
+    """Every claim at every place, judged both ways; each time by models that all ran both its rules.
+
+    "choosing" is None where the others did not.
+    """
     found = []
     for claim in CLAIMS:
         for place in claim.places:
-            rows, base = (data["rows"].get((*place, n), {}) for n in (claim.rule, claim.base))
+            under = place[0], claim.base_density or place[1]
+            rows = data["rows"].get((*place, claim.rule), {})
+            base = data["rows"].get((*under, claim.base), {})
             compared = sum((s, d) == place for s, d, _ in data["rows"])
+            seen = {
+                models: side(rows, base, models) if set(models) <= set(rows) & set(base) else None
+                for models in SPLIT
+            }
             for choosers, judges in (SPLIT, SPLIT[::-1]):
-                if {*choosers, *judges} <= set(rows) & set(base):
-                    sides = side(rows, base, choosers), side(rows, base, judges)
+                if seen[judges]:
+                    sides = seen[choosers], seen[judges]
                     found.append(_row(claim.text, place, claim.rule, claim.base, compared, sides))
     return found
 
@@ -153,28 +200,35 @@ def claims(data: dict) -> list[dict]:
 def table(rows: list[dict]) -> str:
     """Markdown: the winners both ways, then a line per claim and place."""
 
-    def gain(seen: dict) -> str:
+    def gain(seen: dict | None) -> str:
+        if seen is None:
+            return "not sampled"
         return f"{seen['gain_db']:+.1f} ± {seen['stderr']:.1f} ({seen['wins']} of {seen['videos']})"
 
     lines = ["| steps, density | of rules | chosen by | winner | there | judges | its place |",
              "| --- |" + " --- |" * 6]  # fmt: skip
     best = [row for row in rows if "place_by_judges" in row]
     for row in best:
-        names = [", ".join(row[part]["models"]) for part in ("choosing", "judging")]
+        chosen_by = ", ".join(row["choosing"]["models"])
         lines.append(
-            f"| {row['steps']}, {row['density']:g} | {row['rules_compared']} | {names[0]} "
+            f"| {row['steps']}, {row['density']:g} | {row['rules_compared']} | {chosen_by} "
             f"| {row['rule']} | {gain(row['choosing'])} | {gain(row['judging'])} "
             f"| {row['place_by_judges']} |"
         )
     heads = [", ".join(models) for models in SPLIT]
-    lines += ["", f"| claim | steps, density | {' | '.join(heads)} | judged |",
-              "| --- |" + " --- |" * 4]  # fmt: skip
-    pairs = [row for row in rows if row not in best]
-    for one, two in zip(pairs[::2], pairs[1::2], strict=True):
-        sides = [gain(one["choosing"]), gain(one["judging"])]
-        words = " and ".join(dict.fromkeys((two["verdict"], one["verdict"])))
-        place = f"{one['steps']}, {one['density']:g}"
-        lines.append(f"| {one['claim']} | {place} | {' | '.join(sides)} | {words} |")
+    lines += ["", f"| claim | steps, density | {' | '.join(heads)} | perceptual there | judged |",
+              "| --- |" + " --- |" * 5]  # fmt: skip
+    judged: dict[tuple, dict] = {}
+    for row in (row for row in rows if row not in best):
+        key = row["claim"], row["steps"], row["density"]
+        judged.setdefault(key, {})[tuple(row["judging"]["models"])] = row
+    for (text, steps, density), by in judged.items():
+        told = [by.get(models) for models in SPLIT]
+        sides = [gain(row and row["judging"]) for row in told]
+        seen = told[1] and told[1]["judging"]["perceptual"]
+        sides.append("" if seen is None else f"{seen:+.3f}")
+        words = " and ".join(dict.fromkeys(row["verdict"] for row in told[::-1] if row))
+        lines.append(f"| {text} | {steps}, {density:g} | {' | '.join(sides)} | {words} |")
     return "\n".join(lines)
 
 
@@ -184,10 +238,10 @@ def main():
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--table", action="store_true", help="print a table too")
     options = parser.parse_args()
-    data = load(options.files)
+    data = recorded(options.files)
     rows = winners(data) + claims(data)
     told = {
-        "what": __doc__.splitlines()[0], "rows": rows, "files": [p.name for p in options.files],
+        "what": __doc__.splitlines()[0], "rows": rows, "files": [p.resolve().relative_to(RESULTS).as_posix() for p in options.files],
         **{key: data[key] for key in ("hardware", "versions", "date")},
         "command": facts()["command"],
     }  # fmt: skip

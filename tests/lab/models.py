@@ -103,11 +103,7 @@ MODELS = {
         text=video.TEXT_TOKENS, double=1,
         recipe=RECIPE.format(52) + "--family hunyuan --layers 5 --double 1",
     ),
-}  # fmt: skip
-
-# recipes that nobody has trained yet
-UNTRAINED = {
-    # 16,128 tokens; scenes cannot be read back, so `--no-task`
+    # 16,128 tokens; what was asked for cannot be read back
     "solid": LabModel(
         "solid", "wan", heads=3, head_dim=128, layers=6, latent=(16, 56, 72), rich=True,
         world=rendered_video,

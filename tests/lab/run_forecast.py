@@ -23,9 +23,9 @@ PATHS = [str(ROOT), str(ROOT / "tests" / "tiny_model"), str(HERE)]
 sys.path[:0] = [path for path in PATHS if path not in sys.path]
 
 import check_model  # noqa: E402
+import generation  # noqa: E402
 import procedural_video as video  # noqa: E402
 import torch  # noqa: E402
-from generation import Subject  # noqa: E402
 from models import MODELS  # noqa: E402
 from run_lab import latent_size  # noqa: E402
 
@@ -114,7 +114,7 @@ class Calls:
 
 class Contest:
     def __init__(self, name: str, options):
-        self.subject = Subject(MODELS[name], options.comfyui, options.seeds, options.latent)
+        self.subject = generation.subject(name, options.comfyui, options.seeds, options.latent)
         self.counter = Calls(self.subject.model)
         self.dense: list[torch.Tensor] = []
 

@@ -102,11 +102,11 @@ def chosen_by(backend, call, config, lse) -> list[dict]:
 
 
 def of_model(name: str, schedule: str, options) -> list[dict]:
-    from generation import Subject
+    import generation
 
     from sparse_attn.run import serving
 
-    subject = Subject(MODELS[name], options.comfyui, options.seeds, options.latent)
+    subject = generation.subject(name, options.comfyui, options.seeds, options.latent)
     # knows ComfyUI, which the subject has started
     from sparse_attn.host.install import install
 

@@ -16,8 +16,8 @@ ROOT = HERE.parents[1]
 PATHS = [str(ROOT), str(ROOT / "tests" / "tiny_model"), str(HERE)]
 sys.path[:0] = [path for path in PATHS if path not in sys.path]
 
+import generation  # noqa: E402
 import torch  # noqa: E402
-from generation import Subject  # noqa: E402
 from metrics import likeness  # noqa: E402
 from models import MODELS  # noqa: E402
 from PIL import Image, ImageDraw  # noqa: E402
@@ -66,7 +66,7 @@ def main():
     parser.add_argument("--presets", nargs="+", default=["Quality", "Balanced", "Fast"])
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
-    subject = Subject(MODELS[options.model], options.comfyui, [options.scene], options.latent)
+    subject = generation.subject(options.model, options.comfyui, [options.scene], options.latent)
     videos = {"dense": subject.dense(int(options.steps))[0]}
     told = {"prompt": subject.prompts[0], "tokens": subject.layout.tokens, "presets": {}, **facts()}
     for name in options.presets:

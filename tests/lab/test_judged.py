@@ -10,7 +10,6 @@ LAB = Path(__file__).resolve().parent
 sys.path[:0] = [str(LAB), str(LAB.parent / "tiny_model")]
 
 import judged  # noqa: E402
-import paired  # noqa: E402
 from rule import PAPER  # noqa: E402
 
 from sparse_attn.config import PRESETS  # noqa: E402
@@ -26,27 +25,53 @@ def rows(gains, settings=None):
     }
 
 
+def by_side(choosing: float, judging: float, settings=None):
+    sides = zip(judged.SPLIT, (choosing, judging), strict=True)
+    return rows({model: gain for models, gain in sides for model in models}, settings)
+
+
 def data(**rules):
-    found = {("20", 0.2, PAPER.name): rows(dict.fromkeys(("tiny", "wan128", "joint"), 0.0))}
+    found = {("20", 0.2, PAPER.name): by_side(0.0, 0.0)}
     return {"rows": found | {("20", 0.2, name): rule for name, rule in rules.items()}}
 
 
 def test_a_winner_is_worth_what_the_other_models_say():
-    plain = rows({"tiny": 1.0, "wan128": 2.0, "joint": 4.0})
-    lucky = rows({"tiny": 5.0, "wan128": -1.0, "joint": -1.0})
-    longer = rows(dict.fromkeys(("tiny", "wan128", "joint"), 9.0), {"again": [0.6], "warmup": 0.3})
-    by_tiny, by_others = judged.winners(
-        data(plain=plain, lucky=lucky, longer=longer, partial=rows({"tiny": 9.0}))
+    choosing, judging = judged.SPLIT
+    plain, lucky = by_side(1.0, 3.0), by_side(5.0, -1.0)
+    longer = by_side(9.0, 9.0, {"again": [0.6], "warmup": 0.3})
+    by_choosing, by_judging = judged.winners(
+        data(plain=plain, lucky=lucky, longer=longer, partial=rows({choosing[0]: 9.0}))
     )
-    assert by_tiny["rule"] == "lucky" and by_tiny["rules_compared"] == 2
-    assert by_tiny["choosing"]["gain_db"] == 5.0 and by_tiny["judging"]["gain_db"] == -1.0
-    assert (by_tiny["gap_db"], by_tiny["verdict"], by_tiny["place_by_judges"]) == (6.0, "fails", 2)
-    assert by_others["rule"] == "plain" and by_others["judging"]["models"] == ["tiny"]
-    assert by_others["choosing"]["wins"] == by_others["choosing"]["videos"] == 4
-    assert by_others["judging"] == {
-        "models": ["tiny"], "gain_db": 1.0, "stderr": 0.0, "wins": 2, "videos": 2,
-        "perceptual": None,
+    assert by_choosing["rule"] == "lucky" and by_choosing["rules_compared"] == 2
+    gains = [by_choosing[part]["gain_db"] for part in ("choosing", "judging")]
+    assert gains == [5.0, -1.0]
+    found = (by_choosing["gap_db"], by_choosing["verdict"], by_choosing["place_by_judges"])
+    assert found == (6.0, "fails", 2)
+    assert by_judging["rule"] == "plain" and by_judging["judging"]["models"] == list(choosing)
+    assert by_judging["choosing"]["wins"] == by_judging["choosing"]["videos"] == 2 * len(judging)
+    assert by_judging["judging"] == {
+        "models": list(choosing), "gain_db": 1.0, "stderr": 0.0, "wins": 2 * len(choosing),
+        "videos": 2 * len(choosing), "perceptual": None,
     }  # fmt: skip
+
+
+def test_a_claim_that_only_one_side_sampled_is_judged_by_that_side():
+    name, other = judged.EARLIER.name, judged.TWO.name
+    found = data(**{name: by_side(2.0, 1.0), other: rows(dict.fromkeys(judged.SPLIT[1], 0.5))})
+    (row,) = [r for r in judged.claims(found) if r["claim"] == "second search at 0.45 over 0.6"]
+    assert (row["choosing"], row["gap_db"], row["judging"]["gain_db"]) == (None, None, 0.5)
+    assert "| 20, 0.2 | not sampled | +0.5 ± 0.0 (4 of 4) |  | holds |" in judged.table([row])
+
+
+def test_a_rule_at_half_the_density_is_compared_with_the_whole_one():
+    name = judged.EARLIER.name
+    found = data(**{name: by_side(2.0, 1.0)})
+    found["rows"]["20", 0.1, name] = by_side(-1.0, -2.0)
+    halves = [
+        row for row in judged.claims(found) if "half the density over the paper" in row["claim"]
+    ]
+    assert [row["judging"]["gain_db"] for row in halves] == [-2.0, -1.0]
+    assert {row["density"] for row in halves} == {0.1}
 
 
 def test_a_lead_within_two_errors_is_open():
@@ -61,7 +86,7 @@ def test_the_perceptual_distance_is_told_where_it_was_measured():
 
 
 def test_the_recorded_judgement_is_that_of_the_recorded_results():
-    recorded = paired.load(LAB / "results" / "second_weights" / name for name in JUDGED["files"])
+    recorded = judged.recorded(judged.RESULTS / name for name in JUDGED["files"])
     found = judged.winners(recorded) + judged.claims(recorded)
     assert json.loads(json.dumps(found)) == JUDGED["rows"]
     tables = judged.table(JUDGED["rows"])

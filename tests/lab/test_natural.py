@@ -179,7 +179,7 @@ def test_a_training_goes_on_where_it_stopped_and_comfyui_loads_it(
 
     # as a model of the lab
     spec = replace(
-        {**models.MODELS, **models.UNTRAINED}["natural"],
+        models.MODELS["natural"],
         heads=1,
         layers=1,
         latent=(8, 8, 8),
@@ -187,7 +187,7 @@ def test_a_training_goes_on_where_it_stopped_and_comfyui_loads_it(
     )
     monkeypatch.setattr(models, "WEIGHTS", tmp_path)
     monkeypatch.setitem(models.MODELS, "natural", spec)
-    with pytest.raises(ValueError, match=r"natural continues clips: python .*natural_clips"):
+    with pytest.raises(ValueError, match=r"natural continues clips: `python .*natural_clips"):
         generation.subject("natural", str(comfyui), 2)
     subject = generation.subject("natural", str(comfyui), 2, clips=clips_file)
     assert subject.prompts == Clips(clips_file, "held out").names[:2]

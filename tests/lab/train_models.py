@@ -13,10 +13,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-from models import MODELS, TINY, UNTRAINED
+from models import MODELS, TINY
 
-RECIPES = {name: s for name, s in {**MODELS, **UNTRAINED}.items() if s.recipe}
-TRAINED = [name for name in RECIPES if name in MODELS]
+RECIPES = {name: spec for name, spec in MODELS.items() if spec.recipe}
 
 
 def command(name: str, options) -> list[str]:
@@ -32,7 +31,7 @@ def main():
     parser.add_argument("--comfyui", default=os.environ.get("COMFYUI_PATH", ""))
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--minutes", type=float, default=8.0, help="for training, checks on top")
-    parser.add_argument("--models", nargs="+", choices=tuple(RECIPES), default=TRAINED)
+    parser.add_argument("--models", nargs="+", choices=tuple(RECIPES), default=["wan128", "joint"])
     parser.add_argument("--more", default="", help="more arguments for train.py, in one string")
     options = parser.parse_args()
     running = [subprocess.Popen(command(name, options)) for name in options.models]

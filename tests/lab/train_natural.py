@@ -172,7 +172,8 @@ def write(args, trainer: Trainer, told: dict) -> tuple[Path, dict]:
     """The averaged weights as they are now, and the record beside them, which is returned."""
     path = args.out / "natural.safetensors"
     trainer.save(path, args.bits)
-    settings = {k: str(v) for k, v in vars(args).items() if k not in ("comfyui", "out", "state")}
+    paths = ("comfyui", "clips", "out", "state")
+    settings = {k: str(v) for k, v in vars(args).items() if k not in paths}
     record = {
         "settings": settings, "parameters": sum(m.numel() for m in trainer.masters), **told,
         "steps": trainer.steps, "bytes": path.stat().st_size, **facts(),
