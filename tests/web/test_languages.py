@@ -3,6 +3,7 @@
 import importlib
 import json
 import re
+from statistics import median
 
 import pytest
 
@@ -141,17 +142,25 @@ def test_a_pattern_has_one_name_in_chinese():
 
 def test_help_of_several_gpus_reckons_with_what_was_measured():
     file = WEB.parent / "tests" / "bench" / "results" / "ulysses_h200.json"
-    rows = {
-        (row["gpus"], row["kind"], row["precision"], row["density"]): row["ms"]
-        for row in json.loads(file.read_text(encoding="utf-8"))["rows"]
-    }
-    # full steps with int8: the rows of bf16 at density 0.2 hold compiling on one GPU
-    figures = []
-    for kind, attention, setting in (
-        ("step dense", "dense", ("int8", 0.2)), ("step sparse", "sparse", ("bf16", 0.2)),
-    ):  # fmt: skip
-        one, two = (rows[(gpus, kind, *setting)] for gpus in (1, 2))
-        square = rows[(1, attention, *setting)]
+    rows = json.loads(file.read_text(encoding="utf-8"))["rows"]
+
+    def ms(gpus, kind, dense, model="hunyuan"):
+        # a dense step is the same in every setting
+        return median(
+            row["ms"] for row in rows
+            if (row["model"], row["gpus"], row["kind"]) == (model, gpus, kind)
+            and (dense or (row["precision"], row["density"]) == ("bf16", 0.2))
+        )  # fmt: skip
+
+    figures = [
+        f"| {ms(1, kind, kind == 'step dense', model):.0f} | "
+        f"{ms(2, kind, kind == 'step dense', model):.0f}"
+        for model in ("hunyuan", "wan")
+        for kind in ("step dense", "step search", "step sparse")
+    ]
+    for kind, attention in (("step dense", "dense"), ("step sparse", "sparse")):
+        one, two = (ms(gpus, kind, kind == "step dense") for gpus in (1, 2))
+        square = ms(1, attention, kind == "step dense")
         for length in (0.5, 2):
             alone = (one - square) * length + square * length**2
             shared = alone / 2 + (two - one / 2) * length
