@@ -70,7 +70,7 @@ quantised_attention = attention
 
 def block_masses(
     q, k, lse, *, block_q, block_k, scale, key_bias=None, renormalise=True, int8=False
-) -> torch.Tensor:  # fmt: skip
+) -> torch.Tensor:
     """M[i, j]: sum of exp(logit - lse) over query block i and key block j, [B, H, Nq, Nk]."""
     weights = weights_of(scaled_logits(q, k, scale, key_bias), lse)
     B, H, len_q, len_k = weights.shape

@@ -175,9 +175,7 @@ class Compiling:
         """Wait where a process compiles what a launch needs."""
         if threading.current_thread() is self._loader:
             with self._change:
-                self._change.wait_for(
-                    lambda: self._kernels.get(key) == DONE or not self._processes
-                )  # fmt: skip
+                self._change.wait_for(lambda: self._kernels.get(key) == DONE or not self._processes)
                 if self._kernels.get(key) != DONE:
                     raise Nothing
             return
@@ -193,9 +191,7 @@ class Compiling:
                 if state is None:
                     self._kernels[key] = DONE
                 else:
-                    self._change.wait_for(
-                        lambda: self._kernels.get(key) != CLAIMED, LONGEST_WAIT
-                    )  # fmt: skip
+                    self._change.wait_for(lambda: self._kernels.get(key) != CLAIMED, LONGEST_WAIT)
                 self._end_of_launches()
         except Exception as error:
             go_on_without_us(error)

@@ -139,8 +139,9 @@ class ModelCall:
             return None
         scale = host.named.get("scale") or q.shape[-1] ** -0.5
         low_precision = False not in (
-            host.named.get("low_precision_attention"), options.get("low_precision_attention")
-        )  # fmt: skip
+            host.named.get("low_precision_attention"),
+            options.get("low_precision_attention"),
+        )
         call = Call(
             q, k, v, scale, self.layout, self.step, host.dense, bias, low_precision, host.foreign
         )

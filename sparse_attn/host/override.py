@@ -65,7 +65,7 @@ def attention_override(
 
 def _served(
     func, q, k, v, heads, mask, attn_precision, skip_reshape, skip_output_reshape, **kwargs
-):  # fmt: skip
+):
     context = out = None
     hosts = func
     try:

@@ -109,8 +109,9 @@ def _contents(pattern: CarriedPattern) -> tuple[dict[str, torch.Tensor], dict[st
         tensors[_mask_name(number)] = layer.bits.contiguous()
         if layer.order is not None:
             tensors[_order_name(number)] = layer.order.contiguous()
-        layers.append([*name, [round(d, 4) for d in layer.density],
-                       [round(r, 4) for r in layer.recall]])  # fmt: skip
+        layers.append(
+            [*name, [round(d, 4) for d in layer.density], [round(r, 4) for r in layer.recall]]
+        )
     layout = pattern.layout
     metadata = {
         "format": FORMAT,

@@ -22,9 +22,7 @@ class RunHandle:
         part: which of several models, for people.
     """
 
-    def __init__(
-        self, config: AdaSpaConfig, first: "RunHandle | None" = None, part: str = ""
-    ):  # fmt: skip
+    def __init__(self, config: AdaSpaConfig, first: "RunHandle | None" = None, part: str = ""):
         self.config = config
         self.part = part
         self.first = first

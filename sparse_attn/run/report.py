@@ -119,9 +119,10 @@ def forecast_lines(told) -> list[Sentence]:
     why, saved = told.why_not, told.saved()
     if told.forecast:
         values = {
-            "count": str(len(told.forecast)), "total": str(told.steps),
+            "count": str(len(told.forecast)),
+            "total": str(told.steps),
             "steps": ranges(told.numbers(told.forecast)),
-        }  # fmt: skip
+        }
         if saved:
             text = [Sentence("skipped_saved", **values, saved=seconds(saved))]
         else:

@@ -119,11 +119,12 @@ class Serving:
         out = lse = None
         with self.timer.attempt("search", call.q):
             out, lse = self._install_mask(
-                call, layer,
+                call,
+                layer,
                 fused_online_search(
                     layer.backend, call, self.config, self._take_lse(call, layer), self.dense.exact
                 ),
-            )  # fmt: skip
+            )
         if out is None and layer.pattern is None:
             return None
         if out is None:
@@ -164,7 +165,7 @@ class Serving:
             lse = self._lse(call, layer.lse)
             self._install_mask(
                 call, layer, lse_cached_search(layer.backend, call, self.config, lse, int8)
-            )  # fmt: skip
+            )
             return True
         return False
 
@@ -244,7 +245,7 @@ class Serving:
         density, recall = found.mask.density().mean(0), found.recall.mean(0)
         pattern = LayerPattern(
             found.mask, found.order, density, recall, similar, searched_at=call.step
-        )  # fmt: skip
+        )
         self._install(call, layer, pattern, recall, found.exact)
         return found.out, found.lse
 
@@ -253,9 +254,11 @@ class Serving:
         block_map, similar = pattern.mask.block_map(), pattern.similar
         with self.outlives_block():
             pattern = replace(
-                pattern, density=pattern.density.clone(), recall=pattern.recall.clone(),
+                pattern,
+                density=pattern.density.clone(),
+                recall=pattern.recall.clone(),
                 similar=None if similar is None else similar.clone(),
-            )  # fmt: skip
+            )
             kept = self.layers.install(layer, pattern)
             self.readback.add_pattern(call, layer, kept, recall.clone(), block_map.clone(), exact)
 

@@ -70,9 +70,7 @@ class RunState:
         self.timer = Timer(self.statistics.timing)
         self.readback = Readback(self.statistics)
         self.backends = Backends(config.block_q, config.block_k)
-        self.precision = Precision(
-            config.low_precision is not None, self.statistics.low_precision
-        )  # fmt: skip
+        self.precision = Precision(config.low_precision is not None, self.statistics.low_precision)
         self.dense = Dense(
             dense_choice or DenseChoice(config.dense_attention),
             self.backends, self.precision, self.statistics, self.timer,
@@ -134,11 +132,13 @@ class RunState:
         self._begin_dense(call)
         backend, _ = self.backends.of(call.q, call.k, call.v)
         found = self.estimates[work.batch] = estimate(
-            work, self.schedule, self.config,
+            work,
+            self.schedule,
+            self.config,
             one_pass=backend is not None and backend.one_pass_search,
             carried=self.carried is not None and self.carried.layout == work.layout,
             windows=windows,
-        )  # fmt: skip
+        )
         return found
 
     def expected(self) -> list[Sentence]:

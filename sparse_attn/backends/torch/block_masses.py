@@ -14,7 +14,7 @@ LARGEST_EXPONENT = 80.0
 
 def block_masses(
     q, k, lse, *, block_q, block_k, scale, key_bias=None, renormalise=True, int8=False
-):  # fmt: skip
+):
     """Sum exp(S - lse) by blocks.
 
     Args:

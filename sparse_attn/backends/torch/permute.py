@@ -13,9 +13,7 @@ def permute(q, k, v, order, key_bias=None) -> Permuted:
         order: [B, H, L] int32, the token at every place.
         key_bias: [B, L] float32 or None.
     """
-    return permuted(
-        q, k, v, order, key_bias, permute=_permute, permute_and_pool=_permute_and_pool
-    )  # fmt: skip
+    return permuted(q, k, v, order, key_bias, permute=_permute, permute_and_pool=_permute_and_pool)
 
 
 def _permute(x, order):
