@@ -5,6 +5,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from .guard import beside
+
 # keeps the sum of a bias and a logit inside float32
 LOWEST_BIAS = -1e30
 
@@ -33,10 +35,11 @@ class HostCall:
 
     def as_it_came(self):
         """What the host would return."""
-        return self.attention(
-            self.q, self.k, self.v, self.heads, mask=self.mask, skip_reshape=self.skip_reshape,
-            skip_output_reshape=self.skip_output_reshape, **self.named,
-        )  # fmt: skip
+        with beside():
+            return self.attention(
+                self.q, self.k, self.v, self.heads, mask=self.mask, skip_reshape=self.skip_reshape,
+                skip_output_reshape=self.skip_output_reshape, **self.named,
+            )  # fmt: skip
 
     def in_heads(self) -> list[torch.Tensor]:
         """q, k and v as [B, H, L, D]."""
@@ -67,10 +70,11 @@ class HostCall:
         else:
             q, k, v = (x[:, :heads] for x in self.in_heads())
             heads = q.shape[1]
-            out = self.attention(
-                q, k, v, heads, mask=self.mask, skip_reshape=True, skip_output_reshape=True,
-                **self.named,
-            )  # fmt: skip
+            with beside():
+                out = self.attention(
+                    q, k, v, heads, mask=self.mask, skip_reshape=True, skip_output_reshape=True,
+                    **self.named,
+                )  # fmt: skip
         # not every override knows `skip_output_reshape`
         return out if out.ndim == 4 else to_heads(out, heads or self.heads)
 

@@ -257,10 +257,16 @@ class RunState:
         self.statistics.stopped_at = self.schedule.first_step + max(self.step, 0)
         self.free()
 
-    def give_up(self, error: Exception) -> None:
-        """Let the rest of the run be dense after an error that nobody expected."""
+    def give_up(self, error: Exception, beside: bool = False) -> None:
+        """Let the rest of the run be dense after an error that nobody expected.
+
+        Args:
+            beside: whether it came out of the attention that would serve without us.
+        """
         if not self.given_up:
-            self.given_up = f"an error in AdaSpa, {repr(error)[:MOST_OF_AN_ERROR]}"
+            said = repr(error)[:MOST_OF_AN_ERROR]
+            theirs = f"an error in the attention that stood before AdaSpa, {said}"
+            self.given_up = theirs if beside else f"an error in AdaSpa, {said}"
             step = self.schedule.number(max(self.step, 0))
             self.statistics.warn(f"{self.given_up}: every call runs dense from step {step}")
         self.free()
