@@ -7,6 +7,8 @@ import torch
 
 from sparse_attn.token_layout import TokenLayout
 
+pytestmark = pytest.mark.any_comfyui
+
 VIDEO = (1, 16, 3, 16, 24)
 WAN = SimpleNamespace(patch_size=(1, 2, 2), blocks=[None] * 2, dim=256, num_heads=2)
 LTX = SimpleNamespace(transformer_blocks=[None] * 2, attention_head_dim=64)

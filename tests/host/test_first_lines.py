@@ -6,6 +6,8 @@ import pytest
 
 from tests.host.host_fixtures import assert_same_video, kept_dense, sample, sparse
 
+pytestmark = pytest.mark.any_comfyui
+
 
 @pytest.fixture
 def said(monkeypatch):

@@ -16,6 +16,8 @@ from tests.host.host_fixtures import (
     sparse,
 )
 
+pytestmark = pytest.mark.any_comfyui
+
 KEY = "optimized_attention_override"
 ORDERS = ["before", "after"]
 

@@ -5,6 +5,8 @@ import torch
 
 from tests.host.host_fixtures import calls, sample, sparse
 
+pytestmark = pytest.mark.any_comfyui
+
 
 @pytest.fixture
 def pace(comfyui, monkeypatch):

@@ -6,6 +6,8 @@ from sparse_attn.forecast.plan import LEVELS
 from tests.forecast.polynomial_model import STEPS, Answers, answering, trace
 from tests.tools import comfy_inprocess
 
+pytestmark = pytest.mark.any_comfyui
+
 
 @pytest.fixture
 def skip(comfyui):

@@ -11,6 +11,8 @@ from tests.host.host_fixtures import calls, conditioning, sample
 from tests.nodes.test_nodes import LATER, WIDGETS
 from tests.tools import comfy_inprocess
 
+pytestmark = pytest.mark.any_comfyui
+
 SETTINGS = {
     **WIDGETS["AdaSpaAttention"], "preset": "Custom", "sparsity": 0.6, "warmup": 0.0,
     "min_tokens": 64, "dense_attention": "host", "search_points": "", "verdict": "sparse",

@@ -13,6 +13,8 @@ from tests.host.injections import Profiler, places_of
 from tests.nodes.test_nodes import WIDGETS
 from tests.tools import comfy_inprocess
 
+pytestmark = pytest.mark.any_comfyui
+
 ERRORS = (
     lambda: RuntimeError("broken"),
     lambda: ValueError("broken"),

@@ -15,7 +15,7 @@ from tests.host.host_fixtures import (
     sample,
     sparse,
 )
-from tests.host.identity.truth import WIDE, guided
+from tests.host.identity.truth import WIDE, guided, in_every_call
 
 
 def tiled(model, truth, cut, draw=None):
@@ -147,3 +147,34 @@ def test_areas_of_prompts_are_parts_of_the_video(load, truth, length):
     assert handle.latest().memory.parts == {("area", 3, 16, 16)}
     assert len(handle.latest().memory.conditionings) == 5
     assert len({key[1] for _, key in truth.met}) == 3
+
+
+@pytest.mark.parametrize("change", ["names", "frames"])
+def test_calls_of_more_videos_or_tokens_have_patterns_of_their_own(load, truth, change):
+    """Every step calls once more, with one name for two prompts, or two frames behind the video."""
+    pictures = torch.randn(1, 16, 2, 16, 24)
+
+    def outside(apply_model, args):
+        x, sigma, c = args["input"], args["timestep"], args["c"]
+        truth.here.part = "changed"
+        frames = {"time_dim_concat": pictures.expand(len(x), -1, -1, -1, -1)}
+        apply_model(x, sigma, **{**c, **(frames if change == "frames" else {})})
+        truth.here.part = "plain"
+        return apply_model(x, sigma, **c)
+
+    def inside(execute, x, t, c_concat, c_crossattn, control, options, **more):
+        if change == "names" and truth.here.part == "changed":
+            first = {name: options[name][:1] for name in ("uuids", "cond_or_uncond")}
+            options = {**options, **first}
+        return execute(x, t, c_concat, c_crossattn, control, options, **more)
+
+    model, handle = sparse(load("wan_h64"))
+    model = model.clone()
+    model.set_model_unet_function_wrapper(outside)
+    in_every_call(model, inside)
+    sample(model, texts=(7, 7))
+    assert truth.holds()
+    # of two layers: two prompts, and once more the pair or each of them
+    assert len(truth.met) == 2 * (3 if change == "names" else 4)
+    assert calls(handle) == {"search": 8, "sparse": 24}
+    assert not handle.latest().warnings

@@ -9,6 +9,8 @@ import torch
 from sparse_attn.patterns.file import load as read
 from tests.host.host_fixtures import VIDEO, calls, sample
 
+pytestmark = pytest.mark.any_comfyui
+
 
 def begin(nodes, model, handle, file="city.safetensors [output]"):
     return nodes["AdaSpaLoadPattern"].execute(model, handle, file).args

@@ -9,6 +9,8 @@ from sparse_attn.patterns.file import load as read
 from tests.host.host_fixtures import sample
 from tests.tools import comfy_inprocess
 
+pytestmark = pytest.mark.any_comfyui
+
 
 def test_a_run_writes_its_pattern_when_it_ends(saved):
     pattern = read(saved.path)
