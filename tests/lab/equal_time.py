@@ -2,7 +2,7 @@
 
     python tests/lab/equal_time.py
 
-makes `results/equal_time.json` and `results/front.svg` of recorded results. Seconds are those of
+makes `results/equal_time.json` and tests/bench/results/front.svg of recorded results. Seconds are those of
 HunyuanVideo 13B at 720p in bf16, composed of its measured kinds of steps (the row `Balanced` of
 tests/bench/results/runs_h200.json, dense ones cuDNN's); dB are of the lab's models.
 """
@@ -103,7 +103,7 @@ def main():
     lines(
         {name: found for name, found in curves.items() if found},
         "seconds of 20 steps of HunyuanVideo 13B at 720p (composed; H200)",
-        "dB to the dense video (wan128, joint)", "20 steps", RESULTS / "front.svg",
+        "dB to the dense video (wan128, joint)", "20 steps", RUNS.parent / "front.svg",
     )  # fmt: skip
 
 
