@@ -85,9 +85,13 @@ def points(rows: list[dict], chosen) -> list[tuple[float, float]]:
     ]
 
 
-def main():
+def all_rows() -> list[dict]:
     rows = of_forecasts("forecast_h200.json", VIDEOS) + of_schedules("front_h200.json")
-    rows += of_forecasts("forecast.json", FRAMES)
+    return rows + of_forecasts("forecast.json", FRAMES)
+
+
+def main():
+    rows = all_rows()
     result = {"what": __doc__.splitlines()[0], "model_of_seconds": "HunyuanVideo 13B, 720p, bf16"}
     text = json.dumps({**result, "rows": rows}, indent=1)
     (RESULTS / "equal_time.json").write_text(text + "\n")

@@ -16,6 +16,7 @@ import closeness  # noqa: E402
 import compare_presets  # noqa: E402
 import contestants  # noqa: E402
 import cost  # noqa: E402
+import equal_time  # noqa: E402
 import metrics  # noqa: E402
 import plots  # noqa: E402
 import procedural_video as video  # noqa: E402
@@ -287,3 +288,19 @@ def test_the_picture_of_the_presets_has_a_row_per_video_and_per_difference():
     assert parts[0].tobytes() == parts[1].tobytes()
     assert parts[2].getextrema() == ((0, 0),) * 3, "no difference is black"
     assert parts[4].getextrema() == ((102, 102),) * 3, "0.05 times 8, of 255"
+
+
+def test_equal_time_is_made_of_what_was_recorded():
+    recorded = json.loads((TESTS / "lab" / "results" / "equal_time.json").read_text())["rows"]
+    assert recorded == equal_time.all_rows()
+    took = equal_time.step_seconds()
+    # a dense step is a dense step, what is forecast takes none, fewer blocks take less
+    assert equal_time.seconds({"dense": 3, "forecast": 9}) == 3 * took["dense"]
+    assert (
+        equal_time.seconds({"sparse": 1}, 0.1) < equal_time.seconds({"sparse": 1}) == took["sparse"]
+    )
+    both = [row for row in recorded if row["rule"] == "Balanced"]
+    (schedule,) = {
+        row["seconds"] for row in recorded if row["rule"] == "20 steps: 2 dense, density 0.2"
+    }
+    assert {row["seconds"] for row in both} == {schedule}
