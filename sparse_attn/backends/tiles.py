@@ -148,7 +148,9 @@ def attention(card: Card, block_q: int, head_dim: int, tail: bool = False) -> Ti
     if not tail and head_dim == 128 and (tile := _tuned_for(card, f"attention {block_q}")):
         return tile
     keys = 32 if head_dim == 64 or (block_q == 128 and not tail) else 16
-    return Tile(block_q, keys, block_q // 32, _stages(card))
+    # a third spills 296 bytes a thread of the search on A100
+    stages = 2 if (block_q, keys, head_dim) == (128, 32, 128) else _stages(card)
+    return Tile(block_q, keys, block_q // 32, stages)
 
 
 def _stages(card: Card) -> int:
