@@ -1,19 +1,22 @@
 """Every kernel, with the tile it gets on every card, compiled here without that card.
 
-The compiler needs no GPU, but it must not be interpreted, so each test starts a process.
+The compiler needs no GPU, but it must not be interpreted, so other processes run this file. What it
+said of a kernel is on record (`compiler.py`), and it is asked again when anything has changed.
 """
 
+import itertools
 import json
 import os
 import re
 import subprocess
 import sys
 import tempfile
-from concurrent.futures import ThreadPoolExecutor
 from importlib import import_module
 from pathlib import Path
 
 import pytest
+
+from tests.backends import compiler
 
 ROOT = Path(__file__).resolve().parents[2]
 ARCHS = (80, 86, 89, 90, 100, 120)
@@ -34,63 +37,24 @@ NO_PRODUCTS = {
 }  # fmt: skip
 
 
-class Processes:
-    """All that this file asks of the compiler, a few processes at a time."""
-
-    def __init__(self):
-        self.pool = None
-        self.running = set()
-        self.ended = False
-        self.answers = {}  # (what, arch): future
-
-    def begin(self, at_a_time: int) -> None:
-        if self.pool is not None:
-            return
-        self.pool = ThreadPoolExecutor(at_a_time)
-        asked = [("compile", 90), ("variants", 90), *(("compile", x) for x in ARCHS if x != 90)]
-        asked += [("compile_amd", x) for x in AMD_ARCHS]
-        self.answers = {key: self.pool.submit(self._run, key[0], str(key[1])) for key in asked}
-
-    def _run(self, *arguments):
-        env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-        with tempfile.TemporaryDirectory() as cache:
-            env |= {"TRITON_CACHE_DIR": cache, "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"}
-            process = subprocess.Popen(
-                [sys.executable, __file__, *arguments], env=env, text=True,
-                stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-            )  # fmt: skip
-            self.running.add(process)
-            if self.ended:
-                process.kill()
-            stdout, stderr = process.communicate()
-            self.running.discard(process)
-        assert process.returncode == 0, stderr[-3000:]
-        return json.loads(stdout.splitlines()[-1])
-
-    def end(self) -> None:
-        self.ended = True
-        if self.pool is not None:
-            self.pool.shutdown(wait=False, cancel_futures=True)
-            for process in list(self.running):
-                process.kill()
-
-
-PROCESSES = Processes()
+# what is asked, Hopper's share apart, as it takes as long as the rest
+PARTS = [
+    ["compile 90", "variants 90"],
+    [f"compile {arch}" for arch in (*ARCHS, *AMD_ARCHS) if arch != 90],
+]
+PROCESSES = compiler.Processes(__file__, PARTS)
 
 
 @pytest.fixture(scope="module")
 def answers():
     pytest.importorskip("triton")
-    PROCESSES.begin(at_a_time=2)
-    return PROCESSES.answers
+    return PROCESSES.answer
 
 
-@pytest.mark.parametrize("arch", ARCHS)
-def test_kernels_fit_the_card_and_use_its_tensor_cores(arch, answers):
+def assert_fits(arch, kernels):
     from sparse_attn.backends.tiles import SHARED_MEMORY
 
     limit = SHARED_MEMORY[divmod(arch, 10)]
-    kernels = answers["compile", arch].result()
     assert "attention_kernel" in {kernel["kernel"] for kernel in kernels}
     for kernel in kernels:
         assert kernel["shared"] <= limit, f"{kernel}: the card has {limit} bytes"
@@ -99,9 +63,7 @@ def test_kernels_fit_the_card_and_use_its_tensor_cores(arch, answers):
         assert used or kernel["kernel"] in NO_PRODUCTS, f"{kernel}: no tensor-core instruction"
 
 
-@pytest.mark.parametrize("arch", AMD_ARCHS)
-def test_kernels_compile_for_amd(arch, answers):
-    kernels = answers["compile_amd", arch].result()
+def assert_fits_amd(kernels):
     assert {"attention_kernel", "block_masses_kernel"} <= {x["kernel"] for x in kernels}
     for kernel in kernels:
         assert kernel["shared"] <= AMD_SHARED_MEMORY, kernel
@@ -110,8 +72,33 @@ def test_kernels_compile_for_amd(arch, answers):
         assert used or kernel["kernel"] in NO_PRODUCTS, f"{kernel}: no matrix instruction"
 
 
+@pytest.mark.parametrize("arch", ARCHS)
+def test_kernels_fit_the_card_and_use_its_tensor_cores(arch, answers):
+    assert_fits(arch, answers(f"compile {arch}"))
+
+
+@pytest.mark.parametrize("arch", AMD_ARCHS)
+def test_kernels_compile_for_amd(arch, answers):
+    assert_fits_amd(answers(f"compile {arch}"))
+
+
+@pytest.mark.long
+def test_the_record_is_brought_up_to_date(answers):
+    rows = {arch: answers(f"compile {arch}") for arch in (*ARCHS, *AMD_ARCHS)}
+    for arch in ARCHS:
+        assert_fits(arch, rows[arch])
+    for arch in AMD_ARCHS:
+        assert_fits_amd(rows[arch])
+    compiler.write(rows)
+
+
+def test_what_a_kernel_depends_on_is_part_of_its_key(answers):
+    keys = [row["key"] for arch in (*ARCHS, *AMD_ARCHS) for row in answers(f"compile {arch}")]
+    assert len(set(keys)) == len(keys)
+
+
 def test_other_shapes_and_strides_reuse_the_compiled_kernel(answers):
-    assert answers["variants", 90].result() == {
+    assert answers("variants 90") == {
         # sparse and dense with masses are one kernel
         "attention_kernel": 2,
         "hopper_attention_kernel": 2,
@@ -131,13 +118,15 @@ def fake_gpu(arch):
     target = GPUTarget("cuda", arch, 32)
     if isinstance(arch, str):
         target = GPUTarget("hip", arch, 64 if arch.startswith("gfx9") else 32)
+    # a kernel keeps its binaries by the number of the device
+    device = next(DEVICES)
 
     class Driver:
         def get_current_target(self):
             return target
 
         def get_current_device(self):
-            return 0
+            return device
 
         def get_current_stream(self, device):
             return 0
@@ -148,24 +137,40 @@ def fake_gpu(arch):
     triton.runtime.driver.set_active(Driver())
 
 
-class Compiled:
-    """Stands for a kernel: launching it only compiles it."""
+DEVICES = itertools.count()
 
-    def __init__(self, kernel):
-        self.kernel = kernel
+
+class Compiled:
+    """Stands for a kernel: launching it only compiles it.
+
+    Args:
+        asked: where keys of what the compiler is about to do are noted, or None.
+        binaries: by key, None for one that was left out; without keys by identity.
+    """
+
+    def __init__(self, kernel, asked):
+        self.kernel, self.asked = kernel, asked
         self.binaries = {}
 
     def __getitem__(self, grid):
         def launch(*args, **kwargs):
             binary = self.kernel.warmup(*args, grid=grid, **kwargs)
-            self.binaries[id(binary)] = binary
+            if self.asked is None:
+                self.binaries[id(binary)] = binary
+            elif self.asked:
+                self.binaries[self.asked.pop()] = binary
 
         return launch
 
 
-def compile_only(arch):
-    """The operations of this pack, made to compile for `arch` whatever tensors they are given."""
+def compile_only(arch, left_out=None):
+    """The operations of this pack, made to compile for `arch` whatever tensors they are given.
+
+    Args:
+        left_out: says of a kernel's key whether to leave it out; None needs no keys.
+    """
     fake_gpu(arch)
+    asked = None if left_out is None else compiler.note_keys(arch, left_out)
     from sparse_attn.backends import tiles
 
     amd = isinstance(arch, str)
@@ -176,9 +181,11 @@ def compile_only(arch):
             module = import_module(f"sparse_attn.backends.{folder}.{path.stem}")
             for name, kernel in vars(module).copy().items():
                 # defined there, and not only imported
-                if name.endswith("_kernel") and kernel.fn.__module__ == module.__name__:
-                    stands[name.strip("_")] = Compiled(kernel)
-                    setattr(module, name, stands[name.strip("_")])
+                if name.endswith("_kernel"):
+                    kernel = kernel.kernel if isinstance(kernel, Compiled) else kernel
+                    if kernel.fn.__module__ == module.__name__:
+                        stands[name.strip("_")] = Compiled(kernel, asked)
+                        setattr(module, name, stands[name.strip("_")])
     return stands
 
 
@@ -270,13 +277,14 @@ def halve(H):
         operation("triton", "pca_tree")(torch.zeros(H, tokens, 40))
 
 
-def compile_all(arch, every=False):
+def compile_all(arch, every=False, known=None):
     """What each kernel of this architecture takes of a program's resources.
 
     Args:
         every: also those tiles that are the same on another card.
+        known: rows by key that need not be found out.
     """
-    stands = compile_only(arch)
+    stands = compile_only(arch, None if known is None else known.__contains__)
     q = tensors(1, 2, 300, 128)
     whole = every or arch not in LIKE_OTHERS
     for folder in ("triton", "hopper") if arch == 90 else ("triton",):
@@ -306,16 +314,19 @@ def compile_all(arch, every=False):
         measure("hopper", q, int8=True, bias=True)
         measure("hopper", q, bias=True)
         attend("hopper", tensors(1, 2, 300, 64))
-    return resources(stands)
+    return resources(stands, known)
 
 
-def resources(stands):
+def resources(stands, known=None):
     """What each binary for an NVIDIA card takes."""
     from triton import knobs
 
     found = []
     for name, stand in stands.items():
-        for binary in stand.binaries.values():
+        for key, binary in stand.binaries.items():
+            if binary is None:
+                found.append(known[key])
+                continue
             with tempfile.NamedTemporaryFile(suffix=".cubin") as f:
                 f.write(binary.asm["cubin"])
                 f.flush()
@@ -330,21 +341,25 @@ def resources(stands):
                     "registers": int(re.search(r"REG:(\d+)", usage).group(1)),
                     "stack": int(re.search(r"STACK:(\d+)", usage).group(1)),
                     "tensor_core": len(TENSOR_CORE.findall(binary.asm["ptx"])),
+                    "key": key,
                 }
             )
     return found
 
 
-def compile_amd(arch):
+def compile_amd(arch, known):
     """As `compile_all`, for an AMD card."""
-    stands, q = compile_only(arch), tensors(1, 2, 300, 128)
+    stands, q = compile_only(arch, known.__contains__), tensors(1, 2, 300, 128)
     for block in (64, 128):
         attend("triton", q, block, block)
         search("triton", q, block, block)
         measure("triton", q, block, block)
     found = []
     for name, stand in stands.items():
-        for binary in stand.binaries.values():
+        for key, binary in stand.binaries.items():
+            if binary is None:
+                found.append(known[key])
+                continue
             code = binary.asm["amdgcn"]
             found.append(
                 {
@@ -352,14 +367,15 @@ def compile_amd(arch):
                     "shared": binary.metadata.shared,
                     "stack": int(re.search(r"\.private_segment_fixed_size: (\d+)", code).group(1)),
                     "tensor_core": len(TENSOR_CORE.findall(code)),
+                    "key": key,
                 }
             )
     return found
 
 
 def count_variants(arch):
-    """How many binaries serve calls that differ only in shape and strides."""
-    stands = compile_only(arch)
+    """How many binaries serve calls that differ only in shape and strides; none is compiled."""
+    stands = compile_only(arch, lambda key: True)
     import torch
 
     for B, H, L, strided in ((1, 1, 64, False), (2, 3, 128, True), (1, 16, 1024, False)):
@@ -379,10 +395,16 @@ def count_variants(arch):
     return counts | {"biased": len(stands["attention_kernel"].binaries)}
 
 
+def answer(question, known):
+    what, arch = question.split()
+    if not arch.isdigit():
+        return compile_amd(arch, known)
+    return count_variants(int(arch)) if what == "variants" else compile_all(int(arch), known=known)
+
+
 if __name__ == "__main__":
     if hasattr(os, "nice"):
         # other tests run beside
         os.nice(19)
-    what = {"compile": compile_all, "compile_amd": compile_amd, "variants": count_variants}
-    arch = sys.argv[2] if sys.argv[1] == "compile_amd" else int(sys.argv[2])
-    sys.stdout.write(json.dumps(what[sys.argv[1]](arch)) + "\n")
+    known = json.loads(sys.stdin.read())
+    sys.stdout.write(json.dumps({x: answer(x, known) for x in sys.argv[1:]}) + "\n")
