@@ -243,6 +243,10 @@ class Serving:
         """Let a layer use what a search found; returns the search's own output and LSE."""
         similar = None if found.similar is None else found.similar.float().mean(0)
         density, recall = found.mask.density().mean(0), found.recall.mean(0)
+        if self.schedule.last_searches and self.config.search_stride > 1:
+            # rows that chose hold more of it than those by which the next run checks it
+            rows = sample_rows(call.layout.tokens, SAMPLED_ROWS)
+            recall = sampled_recall(call, found.mask, rows, found.order).mean(0)
         pattern = LayerPattern(
             found.mask, found.order, density, recall, similar, searched_at=call.step
         )

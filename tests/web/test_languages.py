@@ -153,10 +153,10 @@ def test_help_of_several_gpus_reckons_with_what_was_measured():
         )  # fmt: skip
 
     figures = [
-        f"| {ms(1, kind, kind == 'step dense', model):.0f} | "
-        f"{ms(2, kind, kind == 'step dense', model):.0f}"
+        f"{ms(gpus, kind, kind == 'step dense', model):.0f}"
         for model in ("hunyuan", "wan")
         for kind in ("step dense", "step search", "step sparse")
+        for gpus in (1, 2)
     ]
     for kind, attention in (("step dense", "dense"), ("step sparse", "sparse")):
         one, two = (ms(gpus, kind, kind == "step dense") for gpus in (1, 2))
