@@ -6,6 +6,7 @@ from pathlib import Path
 from comfy_api.latest import io
 
 from ..sparse_attn.host.raylight import install_on
+from ..sparse_attn.run.handle import METADATA
 from .own_errors import otherwise, without_adaspa
 from .settings import answer, check, config_of, describe, setting_inputs
 from .sockets import AdaSpaRun
@@ -62,4 +63,7 @@ class AdaSpaRaylight(io.ComfyNode):
         config = config_of(**settings)
         handle = install_on(ray_actors["workers"], config, cls.hidden.unique_id)
         describe(handle, cls.hidden, settings["preset"])
+        if handle.metadata is not None:
+            # a thread fills it, perhaps while another node walks through the rest
+            handle.metadata.setdefault(METADATA, [])
         return io.NodeOutput(ray_actors, handle, ui=answer(config, settings, ""))

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 
@@ -92,7 +93,7 @@ class Compiling:
         self._take_back = choice.before_launches(torch.device("cuda"), self._before_launch)
         at_once = workers() if choice.compiler().is_cold() else min(1, workers())
         self._begin(self._current, at_once)
-        if self._processes and self._loader is None:
+        if self._processes and self._loader is None and may_load():
             self._loader = threading.Thread(target=self._load, daemon=True)
             self._loader.start()
 
@@ -108,7 +109,8 @@ class Compiling:
                 loaded = self._current
             try:
                 load(json.loads(loaded))
-            except Nothing:
+            except (Nothing, comfy.model_management.OOM_EXCEPTION):
+                # what is not loaded by now is at its first launch
                 pass
             except Exception as error:
                 go_on_without_us(error)
@@ -206,9 +208,22 @@ def compile_ahead(model, config: AdaSpaConfig, node_id: str) -> None:
     Raises nothing.
     """
     try:
-        COMPILING.want(node_id, work_of(model, config))
+        work = work_of(model, config)
+        if work is not None and torch.cuda.is_available():
+            # torch loads its linear algebra once, and fails where a second thread comes in between
+            torch.linalg.inv(torch.eye(1, device=work["device"]))
+        COMPILING.want(node_id, work)
     except Exception as error:
         go_on_without_us(error)
+
+
+def may_load() -> bool:
+    """Whether a thread beside the sampler may use the GPU's memory.
+
+    Not where ComfyUI pages weights in and out of it (DynamicVRAM): the allocator of comfy-aimdo then moves
+    pages without a lock.
+    """
+    return not getattr(sys.modules.get("comfy.memory_management"), "aimdo_enabled", False)
 
 
 def load(work: dict) -> None:
@@ -218,8 +233,9 @@ def load(work: dict) -> None:
     dtype, config = getattr(torch, work["dtype"]), AdaSpaConfig(**work["config"])
     with torch.no_grad():
         q = torch.zeros(1, 1, 128, work["head_dim"], dtype=dtype, device=device)
-        if cudnn_serves(q):
-            torch_cudnn(q, q, q, scale=1.0)
+        with suppress(RuntimeError):
+            if cudnn_serves(q):
+                torch_cudnn(q, q, q, scale=1.0)
         backend = choice.triton_kernels(device)
         rehearse(backend, config, work["head_dim"], dtype, generator=generator)
 

@@ -70,11 +70,10 @@ class HostCall:
         else:
             q, k, v = (x[:, :heads] for x in self.in_heads())
             heads = q.shape[1]
-            with beside():
-                out = self.attention(
-                    q, k, v, heads, mask=self.mask, skip_reshape=True, skip_output_reshape=True,
-                    **self.named,
-                )  # fmt: skip
+            out = self.attention(
+                q, k, v, heads, mask=self.mask, skip_reshape=True, skip_output_reshape=True,
+                **self.named,
+            )  # fmt: skip
         # not every override knows `skip_output_reshape`
         return out if out.ndim == 4 else to_heads(out, heads or self.heads)
 

@@ -47,9 +47,11 @@ def install_on(workers: list, config: AdaSpaConfig, node_id: str | None = None) 
 
     read, lines = reader(), Queue(actor_options={"num_cpus": 0})
     patches = [sender(config, node_id, lines.actor), *[sender(config)] * (len(workers) - 1)]
-    ray.get(
-        [w.model_function_runner.remote(patch) for w, patch in zip(workers, patches, strict=True)]
-    )
+    try:
+        ray.get([w.model_function_runner.remote(p) for w, p in zip(workers, patches, strict=True)])
+    except BaseException:
+        _close(lines)
+        raise
     handle = RankedHandle(
         config,
         lambda: ray.get([w.model_function_runner_get_values.remote(read) for w in workers]),

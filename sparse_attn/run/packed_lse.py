@@ -13,6 +13,8 @@ GROUP = 256
 STEPS = 255
 # float16 rounds by less than this share; so no LSE lies outside the range that is kept
 MARGIN = 2.0**-10
+# float16 holds no less
+LOWEST = -6e4
 # the least step, at which float16 still rounds by so little
 LEAST_STEP = 2.0**-13
 
@@ -24,10 +26,15 @@ def packed_bytes(tokens: int) -> int:
 
 
 def pack(lse: torch.Tensor) -> torch.Tensor:
-    """`lse` [B, H, L] float32 as [B, H, bytes] uint8; NaN and infinity make their group NaN."""
+    """`lse` [B, H, L] float32 as [B, H, bytes] uint8; NaN and infinity make their group NaN.
+
+    A row without any key, -inf or as low as a bias, takes the least value of its group: it has no part
+    in a mass, whatever its LSE.
+    """
     tokens = lse.shape[-1]
     groups = F.pad(lse, (0, -tokens % GROUP), mode="replicate").unflatten(-1, (-1, GROUP))
-    low, high = groups.aminmax(dim=-1)
+    high = groups.amax(-1)
+    low = groups.masked_fill(groups < LOWEST, torch.inf).amin(-1).clamp(max=-LOWEST)
     low = (low - MARGIN * low.abs()).half()
     step = ((high - low.float()) * (1 + MARGIN) / STEPS).clamp(min=LEAST_STEP).half()
     levels = (groups - low.float()[..., None]) / step.float()[..., None]

@@ -245,8 +245,9 @@ class Serving:
         density, recall = found.mask.density().mean(0), found.recall.mean(0)
         if self.schedule.last_searches and self.config.search_stride > 1:
             # rows that chose hold more of it than those by which the next run checks it
-            rows = sample_rows(call.layout.tokens, SAMPLED_ROWS)
-            recall = sampled_recall(call, found.mask, rows, found.order).mean(0)
+            with until_out_of_memory():
+                rows = sample_rows(call.layout.tokens, SAMPLED_ROWS)
+                recall = sampled_recall(call, found.mask, rows, found.order).mean(0)
         pattern = LayerPattern(
             found.mask, found.order, density, recall, similar, searched_at=call.step
         )

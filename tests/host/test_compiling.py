@@ -102,6 +102,19 @@ def test_a_thread_loads_what_the_processes_have_compiled_and_no_more(compiling, 
     assert not compiling.said and "z" not in here._kernels
 
 
+def test_nothing_is_loaded_where_comfyui_pages_weights(compiling, monkeypatch):
+    loaded, paging = [], SimpleNamespace(aimdo_enabled=True)
+    monkeypatch.setattr(compiling, "load", lambda work: loaded.append(work["keys"]))
+    monkeypatch.setitem(sys.modules, "comfy.memory_management", paging)
+    here = compiling.Compiling()
+    here.want("7", {"keys": ["a"], "seconds": 0.1})
+    until(lambda: not here._processes)
+    paging.aimdo_enabled = False
+    here.want("8", {"keys": ["b"], "seconds": 0.1})
+    until(lambda: not here._processes and here._loader is None)
+    assert loaded == [["b"]]
+
+
 def test_what_is_loaded_is_a_run_on_the_gpu_of_the_model(comfyui, monkeypatch):
     from sparse_attn.host import compiling
 
