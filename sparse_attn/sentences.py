@@ -136,7 +136,7 @@ PLAIN = {
     "why_dense_layers": "listed in `dense_layers`",
     "why_mask": "its mask of shape {shape} is not a key mask",
     "why_error": "an error in AdaSpa, {error}",
-    "why_error_beside": "an error in the attention that stood before AdaSpa, {error}",
+    "why_error_beside": "an error in the attention that runs without AdaSpa, {error}",
     "why_override": "another node replaced it: an override of {name}, put on after ours",
     "why_patch": "another node replaced it: a block patch of {name}",
     "why_forward": "another node replaced it: a `forward` of {name}",

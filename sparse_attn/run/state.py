@@ -265,7 +265,7 @@ class RunState:
         """
         if not self.given_up:
             said = repr(error)[:MOST_OF_AN_ERROR]
-            theirs = f"an error in the attention that stood before AdaSpa, {said}"
+            theirs = f"an error in the attention that runs without AdaSpa, {said}"
             self.given_up = theirs if beside else f"an error in AdaSpa, {said}"
             step = self.schedule.number(max(self.step, 0))
             self.statistics.warn(f"{self.given_up}: every call runs dense from step {step}")

@@ -85,7 +85,7 @@ def test_an_error_of_another_override_is_the_users_as_it_came(load):
         with pytest.raises(ValueError, match=r"^theirs$"):
             sample(model)
         run = handle.latest()
-        said = "an error in the attention that stood before AdaSpa, ValueError('theirs')"
+        said = "an error in the attention that runs without AdaSpa, ValueError('theirs')"
         assert not run.finished and all(line.startswith(said) for line in run.warnings)
         other.left = -1
         assert_same_video(sample(model), expected)

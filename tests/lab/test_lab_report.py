@@ -304,3 +304,15 @@ def test_equal_time_is_made_of_what_was_recorded():
         row["seconds"] for row in recorded if row["rule"] == "20 steps: 2 dense, density 0.2"
     }
     assert {row["seconds"] for row in both} == {schedule}
+
+
+def test_the_readme_has_the_presets_as_whole_videos_had_them():
+    rows = json.loads((TESTS / "lab" / "results" / "few_steps_h200.json").read_text())["rows"]
+    for name, rule in (
+        ("Quality", "Quality"), ("Balanced", "Balanced"), ("Fast", "fast: 2 dense steps, one row of four"),
+    ):  # fmt: skip
+        found = [row["psnr"] for row in rows if (row["schedule"], row["rule"]) == ("20", rule)]
+        values = [psnr for model in found for psnr in model]
+        assert len(found) == 3 and len(values) == 24
+        words = f"{name} {sum(values) / len(values):.0f}"
+        assert words in (TESTS.parent / "README.md").read_text(encoding="utf-8"), words
