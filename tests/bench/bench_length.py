@@ -8,7 +8,6 @@ with attention that returns v, and stands for all 60. Runs of 50 steps are compo
 """
 
 import argparse
-import json
 import statistics
 import sys
 import time
@@ -27,23 +26,17 @@ import torch  # noqa: E402
 from torch.nn.attention import SDPBackend, sdpa_kernel  # noqa: E402
 
 from sparse_attn.backends.cudnn import cudnn_serves, torch_cudnn  # noqa: E402
-from sparse_attn.call import Call  # noqa: E402
 from sparse_attn.config import PRESETS  # noqa: E402
 from sparse_attn.forecast.plan import LEVELS  # noqa: E402
-from sparse_attn.orders.position import serpentine_order  # noqa: E402
-from sparse_attn.run.dense import DenseChoice  # noqa: E402
-from sparse_attn.run.state import RunState  # noqa: E402
-from sparse_attn.schedule import Schedule, StepKind, plan  # noqa: E402
+from sparse_attn.schedule import plan  # noqa: E402
 from sparse_attn.token_layout import TokenLayout  # noqa: E402
 from tests.bench import bench_model, bench_runs  # noqa: E402
 from tests.bench.few_steps import flow, simple  # noqa: E402
-from tests.bench.record import facts  # noqa: E402
+from tests.bench.layer_calls import DIM, HEADS, LENGTHS, TEXT, LayerRun, inputs  # noqa: E402
+from tests.bench.record import facts, keep  # noqa: E402
 
-# latent frames of 45 x 80 tokens
-LENGTHS = {"5 s": 33, "10 s": 63, "16 s": 97, "24 s": 145}
-ALL_HEADS, DIM, LAYERS, TEXT = 24, 128, 60, 256
+LAYERS = 60
 ORDER = ("dense_with_lse", "search", "sparse", "search_again", "sparse")
-KINDS = (StepKind.DENSE, StepKind.SEARCH, StepKind.SPARSE, StepKind.SEARCH, StepKind.SPARSE)
 # the paper's at 24 s: sparsity 0.9, searches at 10 and 30 of 50
 PAPER = replace(PRESETS["Paper"], sparsity=0.9)
 SETTINGS = {
@@ -56,20 +49,6 @@ SETTINGS = {
     "no tail at 0.9, 128x64": replace(PAPER, head_adaptive=False, block_size="128x64"),
 }
 STEPS, SHIFT = 50, 7.0
-
-
-def inputs(tokens: int, heads: int, device):
-    """q, k, v [1, H, L, D] over the host's memory; neighbours are alike."""
-    generator = torch.Generator(device).manual_seed(0)
-    found = []
-    for _ in range(3):
-        x = torch.empty(1, tokens, heads, DIM, device=device, dtype=torch.bfloat16)
-        for head in range(heads):
-            base = torch.randn(tokens // 400 + 1, DIM, device=device, generator=generator)
-            noise = torch.randn(tokens, DIM, device=device, generator=generator)
-            x[0, :, head] = base.repeat_interleave(400, 0)[:tokens] + 0.5 * noise
-        found.append(x.transpose(1, 2))
-    return found
 
 
 def wait():
@@ -104,25 +83,15 @@ def dense_seconds(qkv) -> dict:
 
 def call_seconds(config, qkv, layout, repeats: int) -> dict[str, float]:
     """Of every kind of step of `ORDER`."""
-    config = replace(config, cache="gpu", min_tokens=0)
-    sigmas = tuple(float(x) for x in range(len(KINDS), -1, -1))
-    schedule = Schedule(KINDS, 0, len(KINDS), sigmas)
-    run, found = RunState(config, schedule, DenseChoice("host")), {}
-    place = serpentine_order(layout, qkv[0].device)
+    run = LayerRun(replace(config, cache="gpu", min_tokens=0), "DSsSs", qkv, layout)
+    found = {}
     for step, name in enumerate(ORDER):
-        call = Call(
-            *qkv, DIM**-0.5, layout, step=step, dense=lambda heads=None: 1 / 0, key="layer",
-            by_position=place,
-        )  # fmt: skip
-        run.enter_step(step)
+        call = run.enter(step)
         if name == "dense_with_lse":
             # which attention is fastest is measured at the first call of a shape
-            run.attend(call)
-        found[name] = timed(lambda call=call: run.attend(call), repeats if name == "sparse" else 1)
-    said = run.statistics
-    if said.warnings or said.kept_dense:
-        raise RuntimeError(f"{said.warnings} {dict(said.kept_dense)}")
-    run.free()
+            call()
+        found[name] = timed(call, repeats if name == "sparse" else 1)
+    run.end()
     return found
 
 
@@ -175,10 +144,10 @@ def main():
     bench = bench_model.ModelRuns(False, options.small, device)
     result = {
         "what": "calls in ms, of the measured heads; runs of 50 steps of HunyuanVideo 13B, composed, in s",
-        "heads_measured": options.heads, "heads": ALL_HEADS, "layers": LAYERS, "lengths": {},
+        "heads_measured": options.heads, "heads": HEADS, "layers": LAYERS, "lengths": {},
         **facts(),
     }  # fmt: skip
-    times = ALL_HEADS / options.heads
+    times = HEADS / options.heads
     warm = set()
     for length in options.lengths:
         frames = LENGTHS[length] // (16 if options.small else 1)
@@ -214,7 +183,7 @@ def main():
             default = entry["dense_runs_s"]["flash, ComfyUI's default"]
             over = {k: f"{best / s:.2f}x, {default / s:.2f}x default" for k, s in runs.items()}
             print(" ", name, entry["settings"][name]["ms"], over, flush=True)
-            options.out.write_text(json.dumps(result, indent=1) + "\n")
+            keep(options.out, result)
         del qkv
 
 

@@ -26,7 +26,7 @@ import torch  # noqa: E402
 
 from sparse_attn.config import PRESETS  # noqa: E402
 from tests.bench.real_stacks import STACKS  # noqa: E402
-from tests.bench.record import facts  # noqa: E402
+from tests.bench.record import facts, keep  # noqa: E402
 from tests.bench.stack_runs import StackRuns  # noqa: E402
 
 GIB = 2**30
@@ -78,7 +78,7 @@ def main():
             row = {"model": name, **row_of(runs, setting)}
             result["rows"].append(row)
             print(json.dumps(row), flush=True)
-            options.out.write_text(json.dumps(result, indent=1) + "\n")
+            keep(options.out, result)
         del runs
 
 

@@ -2,6 +2,7 @@
 
 import datetime
 import importlib.metadata
+import json
 import os
 import platform
 import sys
@@ -28,6 +29,11 @@ def facts() -> dict:
         "date": datetime.date.today().isoformat(),
         "command": "python " + " ".join(_portable(word) for word in sys.argv),
     }
+
+
+def keep(path: Path, result: dict):
+    """Write what has been measured so far."""
+    path.write_text(json.dumps(result, indent=1) + "\n")
 
 
 def _portable(word: str) -> str:
