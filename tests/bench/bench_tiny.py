@@ -7,6 +7,7 @@ For GPUs on machines where no server can run; needs COMFYUI_PATH.
 
 import argparse
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -16,10 +17,10 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "tiny_model")]
 
 from tests.tools import comfy_inprocess  # noqa: E402
 
-comfy_inprocess.start()
+comfyui = os.environ["COMFYUI_PATH"]
+comfy_inprocess.start(comfyui)
 
 import check_model  # noqa: E402
-import comfy.sd  # noqa: E402
 import procedural_video as video  # noqa: E402
 
 from sparse_attn.config import PRESETS, from_preset  # noqa: E402
@@ -34,7 +35,7 @@ def main():
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
-    model = comfy.sd.load_diffusion_model(str(ROOT / "tests/tiny_model/tiny_wan.safetensors"))
+    model = check_model.load(ROOT / "tests/tiny_model/tiny_wan.safetensors.xz", comfyui)
 
     def sample(patcher, prompt, seed):
         start = time.perf_counter()

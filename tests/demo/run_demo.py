@@ -45,7 +45,7 @@ def main() -> int:
         os.environ["COMFYUI_PATH"],
         home / "demo",
         extra_custom_nodes=[("adaspa_tiny_model", tiny)],
-        model_files=[tiny / "tiny_wan.safetensors"],
+        model_files=[tiny / "tiny_wan.safetensors.xz"],
     )
     print(f'Prompt: "{options.prompt}", seed {options.seed}, {options.steps} steps')
     print("Starting ComfyUI ...", flush=True)

@@ -127,7 +127,7 @@ def test_memory_of_a_server_stays_flat(comfyui, model_paths, tmp_path):
             ("adaspa_host_tests", HERE / "host_nodes"),
             ("adaspa_tiny_model", TINY),
         ],
-        model_files=[*model_paths.values(), TINY / "tiny_wan.safetensors"],
+        model_files=[*model_paths.values(), TINY / "tiny_wan.safetensors.xz"],
         env={"OMP_NUM_THREADS": "1"},
     )
 

@@ -175,7 +175,7 @@ def check(
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--comfyui", required=True)
-    parser.add_argument("--weights", type=Path, default=HERE / "weights" / "natural.safetensors")
+    parser.add_argument("--weights", type=Path, default=HERE / "weights" / "natural.safetensors.xz")
     parser.add_argument("--clips", type=Path, required=True)
     parser.add_argument("--size", default="40x128x128", help="frames, rows and columns")
     parser.add_argument("--steps", type=int, nargs="+", default=[20])

@@ -68,9 +68,9 @@ class LabModel:
     def path(self) -> Path:
         """Of the weights."""
         return (
-            TINY / "tiny_wan.safetensors"
+            TINY / "tiny_wan.safetensors.xz"
             if self.name == "tiny"
-            else WEIGHTS / f"{self.name}.safetensors"
+            else WEIGHTS / f"{self.name}.safetensors.xz"
         )
 
     @property

@@ -21,6 +21,7 @@ ROOT = HERE.parents[1]
 PATHS = [str(ROOT), str(ROOT / "tests" / "tiny_model"), str(HERE)]
 sys.path[:0] = [path for path in PATHS if path not in sys.path]
 
+import networks  # noqa: E402
 import torch  # noqa: E402
 from contestants import GROUPS  # noqa: E402
 from metrics import Readers, likeness  # noqa: E402
@@ -54,7 +55,7 @@ class Lab:
             o = self.options
             subject = generation.subject(name, o.comfyui, o.seeds, o.latent, o.clips)
             self.subjects[name] = subject
-            data = MODELS[name].path.read_bytes()
+            data = networks.content(MODELS[name].path)
             self.weights[name] = hashlib.sha256(data).hexdigest()[:12]
             print(f"{name}: {subject.layout.describe()}, {self.seconds():.0f} s", flush=True)
         return self.subjects[name]

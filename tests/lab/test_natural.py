@@ -155,7 +155,7 @@ def test_a_training_goes_on_where_it_stopped_and_comfyui_loads_it(
     second, told = train_natural.run(args, device)
     assert second.steps == 4 and [row["tokens"] for row in told["log"]] == [16, 64]
 
-    path = tmp_path / "natural.safetensors"
+    path = tmp_path / "natural.safetensors.xz"
     second.save(path, 8)
     model = check_model.load(path, str(comfyui))
     inner = model.model.diffusion_model

@@ -9,7 +9,7 @@ ComfyUI's Wan class with the 20 channels of its image-to-video models: 4 say whi
 empty. A further call with the same `--state` goes on: masters in bf16 and their average in 8 bits are kept,
 in files below 16 MB; moments begin anew. `training.json` has the loss on clips that are trained on and on those
 held out; `--check` samples continuations of held-out clips and compares them with two plain guesses and
-with the nearest clip of the training (`continuation.py`). Weights and record are written every two
+with the nearest clip of the training (`continuation.py`). Weights and record are written every four
 minutes, for a call that is cut short.
 """
 
@@ -170,7 +170,7 @@ def run(args, device) -> tuple[Trainer, dict]:
 
 def write(args, trainer: Trainer, told: dict) -> tuple[Path, dict]:
     """The averaged weights as they are now, and the record beside them, which is returned."""
-    path = args.out / "natural.safetensors"
+    path = args.out / "natural.safetensors.xz"
     trainer.save(path, args.bits)
     paths = ("comfyui", "clips", "out", "state")
     settings = {k: str(v) for k, v in vars(args).items() if k not in paths}
@@ -202,7 +202,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--bits", type=int, choices=(4, 8, 16), default=4)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--log-every", type=int, default=200)
-    parser.add_argument("--save-every", type=float, default=2.0, help="minutes")
+    parser.add_argument("--save-every", type=float, default=4.0, help="minutes")
     parser.add_argument("--looked-at", type=int, default=16, help="clips per held-out loss")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--check", action=argparse.BooleanOptionalAction, default=False)

@@ -112,7 +112,7 @@ def test_a_server_loads_it_and_samples_its_own_model(unpacked, comfyui, tmp_path
         tmp_path,
         pack=unpacked,
         extra_custom_nodes=[("adaspa_tiny_model", tiny)],
-        model_files=sorted(tiny.glob("*.safetensors")),
+        model_files=sorted(tiny.glob("*.safetensors.xz")),
         env={"OMP_NUM_THREADS": "1"},
     )
     monkeypatch.syspath_prepend(str(unpacked / "tests" / "demo"))

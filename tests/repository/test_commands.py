@@ -2,6 +2,7 @@
 
 import ast
 import json
+import lzma
 import re
 import subprocess
 import sys
@@ -148,6 +149,17 @@ def test_a_server_that_ends_at_once_shows_its_log(comfyui, tmp_path):
     (comfyui / "main.py").write_text("raise SystemExit('no such flag')")
     with pytest.raises(ServerFailed, match=r"exit code 1(.|\n)*no such flag"):
         ComfyServer(comfyui, tmp_path / "base", cpu=True).start()
+
+
+def test_a_packed_model_file_is_unpacked_and_what_was_linked_before_is_left_alone(tmp_path):
+    (packed := tmp_path / "w.safetensors.xz").write_bytes(lzma.compress(b"weights"))
+    (other := tmp_path / "other").write_bytes(b"not ours")
+    place = tmp_path / "base" / "models" / "diffusion_models" / "w.safetensors"
+    place.parent.mkdir(parents=True)
+    place.symlink_to(other)
+    ComfyServer(tmp_path, tmp_path / "base", model_files=[packed], pack=tmp_path / "base").prepare()
+    assert place.read_bytes() == b"weights" and other.read_bytes() == b"not ours"
+    assert [path.name for path in place.parent.iterdir()] == [place.name]
 
 
 def test_the_mounted_pack_is_what_users_install(tmp_path):

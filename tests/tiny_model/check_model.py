@@ -246,7 +246,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     here = Path(__file__).parent
     parser.add_argument("--comfyui", default=os.environ.get("COMFYUI_PATH", ""))
-    parser.add_argument("--model", type=Path, default=here / "tiny_wan.safetensors")
+    parser.add_argument("--model", type=Path, default=here / "tiny_wan.safetensors.xz")
     parser.add_argument("--setting", default="16x40x52x30", help="TxHxWxSTEPS in latent sizes")
     parser.add_argument("--scored", type=int, default=0, help="videos to read back")
     parser.add_argument("--rich", action="store_true", help="for models trained on rich scenes")

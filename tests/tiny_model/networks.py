@@ -1,13 +1,13 @@
 """ComfyUI's model classes that are trained here, their first weights, and files of weights."""
 
 import json
+import lzma
 import sys
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import procedural_video as video
-import safetensors
 import safetensors.torch
 import torch
 
@@ -205,7 +205,10 @@ def unpacked(stored: torch.Tensor, columns: int) -> torch.Tensor:
 
 
 def save(state: dict[str, torch.Tensor], path: Path, metadata: dict[str, str], bits: int) -> None:
-    """bf16, or with at most 8 bits large matrices packed under NAME, their scales NAME.scales."""
+    """bf16, or with at most 8 bits large matrices packed under NAME, their scales NAME.scales.
+
+    A path that ends with .xz gets a file that is compressed, too.
+    """
     stored = {}
     for name, value in state.items():
         value = value.detach().float().cpu()
@@ -214,14 +217,25 @@ def save(state: dict[str, torch.Tensor], path: Path, metadata: dict[str, str], b
             stored[name] = packed(numbers, bits)
         else:
             stored[name] = value.bfloat16()
-    safetensors.torch.save_file(stored, path, metadata=metadata or None)
+    data = safetensors.torch.save(stored, metadata or None)
+    path.write_bytes(lzma.compress(data) if path.suffix == ".xz" else data)
+
+
+def content(path: Path) -> bytes:
+    """Of a file of safetensors; one that ends with .xz is unpacked."""
+    data = path.read_bytes()
+    return lzma.decompress(data) if path.suffix == ".xz" else data
+
+
+def header(data: bytes) -> dict:
+    """Of a file of safetensors: what lies where, and under `__metadata__` what was told beside it."""
+    return json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
 
 
 def read(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str] | None]:
     """The bf16 state that `save` stored, and its metadata."""
-    with safetensors.safe_open(path, "pt") as file:
-        stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        found = file.metadata()
+    data = content(path)
+    stored, found = safetensors.torch.load(data), header(data).get("__metadata__")
     for name in [name for name in stored if name.endswith(".scales")]:
         scales, name = stored.pop(name), name.removesuffix(".scales")
         numbers = unpacked(stored[name], scales.shape[1] * GROUP)

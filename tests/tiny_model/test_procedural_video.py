@@ -17,7 +17,7 @@ import networks  # noqa: E402
 import procedural_video as video  # noqa: E402
 import train  # noqa: E402
 
-WEIGHTS = TINY / "tiny_wan.safetensors"
+WEIGHTS = TINY / "tiny_wan.safetensors.xz"
 RED = [-1.0, 1.0, -1.0, 1.0, 1.0, 1.0, 1.0, -1.0]
 
 
@@ -27,11 +27,6 @@ def scenes(count, seed=0, things=None, rich=False):
         scene = video.random_scene(rng, frames=32, aspect=1.3, rich=rich)
         found += [scene] if things in (None, len(scene.things)) else []
     return found
-
-
-def header(path):
-    with open(path, "rb") as file:
-        return json.loads(file.read(int.from_bytes(file.read(8), "little")))
 
 
 def test_every_latent_is_recovered_exactly_from_its_video():
@@ -232,8 +227,8 @@ def test_block_masses_and_recall_of_a_known_pattern():
 
 
 def test_weights_are_small_and_carry_their_configuration():
-    assert WEIGHTS.stat().st_size <= 12_000_000
-    found = header(WEIGHTS)
+    assert WEIGHTS.stat().st_size <= 8_500_000
+    found = networks.header(networks.content(WEIGHTS))
     config = json.loads(found.pop("__metadata__")["config"])["transformer"]
     assert config == {"num_heads": 4, "text_dim": video.TEXT_DIM}
     assert {entry["dtype"] for entry in found.values()} == {"BF16"}
@@ -314,11 +309,13 @@ def test_large_matrices_are_packed_and_come_back_half_a_step_off_at_most(bits, t
     assert torch.equal(found["small"], state["small"].bfloat16())
 
 
-def test_what_was_rounded_once_is_stored_without_loss(tmp_path):
+@pytest.mark.parametrize("name", ["w.safetensors", "w.safetensors.xz"])
+def test_what_was_rounded_once_is_stored_without_loss(name, tmp_path):
     state = {"wide": networks.rounded(torch.randn(256, 256), 4)}
-    networks.save(state, tmp_path / "w.safetensors", {}, 4)
-    found, _ = networks.read(tmp_path / "w.safetensors")
-    assert torch.equal(found["wide"], state["wide"].bfloat16())
+    networks.save(state, tmp_path / name, {"config": "{}"}, 4)
+    assert (tmp_path / name).read_bytes().startswith(b"\xfd7zXZ") == name.endswith(".xz")
+    found, metadata = networks.read(tmp_path / name)
+    assert torch.equal(found["wide"], state["wide"].bfloat16()) and metadata == {"config": "{}"}
 
 
 def small_trainer(family, comfyui, out, **changes):

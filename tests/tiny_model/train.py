@@ -391,7 +391,7 @@ def main() -> None:
     backends = fastest_backends(args.heads, args.head_dim, stages(args)[-1].tokens, device)
     with sdpa_kernel(backends, set_priority=True):
         trainer, log = train(args, device, started)
-    path = args.out / f"{args.name}.safetensors"
+    path = args.out / f"{args.name}.safetensors.xz"
     with sdpa_kernel(backends, set_priority=True):
         trainer.save(args.out / f"{args.name}_8bit.safetensors", 8)
         bits, held_out = fewest_bits(trainer, args, stages(args)[-1])

@@ -9,7 +9,9 @@ Used as:
 
 from __future__ import annotations
 
+import lzma
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -65,7 +67,8 @@ class ComfyServer(ComfyClient):
         comfyui_path: the folder that holds ComfyUI's `main.py`.
         base_directory: where models, inputs, outputs and user files of this server live.
         extra_custom_nodes: node folders, or (name, folder) to mount one under another name.
-        model_files: files for `models/diffusion_models`, or (path below `models`, file).
+        model_files: files for `models/diffusion_models`, or (path below `models`, file). Those that
+            end with .xz are unpacked, and lose that ending.
         port: None takes a free one.
         args: more arguments for ComfyUI's `main.py`.
         cpu: None looks whether torch sees an accelerator.
@@ -138,7 +141,15 @@ class ComfyServer(ComfyClient):
             file = Path(file).resolve()
             if not file.is_file():
                 raise ServerFailed(f"The model file {file} does not exist; check its path.")
-            link_or_copy(file, self.base_directory / "models" / below)
+            place = self.base_directory / "models" / below
+            if file.suffix == ".xz":
+                place = place.with_suffix("")
+                # not through a link that an earlier server left
+                place.unlink(missing_ok=True)
+                with lzma.open(file) as packed, place.open("wb") as whole:
+                    shutil.copyfileobj(packed, whole)
+            else:
+                link_or_copy(file, place)
 
     def _sees_only_cpu(self) -> bool:
         device = os.environ.get("ADASPA_DEVICE")

@@ -242,7 +242,7 @@ def serve(options, extra: list[str]) -> int:
         env.comfyui,
         base,
         extra_custom_nodes=[("adaspa_tiny_model", tiny)] if (tiny / "__init__.py").exists() else [],
-        model_files=sorted(tiny.glob("*.safetensors")),
+        model_files=sorted(tiny.glob("*.safetensors.xz")),
         port=options.port,
         listen=options.listen,
         args=extra,
