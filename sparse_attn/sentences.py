@@ -1,6 +1,6 @@
 """What a node says: sentences with a code and values, so that a front end can say them in its language.
 
-English stands here; `web/sentences.js` has the others.
+English stands here; `web/sentences/` has the others.
 """
 
 import re

@@ -9,10 +9,13 @@ import pytest
 
 from sparse_attn.sentences import ENGLISH, PLAIN, Sentence, recognised, told
 
-FILE = Path(__file__).resolve().parents[1] / "web" / "sentences.js"
-TABLE = json.loads(
-    FILE.read_text(encoding="utf-8").partition("SENTENCES =")[2].strip().removesuffix(";")
-)
+ROOT = Path(__file__).resolve().parents[1]
+TABLE = {
+    file.stem: json.loads(
+        file.read_text(encoding="utf-8").partition("export default")[2].strip().removesuffix(";")
+    )
+    for file in (ROOT / "web" / "sentences").glob("*.js")
+}
 SAID = {**TABLE["en"], **ENGLISH}
 
 
@@ -34,7 +37,7 @@ def test_no_sentence_of_the_server_is_written_twice():
 def written() -> tuple[set[str], set[str]]:
     """Strings of the pack's code, {} for what fills them, and those that modules name as a reason."""
     texts, reasons = set(), set()
-    for file in sorted(FILE.parents[1].glob("sparse_attn/**/*.py")):
+    for file in sorted(ROOT.glob("sparse_attn/**/*.py")):
         if file.name == "sentences.py":
             continue
         tree = ast.parse(file.read_text(encoding="utf-8"))

@@ -1,6 +1,11 @@
 // Says a line { text, code, values } in the interface's language: the English text where it has no words.
 
-import { SENTENCES } from "./sentences.js";
+import en from "./sentences/en.js";
+import ja from "./sentences/ja.js";
+import ko from "./sentences/ko.js";
+import zh from "./sentences/zh.js";
+
+const SENTENCES = { en, ja, ko, zh };
 
 /** A line of the page's own. */
 export const line = (code, values = {}) => ({

@@ -117,7 +117,7 @@ def test_help_says_the_same_in_every_language(page, language):
 
 KOREAN = [
     LOCALES / "ko" / "nodeDefs.json",
-    WEB / "sentences.js",
+    WEB / "sentences" / "ko.js",
     *sorted((WEB / "docs").glob("*/ko.md")),
 ]
 # words that end in a consonant, and in a vowel, and the particles that only follow the other;
@@ -135,7 +135,7 @@ def test_korean_particles_fit_their_words(file):
 
 
 def test_a_pattern_has_one_name_in_chinese():
-    texts = [(WEB / "sentences.js").read_text(encoding="utf-8")]
+    texts = [(WEB / "sentences" / "zh.js").read_text(encoding="utf-8")]
     texts += [path.read_text(encoding="utf-8") for path in (WEB / "docs").glob("*/zh.md")]
     assert not any("模式" in text for text in texts)
 
