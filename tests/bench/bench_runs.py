@@ -34,6 +34,7 @@ import comfy.model_management  # noqa: E402
 import comfy.sample  # noqa: E402
 import torch  # noqa: E402
 
+from sparse_attn.backends.choice import choose  # noqa: E402
 from sparse_attn.backends.cudnn import cudnn_serves, torch_cudnn  # noqa: E402
 from sparse_attn.config import PRESETS  # noqa: E402
 from sparse_attn.forecast.forecaster import Forecaster  # noqa: E402
@@ -53,6 +54,8 @@ WIDE = {"precision": "int8", "block_size": "128x64"}
 COLD = {"Balanced": {}, "Balanced, int8": LOW}
 WARM_STEPS = 8
 DEFAULT = "ComfyUI's default"
+NO_ATTENTION = "attention that returns v"
+OWN_INT8 = "AdaSpa's dense attention, int8"
 # runs of more steps than this come last where they are slow and their time is that of fewer, times more
 FEW = 8
 COMPOSED_STEPS, COMPOSED_SHIFT = 50, 7.0
@@ -121,6 +124,23 @@ def by_cudnn(rows):
     return torch_cudnn(q, k, v, scale=q.shape[-1] ** -0.5)[0].transpose(1, 2)
 
 
+def by_own_int8(rows):
+    """The same by the pack's own dense attention in INT8, where it serves."""
+    q, k, v = (x.transpose(1, 2) for x in rows)
+    backend, why = choose(q, k, v, 64, 64)
+    if backend is None or backend.quantised_attention is None:
+        raise RuntimeError(f"No INT8 attention: {why}.")
+    return backend.quantised_attention(q, k, v, scale=q.shape[-1] ** -0.5)[0].transpose(1, 2)
+
+
+def bounds() -> list[Contestant]:
+    """What no schedule changes: a model without attention, and its fastest dense attention."""
+    return [
+        Contestant(NO_ATTENTION, "bf16", {}, attended_by(lambda dense, rows: rows[2])),
+        Contestant(OWN_INT8, "int8", {}, attended_by(lambda dense, rows: by_own_int8(rows))),
+    ]
+
+
 def rivals(device) -> list[Contestant]:
     """Of what is installed here."""
     found = [Contestant(DEFAULT, "bf16", {}, lambda patcher, _: (patcher, str))]
@@ -165,7 +185,7 @@ def ours() -> list[Contestant]:
 def jobs(device, all_steps) -> list[tuple[Contestant, int]]:
     """What is run, the most telling first, since a limit of time may end it."""
     mine, theirs = ours(), rivals(device)
-    first = [mine[1], theirs[0], *theirs[2:3], *(x for x in mine if x.forecast), mine[0]]
+    first = [mine[1], theirs[0], *theirs[2:3], *(x for x in mine if x.forecast), mine[0], *bounds()]
     rest = [x for x in (*mine, *theirs) if x not in first]
     rest.sort(key=lambda x: (x.precision == "bf16", "128x64" in x.name))
     slow = [theirs[0], *(x for x in theirs if x not in first)]

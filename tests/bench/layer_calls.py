@@ -29,12 +29,16 @@ def inputs(tokens: int, heads: int, device) -> list[torch.Tensor]:
 
 
 class LayerRun:
-    """A run of `steps` (a letter of `KINDS` each) whose only layer is called with `qkv`."""
+    """A run of `steps` (a letter of `KINDS` each) whose only layer is called with `qkv`.
 
-    def __init__(self, config, steps: str, qkv, layout):
+    Args:
+        choice: who runs dense calls; None leaves them to our own exact attention.
+    """
+
+    def __init__(self, config, steps: str, qkv, layout, choice: DenseChoice | None = None):
         sigmas = tuple(float(x) for x in range(len(steps), -1, -1))
         schedule = Schedule(tuple(KINDS[x] for x in steps), 0, len(steps), sigmas)
-        self.state = RunState(config, schedule, DenseChoice("host"))
+        self.state = RunState(config, schedule, choice or DenseChoice("host"))
         self.qkv, self.layout = qkv, layout
         self.by_position = serpentine_order(layout, qkv[0].device)
 
