@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
-from .sentences import UserError
+from .sentences import Sentence, UserError
 
 MAX_SPARSITY = 0.98
 # shares written with a decimal comma
@@ -163,14 +163,12 @@ class AdaSpaConfig:
         """Why nothing stands for skipped blocks although the user asked, or an empty string."""
         if self.tail == "none" or self.block_k == 64:
             return ""
-        return f"blocks of {self.block_size} have no tail, that needs blocks of 64 keys"
+        return Sentence("why_no_tail", size=self.block_size)
 
     @property
     def why_no_fp8(self) -> str:
         """Why eight bits are others than the user asked for, or an empty string."""
-        if self.precision != "fp8":
-            return ""
-        return "precision fp8 runs as int8, which is as fast and closer to the dense video"
+        return Sentence("why_no_fp8") if self.precision == "fp8" else ""
 
     @property
     def density(self) -> float:

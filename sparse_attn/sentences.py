@@ -3,8 +3,6 @@
 English stands here; `web/sentences/` has the others.
 """
 
-import re
-
 
 class UserError(ValueError):
     """What the user can mend, said in one sentence: the prompt ends with it."""
@@ -102,11 +100,7 @@ ENGLISH = {
     "small": "Small differences: PSNR {psnr} dB, SSIM {ssim}.",
     "different": "Another video: PSNR {psnr} dB, SSIM {ssim}.",
     "least_alike": "Least alike: frame {frame}.",
-}
-
-
-# what others write as plain text: reasons, and lines of the report; `told` knows them by their words
-PLAIN = {
+    # reasons, and lines of the report
     "why_not_a_number": "NaN or infinity in q, k or v",
     "why_search_memory": "out of memory while searching",
     "why_sparse_memory": "out of memory in a sparse step",
@@ -185,7 +179,6 @@ PLAIN = {
     "line_other": "Not the video's self-attention: {count} calls, {why}",
     "line_note": "Note: {text}",
 }
-ENGLISH |= PLAIN
 
 
 class Sentence(str):
@@ -207,24 +200,9 @@ def _made(code: str, values: dict[str, str]) -> Sentence:
     return Sentence(code, **values)
 
 
-def recognised(text: str) -> Sentence | None:
-    """The sentence of a plain text that `PLAIN` has, or None."""
-    for code, pattern in _PATTERNS.items():
-        if found := pattern.fullmatch(text):
-            return Sentence(code, **found.groupdict())
-    return None
-
-
-_PATTERNS = {
-    code: re.compile(re.sub(r"\\{(\w+)\\}", r"(?P<\1>.*?)", re.escape(words)), re.DOTALL)
-    for code, words in PLAIN.items()
-}
-
-
 def told(text: str) -> dict:
     """A text as a message holds it: with code and values where it is a sentence."""
     if not isinstance(text, Sentence):
-        known = recognised(str(text))
-        return {"text": str(text)} if known is None else told(known)
+        return {"text": str(text)}
     values = {name: told(value) for name, value in text.values.items()}
     return {"text": str(text), "code": text.code, "values": values}

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from ..sentences import Sentence
 from .guard import beside
 
 # keeps the sum of a bias and a logit inside float32
@@ -95,7 +96,7 @@ def key_bias_of(mask, batch: int, tokens: int) -> tuple[torch.Tensor | None, str
     if mask.ndim == 2:
         whole = shape[0] == 1
     if not whole or shape[-1] != tokens or rows not in (1, batch):
-        return None, f"its mask of shape {list(shape)} is not a key mask"
+        return None, Sentence("why_mask", shape=str(list(shape)))
     bias = mask.reshape(rows, tokens)
     if mask.dtype == torch.bool:
         bias = torch.zeros_like(bias, dtype=torch.float32).masked_fill(~bias, LOWEST_BIAS)

@@ -329,10 +329,10 @@ def _layout(family, model, x, inputs):
         # video and audio packed into one flat latent, the video first
         shape = inputs["latent_shapes"][0]
     if len(shape) != 5:
-        return None, f"a latent of shape {list(shape)} is not a video"
+        return None, Sentence("why_latent", shape=str(list(shape)))
     try:
         found = family.read(model, shape, inputs)
     except (AttributeError, LookupError, TypeError, ValueError) as error:
         # a newer ComfyUI may have changed the model; dense is right, a guess is not
-        return None, f"the rule for {family.name} no longer fits this ComfyUI ({error})"
+        return None, Sentence("why_rule", name=family.name, error=str(error))
     return (None, found) if isinstance(found, str) else (found, "")

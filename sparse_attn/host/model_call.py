@@ -22,12 +22,12 @@ from .sampling import UNKNOWN_WINDOW, UNNAMED
 CONTEXT = "adaspa"
 # in the options of a call from a compiled graph
 IN_GRAPH = "adaspa_graph"
-UNKNOWN_LAYER = "the model does not tell which of its layers calls"
-REPEATED = "the model runs this layer more than once in a call, and does not tell which time it is"
-ONE_GRAPH = "the model is compiled as one graph, which does not tell which of its layers calls"
-GRADIENTS = "gradients are asked for, and only the host's own attention has them"
-GUIDES = "an attention mask of guide frames, which splits the queries"
-CAPTURED = "a CUDA graph is being captured, and its replays would all repeat one step"
+UNKNOWN_LAYER = Sentence("why_unknown_layer")
+REPEATED = Sentence("why_repeated")
+ONE_GRAPH = Sentence("why_one_graph")
+GRADIENTS = Sentence("why_gradients")
+GUIDES = Sentence("why_guides")
+CAPTURED = Sentence("why_captured")
 
 
 @dataclass(frozen=True)
@@ -214,13 +214,13 @@ class ModelCall:
         if tokens != layout.tokens == k.shape[-2] and host.mask is not None:
             return ""
         if q.shape != k.shape or k.shape != v.shape:
-            return "cross-attention or grouped heads"
+            return Sentence("why_cross")
         if tokens != layout.tokens:
-            return f"{tokens:,} tokens are not the {layout.tokens:,} of this model's video sequence"
+            return Sentence("why_tokens", here=f"{tokens:,}", there=f"{layout.tokens:,}")
         expected = self.family.head_dim
         head_dim = q.shape[-1] if host.skip_reshape else q.shape[-1] // host.heads
         if expected and head_dim != expected(self.model):
-            return f"heads of {head_dim}, and the video's have {expected(self.model)}"
+            return Sentence("why_heads", here=str(head_dim), there=str(expected(self.model)))
         return ""
 
     def _why_not_ours(self, layer: Layer | None, options: dict, rows: int) -> str:
@@ -243,7 +243,7 @@ class ModelCall:
         if window is not None and not hasattr(window, "index_list"):
             return UNKNOWN_WINDOW
         if layer.block.number in self.dense_layers:
-            return "listed in `dense_layers`"
+            return Sentence("why_dense_layers")
         return ""
 
     def _counted(self, layer: Layer) -> Layer:

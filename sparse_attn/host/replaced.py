@@ -6,10 +6,11 @@ from functools import partial
 
 import torch
 
+from ..sentences import Sentence
 from .calling_block import inner_of
 from .families.family import Block
 
-UNKNOWN = "unknown why"
+UNKNOWN = Sentence("why_unknown")
 _HOSTS_OWN = "comfy.ldm.modules.attention"
 
 
@@ -23,10 +24,10 @@ def replaced_by(module: torch.nn.Module, block: Block, options: dict, override) 
     """
     top = options.get("optimized_attention_override", override)
     if top is not override:
-        return f"another node replaced it: an override of {_origin(top)}, put on after ours"
+        return Sentence("why_override", name=_origin(top))
     for key, patch in (options.get("patches_replace") or {}).get("dit", {}).items():
         if key in ((f"{block.kind}_block", block.index), ("block", block.index)):
-            return f"another node replaced it: a block patch of {_origin(patch)}"
+            return Sentence("why_patch", name=_origin(patch))
     inner = inner_of(module)
     for part in inner.modules():
         forward = vars(part).get("forward")
@@ -35,13 +36,13 @@ def replaced_by(module: torch.nn.Module, block: Block, options: dict, override) 
         if forward is None or getattr(forward, "__func__", None) is type(part).forward:
             continue
         if not hasattr(part, "_orig_mod") and any(part.children()):
-            return f"another node replaced it: a `forward` of {_origin(forward)}"
+            return Sentence("why_forward", name=_origin(forward))
     for name in dict.fromkeys(type(part).__module__ for part in inner.modules()):
         function = getattr(sys.modules.get(name), "optimized_attention", None)
         # the host's are wrapped in what offers their calls to overrides
         hosts = _module(function) == _HOSTS_OWN and hasattr(function, "__wrapped__")
         if function is not None and not hosts:
-            return f"another node replaced it: {name}.optimized_attention is of {_origin(function)}"
+            return Sentence("why_function", where=name, name=_origin(function))
     return UNKNOWN
 
 

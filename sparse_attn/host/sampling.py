@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from ..run.state import RunState
+from ..sentences import Sentence
 from .calling_block import Callers
 from .families.family import Family
 from .guard import go_on_without_us
@@ -20,8 +21,8 @@ from .guard import go_on_without_us
 # transformer_options
 SAMPLING, WRAPPED = "adaspa_sampling", "adaspa_wrapped_input"
 WRAPPER = "model_function_wrapper"
-UNNAMED = "the host does not name its conditionings"
-UNKNOWN_WINDOW = "a context window of an unknown kind"
+UNNAMED = Sentence("why_unnamed")
+UNKNOWN_WINDOW = Sentence("why_window")
 
 
 def _apply(apply_model, args):
@@ -126,8 +127,8 @@ class Sampling:
             part = self._area_of(uuids, sizes) or _view_of(x, options.get(WRAPPED))
             if part is not None:
                 return part, ""
-        shown = "x".join(map(str, sizes)), "x".join(map(str, whole))
-        return None, f"a part of the video ({shown[0]} of {shown[1]}) whose place is not known"
+        here, all_of_it = ("x".join(map(str, shape)) for shape in (sizes, whole))
+        return None, Sentence("why_place", here=here, whole=all_of_it)
 
     def _area_of(self, uuids, sizes: list[int]) -> tuple | None:
         """An area of this size, if all of some conditionings have one; each tells its place."""

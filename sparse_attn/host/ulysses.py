@@ -20,6 +20,7 @@ import torch
 import torch.distributed
 import torch.nn.functional as F
 
+from ..sentences import Sentence
 from . import status
 from .host_call import HostCall
 from .model_call import CONTEXT, ModelCall
@@ -32,10 +33,10 @@ ENGINES = {
     "xfuser.core.long_ctx_attention": "xFuserLongContextAttention",
 }
 GUIDANCE = "xfuser.core.distributed"
-RING = "ring attention splits the keys between GPUs: choose an Ulysses degree, not a ring degree"
-JOINT = "the engine joins text to the video inside its attention"
-CAUSAL = "causal attention"
-FAILED = "a GPU of several failed in this call, and the engine's own attention ran it"
+RING = Sentence("why_ring")
+JOINT = Sentence("why_joint")
+CAUSAL = Sentence("why_causal")
+FAILED = Sentence("why_one_gpu")
 
 
 @dataclass(frozen=True)
@@ -235,7 +236,7 @@ def _served(model: _Model, local: Callable, ranks, ring_ranks, joint, q, k, v, n
         reason = CAUSAL
     elif any(length % ranks for length in shards.lengths[:-1]):
         # the engine then counts its padding in the positions of what comes behind
-        reason = f"{shards.lengths[0]:,} text tokens cannot be shared evenly by {ranks} GPUs"
+        reason = Sentence("why_shared", count=f"{shards.lengths[0]:,}", gpus=str(ranks))
     elif caller is not None and q.shape == k.shape and q.shape[1] != shards.gathered:
         reason = f"the engine shares {q.shape[1]:,} tokens, not the video's {shards.gathered:,}"
     if reason:

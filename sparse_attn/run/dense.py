@@ -14,6 +14,7 @@ import torch
 from ..backends.choice import Backends
 from ..backends.cudnn import cudnn_serves, torch_cudnn
 from ..call import Call
+from ..sentences import Sentence
 from .memory import until_out_of_memory
 from .precision import Precision
 from .statistics import RunStatistics
@@ -24,8 +25,8 @@ from .timer import Timer
 MARGIN = 0.9
 HOST, CUDNN, OWN, OWN_INT8 = "host", "cudnn", "own", "own int8"
 PROBE_HEADS = 4
-FOREIGN = "another node's attention"
-HOST_SERVED = "out of memory in a dense step: the host's own attention ran it"
+FOREIGN = Sentence("why_foreign")
+HOST_SERVED = Sentence("why_host_served")
 
 
 class DenseChoice:

@@ -1,10 +1,11 @@
 """Which calls and later searches of a run are served in low precision, and why the others are not."""
 
 from ..call import Call
+from ..sentences import Sentence
 from .statistics import LowPrecisionCalls
 
-NOT_ALLOWED = "the model asks for full precision there (`low_precision_attention`)"
-OUT_OF_MEMORY = "out of memory while quantising"
+NOT_ALLOWED = Sentence("why_precision")
+OUT_OF_MEMORY = Sentence("why_quantising_memory")
 
 
 class Precision:

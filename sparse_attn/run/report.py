@@ -38,72 +38,69 @@ def lines(run) -> list[str]:
     if not run.config.enabled:
         return text
     if run.model:
-        text.append(f"Model: {run.model}" + (f", {run.layout.describe()}" if run.layout else ""))
+        model = f"{run.model}, {run.layout.describe()}" if run.layout else run.model
+        text.append(Sentence("line_model", model=model))
     if run.patterns:
-        text.append(f"Sparse attention by: {run.backend}")
+        text.append(Sentence("line_sparse", backend=run.backend))
     if run.dense_choice:
-        text.append(f"Dense steps by: {run.dense_choice}")
+        text.append(Sentence("line_dense", choice=run.dense_choice))
     if run.speed is not None:
-        text.append(
-            f"Sparse beside dense: {milliseconds(run.speed.sparse)} and "
-            f"{milliseconds(run.speed.dense)} a call; kept until ComfyUI restarts"
-        )
+        times = {"sparse": milliseconds(run.speed.sparse), "dense": milliseconds(run.speed.dense)}
+        text.append(Sentence("line_beside", **times))
     if timing.spent():
-        text.append(
-            f"Attention: {seconds(timing.spent())} spent ({seconds(sum(timing.dense))} dense, "
-            f"{seconds(timing.searching())} search, {seconds(sum(timing.sparse))} sparse)"
-        )
+        spent = {
+            "spent": timing.spent(), "dense": sum(timing.dense), "search": timing.searching(),
+            "sparse": sum(timing.sparse),
+        }  # fmt: skip
+        text.append(Sentence("line_attention", **{k: seconds(s) for k, s in spent.items()}))
     dense = timing.dense_call()
     if dense and timing.sparse:
-        source = "its own dense calls" if timing.dense else "the dense pass of its searches"
+        sparse, source = median(timing.sparse), "of_own_calls" if timing.dense else "of_searches"
+        times = {"dense": milliseconds(dense), "sparse": milliseconds(sparse)}
         text.append(
-            f"One call: {milliseconds(dense)} dense, {milliseconds(median(timing.sparse))} "
-            f"sparse ({dense / median(timing.sparse):.1f}x), measured against {source}"
+            Sentence("line_call", **times, gain=f"{dense / sparse:.1f}", source=Sentence(source))
         )
     if run.steps:
         steps = ", ".join(f"{seconds(s)} {kind}" for kind, s in run.step_seconds().items())
-        text.append(f"One step of the whole model: {steps}")
+        text.append(Sentence("line_step", steps=steps))
     memory = run.memory
     if memory.predicted_bytes or memory.held_bytes:
         kinds = {part[0] for part in memory.parts}
         parts = "context windows" if kinds == {"window"} else "parts of the video"
         parts = f" in {len(memory.parts)} {parts}" if memory.parts else ""
-        text.append(
-            f"Memory held: {gib(memory.held_bytes)} on the {memory.place.upper()} for "
-            f"{len(memory.conditionings)} conditioning(s){parts}, predicted "
-            f"{gib(memory.predicted_bytes)} each"
-        )
+        sizes = {"held": gib(memory.held_bytes), "each": gib(memory.predicted_bytes)}
+        count, place = str(len(memory.conditionings)), memory.place.upper()
+        text.append(Sentence("line_memory", **sizes, count=count, place=place, parts=parts))
     if skipped := run.skipped():
         found = ranges(sorted({pattern.step for pattern in run.patterns.values()}))
-        searched = f"; searched at step {found}" if found else ""
-        text.append(f"Skipped by a cache: {len(skipped)} steps, {ranges(skipped)}{searched}")
+        steps = ranges(skipped) + (f"; searched at step {found}" if found else "")
+        text.append(Sentence("line_skipped", count=str(len(skipped)), steps=steps))
     if run.forecast.steps:
         text += forecast_lines(run.forecast)
     text += reuse_lines(run)
     if run.config.pooled and run.patterns:
-        text.append("Tail: pooled, the average of every skipped block stands in for it")
+        text.append(Sentence("line_tail"))
     if (share := run.patterns.similar()) is not None:
-        text.append(f"Token order: by similarity in {share:.0%} of the heads, else by position")
+        text.append(Sentence("line_order", share=f"{share:.0%}"))
     if run.config.recall:
-        text.append(_recall(run))
+        text.append(Sentence("line_recall", recall=_recall(run)))
     precision, low = run.config.low_precision, run.low_precision
     if precision:
-        text.append(f"Precision: {low.calls} calls in {precision}")
+        text.append(Sentence("line_precision", count=str(low.calls), precision=precision))
     if low.searches:
-        text.append(f"Later searches in int8: {low.searches} calls")
-    for reason, count in low.declined.most_common():
-        text.append(f"Not in {precision}: {count} calls, {reason}")
-    for reason, count in run.kept_dense.most_common():
-        text.append(f"Kept dense: {count} calls, {reason}")
-    for reason, count in run.unseen.most_common():
-        text.append(f"Video's self-attention not seen: {count} calls, {reason}")
-    for reason, count in run.beside.most_common():
-        text.append(f"Not the video's self-attention: {count} calls, {reason}")
-    return text + [f"Note: {warning}" for warning in run.warnings]
+        text.append(Sentence("line_searches", count=str(low.searches)))
+    declined = {"precision": str(precision)}
+    for code, counts, more in (
+        ("line_not_in", low.declined, declined), ("line_kept", run.kept_dense, {}),
+        ("line_unseen", run.unseen, {}), ("line_other", run.beside, {}),
+    ):  # fmt: skip
+        for why, count in counts.most_common():
+            text.append(Sentence(code, count=str(count), why=why, **more))
+    return text + [Sentence("line_note", text=warning) for warning in run.warnings]
 
 
 def _recall(run) -> str:
-    text = f"Recall asked for: {run.config.recall}"
+    text = str(run.config.recall)
     found = [r for p in run.patterns.values() if not p.carried for r in p.recall]
     if found:
         text += f"; the searches found {min(found):.3f} to {max(found):.3f} by head"

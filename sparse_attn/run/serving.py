@@ -16,6 +16,7 @@ from ..orders.position import serpentine_order
 from ..patterns.pattern import CarriedPattern
 from ..patterns.reuse import SAMPLED_ROWS, fitting_mask
 from ..schedule import Schedule, StepKind
+from ..sentences import Sentence
 from . import packed_lse
 from .cache import Cache
 from .dense import Dense
@@ -26,15 +27,15 @@ from .readback import Origin, Readback, waits
 from .statistics import RunStatistics
 from .timer import Timer
 
-NOT_A_NUMBER = "NaN or infinity in q, k or v"
-OUT_OF_MEMORY = "out of memory while searching"
-SPARSE_OUT_OF_MEMORY = "out of memory in a sparse step"
-REUSE_OUT_OF_MEMORY = "out of memory while measuring the recall"
-LET_GO = "patterns of prompts or parts of the video that a step did not use were let go"
-IN_VAIN = "prompts or parts of the video are new at every step, so no pattern is used again"
+NOT_A_NUMBER = Sentence("why_not_a_number")
+OUT_OF_MEMORY = Sentence("why_search_memory")
+SPARSE_OUT_OF_MEMORY = Sentence("why_sparse_memory")
+REUSE_OUT_OF_MEMORY = Sentence("why_recall_memory")
+LET_GO = Sentence("why_let_go")
+IN_VAIN = Sentence("why_in_vain")
 # steps in a row whose searches served no other step, before no more are made
 MOST_IN_VAIN = 2
-LAST_STEP = "the run's last step, after which no pattern is of use"
+LAST_STEP = Sentence("why_last_step")
 
 
 @dataclass(eq=False)

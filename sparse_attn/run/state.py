@@ -265,8 +265,7 @@ class RunState:
         """
         if not self.given_up:
             said = repr(error)[:MOST_OF_AN_ERROR]
-            theirs = f"an error in the attention that runs without AdaSpa, {said}"
-            self.given_up = theirs if beside else f"an error in AdaSpa, {said}"
+            self.given_up = Sentence("why_error_beside" if beside else "why_error", error=said)
             step = self.schedule.number(max(self.step, 0))
             self.statistics.warn(f"{self.given_up}: every call runs dense from step {step}")
         self.free()

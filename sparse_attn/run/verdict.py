@@ -39,7 +39,9 @@ def named(run) -> list[Sentence]:
 
 def why_all_dense(run) -> Sentence:
     """Why no call of a run was sparse."""
-    reasons = run.kept_dense + Counter({f"not seen, {why}": n for why, n in run.unseen.items()})
+    reasons = run.kept_dense + Counter(
+        {Sentence("why_not_seen", why=why): n for why, n in run.unseen.items()}
+    )
     ((why, _),) = reasons.most_common(1) or [("", 0)]
     return Sentence("all_dense", why=why) if why else Sentence("all_dense_steps")
 

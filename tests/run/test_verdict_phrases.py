@@ -106,7 +106,8 @@ def test_every_sentence_of_a_verdict_has_its_runs():
     # those whose code has an ending
     written |= {code for code in ENGLISH if code.endswith("_measured")}
     written |= {code for code in ENGLISH if code.startswith("figures_")}
-    assert written == set(RUNS)
+    # a reason, which stands inside of a sentence
+    assert written - {"why_not_seen"} == set(RUNS)
 
 
 @pytest.mark.parametrize("code", RUNS)

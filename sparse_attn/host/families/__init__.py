@@ -5,6 +5,7 @@ looks like. A call whose token count or head width differs is not ours. Add a fa
 FAMILIES: name, rule for the tokens, blocks by kind, width of a head.
 """
 
+from ...sentences import Sentence
 from . import joint, ltx, video_only, wan
 from .family import Family
 
@@ -86,10 +87,10 @@ def family_of(model) -> tuple[Family | None, str]:
     name = type(model).__name__
     family = FAMILIES.get(name)
     if family is None:
-        return None, NOT_SERVED.get(name, f"{name} is not a video model that AdaSpa knows")
+        return None, NOT_SERVED.get(name, Sentence("why_not_a_video_model", name=name))
     if name == "MiniMaxH3Model" and joint.is_fast_h3(model):
-        return None, "FastH3's weights are trained for a sparse attention of their own"
+        return None, Sentence("why_fast_h3")
     patch_size = getattr(model, "patch_size", None)
     if isinstance(patch_size, list | tuple) and len(patch_size) == 2:
-        return None, f"{name} with 2-D patches makes images, not videos"
+        return None, Sentence("why_images", name=name)
     return family, ""

@@ -2,6 +2,7 @@
 
 from math import prod
 
+from ...sentences import Sentence
 from ...token_layout import TokenLayout
 from .family import grid
 
@@ -53,11 +54,11 @@ def minimax_h3(model, latent_shape, inputs) -> TokenLayout | str:
     packed = (inputs.get("minimax_payload") or {}).get("layout")
     text = inputs["c_crossattn"].shape[1]
     if packed is None or packed.signature[0] != text:
-        return "its token layout is not known before the model runs"
+        return Sentence("why_layout")
     start, stop, kind = packed.segments[-1]
     video = TokenLayout(start, *grid(latent_shape, model.patch_size))
     if kind != "video" or stop != video.tokens:
-        return f"its token layout does not end in {video.video:,} video tokens"
+        return Sentence("why_layout_end", count=f"{video.video:,}")
     return video
 
 

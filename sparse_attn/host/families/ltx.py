@@ -1,5 +1,6 @@
 """LTX-Video and LTX-2: guide frames stand behind the video, and audio in a stream of its own."""
 
+from ...sentences import Sentence
 from ...token_layout import TokenLayout
 
 
@@ -24,8 +25,8 @@ def layout(model, latent_shape, inputs) -> TokenLayout | str:
     # negative where a guide of lower resolution has no pixel; the model drops such tokens
     removed = (inputs["denoise_mask"][0] < 0).any(0)
     if tuple(removed.shape) != tuple(latent_shape[-3:]):
-        return f"a guide mask of {list(removed.shape)} does not match the latent"
+        return Sentence("why_guide_shape", shape=str(list(removed.shape)))
     in_video, in_guides = (int(part.sum()) for part in (removed[:frames], removed[frames:]))
     if in_video:
-        return "the guide mask removes tokens of the video"
+        return Sentence("why_guide_removes")
     return TokenLayout(0, frames, height, width, guides - in_guides)

@@ -2,11 +2,12 @@
 
 from math import prod
 
+from ...sentences import Sentence
 from ...token_layout import TokenLayout
 from .family import grid, whole_patches
 
-KV_CACHE = "a causal model that reads its past from a KV cache"
-POSE_KEYS = "every frame reads other pose keys"
+KV_CACHE = Sentence("why_kv_cache")
+POSE_KEYS = Sentence("why_pose_keys")
 
 
 def blocks(model) -> dict:
