@@ -31,7 +31,13 @@ from sparse_attn.method.lse_cached_search import lse_cached_search  # noqa: E402
 from sparse_attn.method.sparse_step import sparse_step  # noqa: E402
 from sparse_attn.orders.position import serpentine_order  # noqa: E402
 from sparse_attn.token_layout import TokenLayout  # noqa: E402
-from tests.bench.contest import Contest, error_of, mask_of, random_lists  # noqa: E402
+from tests.bench.contest import (  # noqa: E402
+    Contest,
+    error_of,
+    mask_of,
+    random_lists,
+    stand_in,
+)
 from tests.tools import comfyui_source  # noqa: E402
 
 # a sequence of the model's length, its heads and head_dim; the most telling first
@@ -238,6 +244,7 @@ def main() -> int:
     if not torch.cuda.is_available():
         print("This needs a GPU that torch can use; `python run.py doctor` says what there is.")
         return 1
+    stand_in()
     start, comfyui = time.monotonic(), comfyui_source.locate(ROOT, os.environ)
     said = tuned.use(comfyui / "user" / tuned.FILE, tiles.card_of()) if comfyui else ""
     line = {

@@ -45,7 +45,7 @@ class LayerRun:
     def enter(self, step: int):
         """Begin a step; what is returned runs its call, as often as it is called."""
         self.state.enter_step(step)
-        call = Call(
+        self.call = call = Call(
             *self.qkv, DIM**-0.5, self.layout, step=step, dense=lambda heads=None: 1 / 0,
             key="layer", by_position=self.by_position,
         )  # fmt: skip

@@ -4,6 +4,7 @@ import functools
 from dataclasses import dataclass, field, replace
 
 import comfy.latent_formats
+import comfy.memory_management
 import comfy.model_patcher
 import comfy.nested_tensor
 import comfy.ops
@@ -161,6 +162,21 @@ def build(stack: Stack, device, *, small=False, seed=0, shift=0.0):
                 noise = torch.empty_like(weight.data).normal_(0, 1, generator=generator)
                 weight.data.add_(noise * weight.data.std() * shift)
     return comfy.model_patcher.ModelPatcher(model, load_device=device, offload_device=device)
+
+
+def paged(patcher):
+    """The same model, whose weights ComfyUI pages in from the CPU's memory: DynamicVRAM, as `main.py` turns
+    it on, from now on."""
+    import comfy_aimdo.control
+
+    device, cpu = patcher.load_device, torch.device("cpu")
+    if not (comfy_aimdo.control.init() and comfy_aimdo.control.init_devices([device.index or 0])):
+        raise RuntimeError("comfy-aimdo does not work here.")
+    dynamic = comfy.model_patcher.ModelPatcherDynamic
+    comfy.model_patcher.CoreModelPatcher = dynamic
+    comfy.memory_management.aimdo_enabled = True
+    patcher.model.to(cpu)
+    return dynamic(patcher.model, load_device=device, offload_device=cpu)
 
 
 def _fill(diffusion, generator):

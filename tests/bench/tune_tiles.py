@@ -18,7 +18,7 @@ sys.path.insert(0, str(ROOT))
 import torch  # noqa: E402
 
 from sparse_attn.backends import choice, tiles, tuned  # noqa: E402
-from tests.bench.contest import mask_of, random_lists  # noqa: E402
+from tests.bench.contest import mask_of, random_lists, stand_in  # noqa: E402
 from tests.tools import comfyui_source  # noqa: E402
 
 # a tile must win by so much, and its output differ by no more than rounding does, relative
@@ -109,6 +109,7 @@ def main() -> int:
     parser.add_argument("--tune", action="store_true", required=True)
     parser.add_argument("--user-directory", type=Path)
     args = parser.parse_args()
+    stand_in()
     folder, card = user_directory(args.user_directory), tiles.card_of()
     if not torch.cuda.is_available() or choice.why_no_triton() or isinstance(card, str):
         print("This needs an NVIDIA GPU that torch can use, and Triton.")
