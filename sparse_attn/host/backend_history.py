@@ -8,21 +8,18 @@ from collections.abc import Hashable, Iterable
 
 from ..run.state import RunState
 from ..schedule import StepKind
+from .travelling import Uncopied
 
 # keys of transformer_options, and ours under the first
 HISTORY, RECEIPTS = "attention_backend_history_v1", "attention_backend_receipts_v1"
 PROVIDER = "adaspa"
 
 
-class History:
+class History(Uncopied):
     """What AdaSpa's attention does in one step of a run."""
 
     def __init__(self, run: RunState, step: int):
         self.run, self.step = run, step
-
-    def __deepcopy__(self, memo):
-        # options are copied by nodes that change some of them, for the same call of the model
-        return self
 
     @property
     def route(self) -> tuple[str, int]:

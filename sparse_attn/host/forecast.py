@@ -21,6 +21,7 @@ from . import status
 from .guard import go_on_without_us
 from .sampling import SAMPLING
 from .sigmas import progress_of
+from .travelling import Uncopied, listener
 
 # under this key the forecasts of a run travel through transformer_options
 FORECASTING = KEY = "adaspa_forecast"
@@ -102,7 +103,7 @@ def _predict_noise(executor, x, timestep, model_options=None, seed=None):
     return found
 
 
-class Forecasting:
+class Forecasting(Uncopied):
     """The forecasts of one sampling, beside AdaSpa's run if there is one.
 
     Args:
@@ -116,10 +117,6 @@ class Forecasting:
         self.run: RunState | None = None
         self.forecaster: Forecaster | None = None
         self.failed = False
-
-    def __deepcopy__(self, memo):
-        # options are copied by nodes that change some of them, for the same sampling
-        return self
 
     def begin(self, options: dict) -> Forecaster:
         """Decide at the first prediction, when AdaSpa has its plan, which steps may be forecast."""
@@ -146,16 +143,11 @@ class Forecasting:
     def listener(self, callback: Callable | None) -> Callable:
         """What a sampler tells of its steps, for us and for `callback`."""
 
-        def told(*said, **more):
-            try:
-                if self.forecaster is not None:
-                    self.forecaster.counter.spoken()
-            except Exception as error:
-                self.give_up(error)
-            if callback is not None:
-                callback(*said, **more)
+        def note(*said):
+            if self.forecaster is not None:
+                self.forecaster.counter.spoken()
 
-        return told
+        return listener(note, self.give_up, callback)
 
     def give_up(self, error: Exception) -> None:
         """Compute every step from here on, after an error that nobody expected."""

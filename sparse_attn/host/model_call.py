@@ -17,6 +17,7 @@ from .families.family import Block, Family
 from .host_call import HostCall, key_bias_of
 from .replaced import replaced_by
 from .sampling import UNKNOWN_WINDOW, UNNAMED
+from .travelling import Uncopied
 
 # under this key a model call travels through transformer_options
 CONTEXT = "adaspa"
@@ -31,7 +32,7 @@ CAPTURED = Sentence("why_captured")
 
 
 @dataclass(frozen=True)
-class Declined:
+class Declined(Uncopied):
     """A model call whose attention all runs dense, for one reason.
 
     Args:
@@ -43,9 +44,6 @@ class Declined:
     step: int
     previous: Callable | None
     reason: str
-
-    def __deepcopy__(self, memo):
-        return self
 
     def calls_of(self, host: HostCall, options: dict) -> None:
         """Count an attention call that is not ours."""
@@ -72,7 +70,7 @@ class Layer(NamedTuple):
 
 
 @dataclass
-class ModelCall:
+class ModelCall(Uncopied):
     """A model call whose self-attention over the video may be ours.
 
     Args:
@@ -104,10 +102,6 @@ class ModelCall:
     seen: set[Block] = field(default_factory=set)
     # calls of blocks that nobody knows
     nameless: int = 0
-
-    def __deepcopy__(self, memo):
-        # options are copied by nodes that change some of them, for the same call of the model
-        return self
 
     def calls_of(self, host: HostCall, options: dict) -> list[Call] | None:
         """What the run has to serve for an attention call.

@@ -16,6 +16,7 @@ from ..sentences import Sentence
 from .calling_block import Callers
 from .families.family import Family
 from .guard import go_on_without_us
+from .travelling import Uncopied, listener
 
 # under these keys a sampling, and the input of another node's wrapper, travel through
 # transformer_options
@@ -30,7 +31,7 @@ def _apply(apply_model, args):
 
 
 @dataclass(eq=False)
-class Sampling:
+class Sampling(Uncopied):
     """One sampling.
 
     Args:
@@ -50,10 +51,6 @@ class Sampling:
     _wrapper: Callable = _apply
     _callers: Callers = field(default_factory=Callers)
 
-    def __deepcopy__(self, memo):
-        # options are copied by nodes that change some of them, for the same sampling
-        return self
-
     def enter(self) -> None:
         """Put the sampling into the guider's options, which its model calls get."""
         options = self.guider.model_options
@@ -65,16 +62,11 @@ class Sampling:
     def listener(self, callback: Callable | None) -> Callable:
         """What a sampler tells of its steps, for us and for `callback`."""
 
-        def told(*said, **more):
-            try:
-                self.run.steps.spoken()
-                self.denoised = said[1] if len(said) > 1 else None
-            except Exception as error:
-                go_on_without_us(error, self.run)
-            if callback is not None:
-                callback(*said, **more)
+        def note(*said):
+            self.run.steps.spoken()
+            self.denoised = said[1] if len(said) > 1 else None
 
-        return told
+        return listener(note, lambda error: go_on_without_us(error, self.run), callback)
 
     def leave(self) -> None:
         self.denoised = None

@@ -10,6 +10,7 @@ from ..run.pace import Pace
 from ..run.statistics import RunStatistics
 from ..schedule import Schedule, StepKind
 from .guard import go_on_without_us
+from .travelling import Uncopied
 
 # kept until ComfyUI restarts
 PACE = Pace()
@@ -17,14 +18,10 @@ PACE = Pace()
 CLOCK = "adaspa_clock"
 
 
-class Clock:
+class Clock(Uncopied):
     """Seconds from the first step of a sampler to its result; loading models comes before."""
 
     took: float | None = None
-
-    def __deepcopy__(self, memo):
-        # options are copied by nodes that change some of them, for the same sampling
-        return self
 
 
 def start_clock(guider) -> Clock:

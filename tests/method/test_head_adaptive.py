@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from sparse_attn.backends import reference
 from sparse_attn.method.head_adaptive import budget_shift, moved_heads
+from tests.method import truth
 
 RECALLS = [
     ([0.9, 0.7, 0.95, 0.3], "two above, two give to two"),
@@ -27,7 +27,7 @@ def test_is_the_papers_formula_within_a_block(recalls, why, sparsity, num_k):
     budget = round((1 - sparsity) * num_k)
     shift = budget_shift(budget, num_k, 0)
     found = head_budgets(torch.tensor([recalls]), budget, shift)[0].tolist()
-    exact = [(1 - s) * num_k for s in reference.head_sparsities(recalls, sparsity)]
+    exact = [(1 - s) * num_k for s in truth.head_sparsities(recalls, sparsity)]
     assert all(abs(f - e) <= 1.5 for f, e in zip(found, exact, strict=True)), (found, exact)
     assert sum(found) == len(recalls) * budget
 

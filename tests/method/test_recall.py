@@ -5,6 +5,7 @@ from sparse_attn.backends import reference
 from sparse_attn.block_mask import BlockMask, recall
 from sparse_attn.call import Call
 from sparse_attn.method.recall import sample_rows, sampled_recall
+from tests.method import truth
 
 
 @pytest.mark.parametrize("length, block", [(256, 64), (200, 64), (300, 128)])
@@ -16,7 +17,7 @@ def test_equals_the_token_by_token_share(length, block):
     options = {"block_q": block, "block_k": block, "scale": 0.25}
     lse = reference.scaled_logits(q, k, 0.25).logsumexp(-1)
     masses = reference.block_masses(q, k, lse, **options).float()
-    exact = reference.recall(q, k, keep, **options)
+    exact = truth.recall(q, k, keep, **options)
     torch.testing.assert_close(recall(masses, keep).double(), exact, atol=1e-6, rtol=0)
 
 
@@ -41,7 +42,7 @@ def test_a_sample_of_all_rows_is_the_recall(ordered):
     found = sampled_recall(call, mask, list(range(200)), order)
     if ordered:
         q, k = (reference.in_order(x, order) for x in (q, k))
-    exact = reference.recall(
+    exact = truth.recall(
         q.double(), k.double(), keep, block_q=64, block_k=64, scale=0.25, key_bias=bias.double()
     )
     torch.testing.assert_close(found.double(), exact, atol=1e-5, rtol=0)

@@ -9,6 +9,7 @@ from sparse_attn.block_mask import recall
 from sparse_attn.config import BLOCK_SIZES, AdaSpaConfig
 from sparse_attn.method import recall_target as row_wise_recall
 from sparse_attn.token_layout import TokenLayout
+from tests.method import truth
 from tests.method.chosen import chosen
 
 TORCH = plain_torch()
@@ -57,8 +58,8 @@ def fewest(head, request, sink_q, sink_k):
 def test_every_head_gets_the_fewest_blocks_that_hold_the_recall(layout, block, request_):
     config = AdaSpaConfig(recall=request_, block_size=block)
     masses = masses_of(layout, block)
-    sink_q = reference.sink_blocks(layout, config.block_q)
-    sink_k = reference.sink_blocks(layout, config.block_k)
+    sink_q = truth.sink_blocks(layout, config.block_q)
+    sink_k = truth.sink_blocks(layout, config.block_k)
     keep, held = chosen(masses, layout, config)
     assert (held_by(masses, keep) >= request_).all()
     video = [not s for s in sink_q]

@@ -9,6 +9,7 @@ from sparse_attn.config import BLOCK_SIZES, AdaSpaConfig
 from sparse_attn.method.head_adaptive import HIGH_RECALL, budget_shift
 from sparse_attn.method.selection import row_budget
 from sparse_attn.token_layout import TokenLayout
+from tests.method import truth
 from tests.method.chosen import chosen, select
 
 LAYOUTS = [
@@ -33,8 +34,8 @@ def masses_of(layout, block, heads=4, batch=2, seed=0):
 def naive_select(masses, layout, config):
     """Every step in plain Python."""
     n = masses.shape[-1]
-    sink_q = reference.sink_blocks(layout, config.block_q)
-    sink = reference.sink_blocks(layout, config.block_k)
+    sink_q = truth.sink_blocks(layout, config.block_q)
+    sink = truth.sink_blocks(layout, config.block_k)
     budget = row_budget(config.density, n, sum(sink))
     budgets = [[budget] * masses.shape[1] for _ in masses]
     keep, _ = reference.row_wise_top_k(masses, masses, budgets, None, sink, sink_q)
@@ -47,7 +48,7 @@ def naive_select(masses, layout, config):
             if budget_shift(budget, n, sum(sink)):
                 # sums of masses in another order do not decide which heads give
                 assert min(map(abs, apart)) > 4 * rounding(video[0].numel())
-            for h, sparsity in enumerate(reference.head_sparsities(held, config.sparsity)):
+            for h, sparsity in enumerate(truth.head_sparsities(held, config.sparsity)):
                 low, high = min(n, sum(sink) + 1), n
                 room = min(budget // 2, budget - low, high - budget)
                 moved = (sparsity < config.sparsity) - (sparsity > config.sparsity)

@@ -1,8 +1,8 @@
 import pytest
 
-from sparse_attn.backends import reference
 from sparse_attn.method.text_sink import count_sinks, sink_blocks
 from sparse_attn.token_layout import TokenLayout
+from tests.method import truth
 
 LAYOUTS = [
     # before, video, after, block
@@ -25,6 +25,6 @@ LAYOUTS = [
 def test_marks_exactly_the_blocks_with_a_token_outside_the_video(case):
     before, video, after, block = case
     layout = TokenLayout(before, 1, 1, video, after)
-    expected = reference.sink_blocks(layout, block)
+    expected = truth.sink_blocks(layout, block)
     assert sink_blocks(layout, block).tolist() == expected
     assert count_sinks(layout, block) == sum(expected)

@@ -13,6 +13,7 @@ from sparse_attn.patterns.file import load, save
 from sparse_attn.patterns.reuse import RECALL_LOSS
 from sparse_attn.run.report import reuse_lines
 from sparse_attn.run.serving import NOT_A_NUMBER
+from tests.method import truth
 from tests.patterns.example_pattern import FAMILY, NAME
 from tests.run.fakes import BLOCKS, SCALE, Backend, Run, tensors
 
@@ -42,7 +43,7 @@ def test_a_run_keeps_its_masks_on_the_cpu_only_when_asked(found):
     assert layer.bits.dtype == torch.uint8 and layer.bits.device.type == "cpu"
     keep = BlockMask(layer.bits, 10, 64, 64).to_dense()
     q, k, _ = tensors(0)
-    exact = reference.recall(q.double(), k.double(), keep, **BLOCKS)[0]
+    exact = truth.recall(q.double(), k.double(), keep, **BLOCKS)[0]
     assert layer.recall == pytest.approx(exact.tolist(), abs=1e-4)
     assert layer.density == pytest.approx(keep.float().mean((0, 2, 3)).tolist())
     run = Run("Ss")

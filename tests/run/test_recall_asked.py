@@ -3,7 +3,7 @@
 import pytest
 from close import mass_rounding
 
-from sparse_attn.backends import reference
+from tests.method import truth
 from tests.run.fakes import BLOCKS, SCALE, Backend, Run, tensors
 
 
@@ -19,7 +19,7 @@ def test_every_search_for_a_recall_measures_exactly(one_pass):
     assert pattern.exact and pattern.step == 3
     q, k, _ = tensors(3)
     keep = run.pattern().mask.to_dense()
-    exact = reference.recall(q.double(), k.double(), keep, **BLOCKS)[0]
+    exact = truth.recall(q.double(), k.double(), keep, **BLOCKS)[0]
     assert (exact >= 0.8 - 2 * mass_rounding(q, k, SCALE)).all()
     assert pattern.recall == pytest.approx(exact.tolist(), abs=1e-5)
     assert statistics.memory.held_bytes == run.pattern().mask.bits.nbytes, (
@@ -44,7 +44,7 @@ def test_what_the_mask_still_holds_is_sampled_before_the_next_search():
     assert step == 9
     q, k, _ = tensors(5)
     keep = run.pattern().mask.to_dense()
-    exact = reference.recall(q.double(), k.double(), keep, **BLOCKS)[0]
+    exact = truth.recall(q.double(), k.double(), keep, **BLOCKS)[0]
     # 64 of 640 rows
     assert held == pytest.approx(exact.tolist(), abs=0.05)
     (line,) = [line for line in statistics.lines() if line.startswith("Recall asked for")]

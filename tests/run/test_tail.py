@@ -16,6 +16,7 @@ from sparse_attn.patterns.reuse import ONE_ORDER
 from sparse_attn.run import packed_lse
 from sparse_attn.run.serving import NOT_A_NUMBER, SPARSE_OUT_OF_MEMORY
 from sparse_attn.token_layout import TokenLayout
+from tests.method import truth
 from tests.method.chosen import chosen
 from tests.run.fakes import (
     SCALE,
@@ -351,7 +352,7 @@ def test_a_recall_is_one_of_masses_and_sampled_in_the_masks_order():
     run.state.end_step()
     ((step, sampled),) = run.statistics.patterns.samples.values()
     q, k, _ = in_order(run, *tensors(2))
-    exact = reference.recall(
+    exact = truth.recall(
         q.double(), k.double(), run.keep, block_q=64, block_k=64, scale=SCALE
     )  # fmt: skip
     assert step == 2 and sampled == pytest.approx(exact[0].tolist(), abs=0.06)
@@ -456,7 +457,7 @@ def test_a_carried_pattern_is_used_in_its_order(token_order, most_blocks, tmp_pa
     run.state.end_step()
     (shown,) = run.statistics.patterns.values()
     q, k, _ = in_order(run, *qkv)
-    exact = reference.recall(q.double(), k.double(), run.keep, block_q=64, block_k=64, scale=SCALE)
+    exact = truth.recall(q.double(), k.double(), run.keep, block_q=64, block_k=64, scale=SCALE)
     assert shown.recall == pytest.approx(exact[0].tolist(), abs=0.06)
 
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from sparse_attn import block_mask
-from sparse_attn.backends import reference
 from sparse_attn.run import timer
+from tests.method import truth
 from tests.run.fakes import BLOCKS, LAYOUT, Backend, Run, tensors
 
 
@@ -19,7 +19,7 @@ def test_patterns_hold_the_true_density_and_recall():
     ((key, pattern),) = run.statistics.patterns.items()
     assert key == (4, "positive") and pattern.step == 5 and pattern.exact
     keep = run.pattern().mask.to_dense()
-    true = reference.recall(*(x.double() for x in qkv[:2]), keep, **BLOCKS).mean(0)
+    true = truth.recall(*(x.double() for x in qkv[:2]), keep, **BLOCKS).mean(0)
     assert pattern.recall == pytest.approx(true.tolist(), abs=1e-5)
     density = keep.double().mean((-1, -2)).mean(0)
     assert pattern.density == pytest.approx(density.tolist(), abs=1e-6)

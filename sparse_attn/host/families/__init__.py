@@ -7,10 +7,15 @@ FAMILIES: name, rule for the tokens, blocks by kind, width of a head.
 
 from ...sentences import Sentence
 from . import joint, ltx, video_only, wan
-from .family import Family
+from .family import Family, listed_in
 
-_WAN = (wan.blocks, wan.head_dim)
-_COSMOS = (video_only.cosmos, video_only.cosmos_blocks, video_only.cosmos_head_dim)
+_BLOCKS = listed_in("blocks")
+_WAN = (_BLOCKS, lambda model: model.dim // model.num_heads)
+_LTX = (ltx.layout, listed_in("transformer_blocks"), lambda model: model.attention_head_dim)
+_COSMOS = (
+    video_only.cosmos, video_only.cosmos_blocks,
+    lambda model: model.model_channels // model.num_heads,
+)  # fmt: skip
 
 # class of the diffusion model -> its family
 FAMILIES = {
@@ -44,21 +49,21 @@ FAMILIES = {
     ),
     # text video
     "CogVideoXTransformer3DModel": Family(
-        "CogVideoX", joint.cogvideox, joint.blocks, lambda model: model.attention_head_dim
+        "CogVideoX", joint.cogvideox, _BLOCKS, lambda model: model.attention_head_dim
     ),
     # video [guide frames, without masked tokens]
-    "LTXVModel": Family("LTX-Video", ltx.layout, ltx.blocks, ltx.head_dim),
-    "LTXAVModel": Family("LTX-2", ltx.layout, ltx.blocks, ltx.head_dim),
+    "LTXVModel": Family("LTX-Video", *_LTX),
+    "LTXAVModel": Family("LTX-2", *_LTX),
     # video text
-    "AsymmDiTJoint": Family("Mochi", joint.mochi, joint.blocks, lambda model: model.head_dim),
+    "AsymmDiTJoint": Family("Mochi", joint.mochi, _BLOCKS, lambda model: model.head_dim),
     # video
     "GeneralDIT": Family("Cosmos 1", *_COSMOS, segments=video_only.cosmos_segments),
     "MiniTrainDIT": Family("Cosmos Predict2", *_COSMOS, segments=video_only.predict2_segments),
     "Anima": Family("Anima", *_COSMOS, segments=video_only.predict2_segments),
     # video
     "Kandinsky5": Family(
-        "Kandinsky 5", video_only.kandinsky, video_only.kandinsky_blocks,
-        video_only.kandinsky_head_dim,
+        "Kandinsky 5", video_only.kandinsky, listed_in("visual_transformer_blocks"),
+        lambda model: model.visual_transformer_blocks[0].self_attention.head_dim,
     ),
     # video [first image]; audio has tokens of its own. Written from its source, not run
     "Kandinsky6NativeAVDiT": Family(
@@ -72,7 +77,7 @@ FAMILIES = {
     ),
     # text [references] audio video
     "MiniMaxH3Model": Family(
-        "MiniMax-H3", joint.minimax_h3, joint.blocks, lambda model: model.blocks[0].attn.head_dim
+        "MiniMax-H3", joint.minimax_h3, _BLOCKS, lambda model: model.blocks[0].attn.head_dim
     ),
 }  # fmt: skip
 

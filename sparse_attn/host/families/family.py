@@ -89,6 +89,11 @@ class Family:
         return self.layout(model, latent_shape, inputs)
 
 
+def listed_in(name: str) -> Callable[..., dict[str, Collection[torch.nn.Module]]]:
+    """The rule of models that keep all their blocks in one list, the attribute `name`."""
+    return lambda model: {"double": getattr(model, name)}
+
+
 def grid(shape, patch_size) -> tuple[int, int, int]:
     """Tokens per axis of a latent [..., T, H, W] that its model pads up to whole patches."""
     t, h, w = (-(-size // patch) for size, patch in zip(shape[-3:], patch_size, strict=True))

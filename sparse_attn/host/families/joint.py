@@ -7,10 +7,6 @@ from ...token_layout import TokenLayout
 from .family import grid
 
 
-def blocks(model) -> dict:
-    return {"double": model.blocks}
-
-
 def hunyuan_blocks(model) -> dict:
     return {"double": model.double_blocks, "single": model.single_blocks}
 

@@ -4,14 +4,6 @@ from ...sentences import Sentence
 from ...token_layout import TokenLayout
 
 
-def blocks(model) -> dict:
-    return {"double": model.transformer_blocks}
-
-
-def head_dim(model) -> int:
-    return model.attention_head_dim
-
-
 def layout(model, latent_shape, inputs) -> TokenLayout | str:
     """Video + [guide frames, without the tokens that their mask removes]; patches of one."""
     frames, height, width = latent_shape[-3:]

@@ -12,10 +12,6 @@ def cosmos_blocks(model) -> dict:
     return {"double": list(model.blocks.values()) if named else model.blocks}
 
 
-def cosmos_head_dim(model) -> int:
-    return model.model_channels // model.num_heads
-
-
 def cosmos(model, latent_shape, inputs) -> TokenLayout:
     """Video."""
     patch = (model.patch_temporal, model.patch_spatial, model.patch_spatial)
@@ -30,14 +26,6 @@ def cosmos_segments(kind, layout: TokenLayout, inputs) -> tuple[tuple[int, int, 
 def predict2_segments(kind, layout: TokenLayout, inputs) -> tuple[tuple[int, int, int], ...]:
     """Rows of every frame."""
     return ((layout.frames, layout.height, layout.width),)
-
-
-def kandinsky_blocks(model) -> dict:
-    return {"double": model.visual_transformer_blocks}
-
-
-def kandinsky_head_dim(model) -> int:
-    return model.visual_transformer_blocks[0].self_attention.head_dim
 
 
 def kandinsky(model, latent_shape, inputs) -> TokenLayout:

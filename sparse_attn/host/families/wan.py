@@ -10,14 +10,6 @@ KV_CACHE = Sentence("why_kv_cache")
 POSE_KEYS = Sentence("why_pose_keys")
 
 
-def blocks(model) -> dict:
-    return {"double": model.blocks}
-
-
-def head_dim(model) -> int:
-    return model.dim // model.num_heads
-
-
 def layout(model, latent_shape, inputs) -> TokenLayout:
     """[reference image] + video + [reference frames] + [reference videos]."""
     frames, height, width = grid(latent_shape, model.patch_size)
