@@ -134,6 +134,7 @@ CASES = {
         "animate", taken=5, crossings=10, clip_vision_output=ClipVision(),
         pose_video_latent=noise(1, 16, 2, 16, 24), face_video_pixels=noise(1, 3, 8, 16, 16),
     ),
+    "animate-2": wan("animate_2", crossings=4, clip_vision_output=ClipVision()),
     # poses of half the width and height
     "scail": wan(
         "scail", before=96, after=72, crossings=4, clip_vision_output=ClipVision(),

@@ -53,6 +53,7 @@ MODELS = {
     "speech": ("WAN22_S2V", {**_WAN, "model_type": "s2v", "audio_dim": 32}),
     "humo": ("WAN21_HuMo", {**_WAN, "model_type": "humo"}),
     "animate": ("WAN22_Animate", {**_WAN, "model_type": "animate", "num_layers": 5}),
+    "animate_2": ("WAN_Animate2", {**_WAN, "model_type": "animate2", "in_dim": 36}),
     "scail": ("WAN21_SCAIL", {**_SCAIL, "model_type": "i2v"}),
     "scail_2": ("WAN21_SCAIL2", {**_SCAIL, "model_type": "i2v"}),
     "dancer": (

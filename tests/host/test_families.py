@@ -13,6 +13,7 @@ from tests.host.family_cases import (
     TEXT_MASK,
     VIDEO,
     Case,
+    ClipVision,
     guided,
     ltx,
     ltx_2,
@@ -321,6 +322,41 @@ def test_causal_model_frame_by_frame_runs_dense(patcher):
     # its blocks do not even offer their attention to overrides
     assert calls(handle) == {}
     assert kept_dense(handle) == {}
+
+
+@pytest.mark.parametrize("sparsity", [0.0, 0.9])
+def test_animate_2_is_sparse_once_the_motion_lets_go(patcher, sparsity):
+    """In context windows and with the cache of its pose branch, as the graph for it is."""
+    import comfy.sample
+
+    pytest.importorskip("comfy.ldm.wan.model_animate2")
+    from comfy_extras.nodes_context_windows import WanContextWindowsManualNode
+    from comfy_extras.nodes_wan import WanAnimate2Cache
+
+    shape, steps, steered = (1, 16, 5, 16, 24), 8, 4
+    plain = {"pooled_output": noise(1, 768), "clip_vision_output": ClipVision()}
+    steering = {**plain, "pose_video_latent": noise(1, 16, 4, 16, 24), "end_percent": 0.45}
+    text = noise(1, TEXT, TEXT_DIM)
+    prompts = [[text, steering], [text, {**plain, "start_percent": 0.45}]]
+
+    def run(model):
+        model = WanAnimate2Cache.execute(model, "cpu").args[0]
+        windows = WanContextWindowsManualNode.execute(
+            model, 9, 4, "standard_static", 1, False, "pyramid", False, True
+        ).args[0]
+        return comfy.sample.sample(
+            windows, noise(*shape), steps, 1.0, "euler", "simple", prompts, prompts,
+            torch.zeros(shape), disable_pbar=True, seed=1,
+        )  # fmt: skip
+
+    expected = run(patcher("animate_2"))
+    model, handle = sparse(patcher("animate_2"), sparsity=sparsity, start_percent=0.5)
+    (assert_other_video if sparsity else assert_same_video)(run(model), expected)
+    # two layers in two windows
+    assert calls(handle) == {"search": 4, "sparse": 4 * (steps - steered - 1)}
+    assert {"every frame reads other pose keys", CROSS_ATTENTION} == set(kept_dense(handle))
+    kinds = [kind.value for kind in handle.latest().schedule.kinds]
+    assert kinds == ["dense"] * steered + ["search"] + ["sparse"] * (steps - steered - 1)
 
 
 def test_seedvr_still_keeps_its_attention_to_itself(comfyui):

@@ -34,7 +34,7 @@ COLOURS = {
     "CogVideoX": (52, 166, 182),
 }
 # what names the model; the rest is the task
-MODEL = re.compile(r"(\S+(?: \d[\w.]*)*(?: \d+B| VACE| VOID)?) (.*)")
+MODEL = re.compile(r"(\S+(?: \d[\w.]*)*(?: \d+B| VACE| VOID| Animate 2)?) (.*)")
 
 
 def draw(name: str) -> Image.Image:

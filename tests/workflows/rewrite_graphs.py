@@ -17,15 +17,15 @@ ROOT = Path(__file__).resolve().parents[2]
 # run as a script, Python looks beside the script only
 sys.path.insert(0, str(ROOT))
 
-from sparse_attn.config import PRESETS, from_preset  # noqa: E402
+from sparse_attn.config import PRESETS, AdaSpaConfig  # noqa: E402
 from sparse_attn.schedule import plan  # noqa: E402
 from tests.workflows.stored_graphs import (  # noqa: E402
     FILES,
     TINY,
+    configs_of_runs,
     even,
     levels,
     nodes_of,
-    presets_of_runs,
     runs,
     straight,
     unfold,
@@ -85,24 +85,24 @@ def renewed(words: str, workflow: dict) -> str:
         raise ValueError(
             f"The graph has {len([*runs(workflow)])} samplers, and its note says {words!r}"
         )
-    preset = presets_of_runs(workflow)[0]
+    config = configs_of_runs(workflow)[0]
     return re.sub(
         rf"(\d+) steps it becomes {STEPS}",
         lambda found: (
-            f"{found[1]} steps it becomes {_steps(even(int(found[1])), straight, preset)}"
+            f"{found[1]} steps it becomes {_steps(even(int(found[1])), straight, config)}"
         ),
         words,
     )
 
 
 def _described(workflow: dict) -> Iterator[str]:
-    for preset, (sigmas, progress) in zip(presets_of_runs(workflow), runs(workflow), strict=True):
-        yield _steps(sigmas, progress, preset)
+    for config, (sigmas, progress) in zip(configs_of_runs(workflow), runs(workflow), strict=True):
+        yield _steps(sigmas, progress, config)
 
 
-def _steps(sigmas, progress, preset: str) -> str:
+def _steps(sigmas, progress, config: AdaSpaConfig) -> str:
     """Such as "0-1 dense, 2 search, 3-8 sparse"."""
-    return plan(sigmas, progress, from_preset(preset)).describe().removeprefix("steps ")
+    return plan(sigmas, progress, config).describe().removeprefix("steps ")
 
 
 def main() -> None:

@@ -5,6 +5,8 @@ from collections.abc import Iterator
 from math import exp
 from pathlib import Path
 
+from sparse_attn.config import AdaSpaConfig, from_preset
+
 ROOT = Path(__file__).resolve().parents[2]
 # by name; a number before it sets the order in which ComfyUI lists them
 FILES = {path.stem[3:]: path for path in sorted((ROOT / "workflows").glob("*.json"))}
@@ -159,11 +161,11 @@ def runs(workflow: dict) -> Iterator[tuple]:
             yield even(values["steps"], first, last), straight
 
 
-def presets_of_runs(workflow: dict) -> list[str]:
-    """The preset of the node of ours that patched the model of each of `runs`."""
+def configs_of_runs(workflow: dict) -> list[AdaSpaConfig]:
+    """The preset and the part of the steps that decide when each of `runs` is sparse."""
     return [
-        values_of(node)["preset"]
+        from_preset(values["preset"], start_percent=float(values["start_percent"]))
         for node in nodes_of(workflow, *SERVES)
-        if values_of(node)["enabled"]
+        if (values := values_of(node))["enabled"]
         for _ in range(SERVES[node["type"]])
     ]

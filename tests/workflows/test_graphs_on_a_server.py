@@ -138,6 +138,9 @@ def test_values_of_our_nodes_are_the_defaults(workflow, object_info):
         for name, value in values_of(node).items():
             if name == "enabled" and nodes_of(workflow, "AdaSpaCompare"):
                 continue
+            # runs in full while another video steers it
+            if name == "start_percent" and nodes_of(workflow, "WanAnimate2ToVideo"):
+                continue
             kind, extra = inputs[name]
             assert value == extra.get("default", (options_of(kind, extra) or [None])[0]), name
 

@@ -4,6 +4,7 @@ import json
 import re
 from dataclasses import replace
 from itertools import pairwise
+from math import ceil
 from types import SimpleNamespace
 
 import pytest
@@ -13,10 +14,10 @@ from sparse_attn.schedule import plan
 from tests.workflows.stored_graphs import (
     FILES,
     ROOT,
+    configs_of_runs,
     even,
     nodes_of,
     notes,
-    presets_of_runs,
     read,
     runs,
     straight,
@@ -34,8 +35,8 @@ def workflow(request):
 
 
 def test_note_names_the_steps_that_the_schedule_gives(workflow):
-    for preset, (sigmas, progress) in zip(presets_of_runs(workflow), runs(workflow), strict=True):
-        schedule = plan(sigmas, progress, from_preset(preset))
+    for config, (sigmas, progress) in zip(configs_of_runs(workflow), runs(workflow), strict=True):
+        schedule = plan(sigmas, progress, config)
         assert schedule.describe().removeprefix("steps ") in notes(workflow)
 
 
@@ -76,6 +77,7 @@ SIZES = {
     "MiniMaxH3ImageToVideo": SEVENTEENS,
     "MiniMaxH3ReferenceToVideo": SEVENTEENS,
     "Wan22ImageToVideoLatent": (32, *FOURS[1:]),
+    "WanAnimate2ToVideo": FOURS,
     "WanFirstLastFrameToVideo": FOURS,
     "WanImageToVideo": FOURS,
     "WanSCAILToVideo": FOURS,
@@ -119,29 +121,50 @@ def test_note_says_what_was_measured(workflow):
     assert stack["hardware"] in notes(workflow) and not stack["errors"]
 
 
-def test_long_video_is_cut_into_the_windows_that_the_note_counts(comfyui):
+@pytest.mark.parametrize(
+    ("name", "sized", "reference"),
+    [
+        ("Wan 2.2 14B long video", "EmptyHunyuanLatentVideo", 0),
+        ("Wan Animate 2 move a character", "WanAnimate2ToVideo", 1),
+    ],
+)
+def test_long_video_is_cut_into_the_windows_that_the_note_counts(comfyui, name, sized, reference):
+    """The reference picture is one more latent frame, before the video's."""
     from comfy.context_windows import ContextSchedules, get_matching_context_schedule
 
-    workflow = read(FILES["Wan 2.2 14B long video"])
-    first, second = (values_of(n) for n in nodes_of(workflow, "WanContextWindowsManual"))
-    assert first == second
+    workflow = read(FILES[name])
+    set_to, *others = (values_of(n) for n in nodes_of(workflow, "WanContextWindowsManual"))
+    assert all(other == set_to for other in others)
     # windows that moved would need a search at every step
-    assert first["context_schedule"] == ContextSchedules.STATIC_STANDARD
-    (size,) = nodes_of(workflow, "EmptyHunyuanLatentVideo")
+    assert set_to["context_schedule"] == ContextSchedules.STATIC_STANDARD
+    (size,) = nodes_of(workflow, sized)
     length = values_of(size)["length"]
     handler = SimpleNamespace(
-        context_length=(first["context_length"] - 1) // 4 + 1,
-        context_overlap=first["context_overlap"] // 4,
+        context_length=(set_to["context_length"] - 1) // 4 + 1,
+        context_overlap=set_to["context_overlap"] // 4,
     )
-    schedule = get_matching_context_schedule(first["context_schedule"])
-    windows = schedule.func((length - 1) // 4 + 1, handler, {})
+    schedule = get_matching_context_schedule(set_to["context_schedule"])
+    windows = schedule.func((length - 1) // 4 + 1 + reference, handler, {})
     starts = [window[0] for window in windows]
     # evenly, so that no two overlap more than they say
     assert len({b - a for a, b in pairwise(starts)}) == 1
     assert f"{length} frames long" in notes(workflow)
-    assert f"{len(windows)} windows of {first['context_length']} frames" in notes(workflow)
-    assert f"by {first['context_overlap']};" in notes(workflow)
-    assert length > 4 * first["context_length"]
+    assert f"{len(windows)} windows of {set_to['context_length']} frames" in notes(workflow)
+    assert f"by {set_to['context_overlap']};" in notes(workflow)
+    assert length > 2 * set_to["context_length"]
+
+
+def test_adaspa_begins_where_the_motion_no_longer_steers():
+    """While it does, Wan Animate 2 runs in full: steps planned as sparse would not be."""
+    workflow = read(FILES["Wan Animate 2 move a character"])
+    values = {node["type"]: values_of(node) for node in workflow["nodes"] if node["inputs"]}
+    steps = values["KSampler"]["steps"]
+    ends = values["WanAnimate2ToVideo"]["pose_end_percent"]
+    begins = values["AdaSpaAttention"]["start_percent"]
+    # the first step of each, and none in which the motion lets go and still steers
+    assert ceil(ends * steps) == ceil(begins * steps) and (ends * steps) % 1
+    said = f"for {ends:.0%} of the steps here".replace("%", " %")
+    assert said in notes(workflow) and f"begins at {begins * 100:.0f} %" in notes(workflow)
 
 
 def test_prompts_avoid_what_a_note_cannot_show(workflow):

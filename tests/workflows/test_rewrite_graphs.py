@@ -12,6 +12,7 @@ from tests.workflows.rewrite_graphs import renewed, rewritten
 from tests.workflows.stored_graphs import (
     FILES,
     TINY,
+    configs_of_runs,
     nodes_of,
     notes,
     read,
@@ -62,8 +63,9 @@ def test_a_new_preset_and_a_new_widget_reach_every_graph(path, schemas, tmp_path
             assert node == old
     if path != TINY:
         assert "skips 66 %" in notes(after) or "keeps the first 50 % of the steps" in notes(after)
-        for sigmas, progress in runs(after):
-            described = plan(sigmas, progress, sparser).describe().removeprefix("steps ")
+        for found, (sigmas, progress) in zip(configs_of_runs(after), runs(after), strict=True):
+            assert found.warmup == sparser.warmup
+            described = plan(sigmas, progress, found).describe().removeprefix("steps ")
             assert described in notes(after)
 
 

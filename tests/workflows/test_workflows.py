@@ -39,6 +39,7 @@ LORAS = ("LoraLoader", "LoraLoaderModelOnly")
 AFTER = (
     "ModelSamplingSD3",
     "WanContextWindowsManual",
+    "WanAnimate2Cache",
     "CFGGuider",
     "BasicGuider",
     "BasicScheduler",

@@ -65,7 +65,12 @@ def causal(model, latent_shape, inputs) -> TokenLayout | str:
 
 
 def animate_2(model, latent_shape, inputs) -> TokenLayout | str:
-    """Animate 2: video, unless a pose branch runs beside it."""
+    """Animate 2: video, unless a pose branch runs beside it.
+
+    ComfyUI then calls attention once for every frame: its queries, with the keys of the whole video
+    and those of one frame of poses. A block mask here is of queries and keys in one order of blocks,
+    so these calls run in full.
+    """
     if inputs.get("pose_latents") is not None:
         return POSE_KEYS
     return layout(model, latent_shape, inputs)
