@@ -30,6 +30,7 @@ from models import MODELS  # noqa: E402
 from run_lab import latent_size  # noqa: E402
 
 from sparse_attn.config import PRESETS  # noqa: E402
+from sparse_attn.forecast import forecaster, polynomial  # noqa: E402
 from sparse_attn.forecast.plan import LEVELS, Level  # noqa: E402
 from sparse_attn.video_metrics import mean_squared_error, psnr  # noqa: E402
 from tests.bench.record import facts  # noqa: E402
@@ -44,9 +45,65 @@ def forecast(level: Level):
     def install(model):
         from sparse_attn.host.forecast import install
 
+        forecaster.extrapolate = polynomial.extrapolate
         return install(model, level)
 
     return install
+
+
+class Remembers:
+    """Forecasts from all predictions of a run, in place of the polynomial through the last ones.
+
+    `of(sigmas, predictions, at)` has them oldest first, float32, and at least two.
+    """
+
+    def __init__(self, of, in_row: int):
+        self.of, self.in_row = of, in_row
+
+    def __call__(self, model):
+        from sparse_attn.host.forecast import install
+
+        known: dict[float, torch.Tensor] = {}
+
+        def extrapolate(points, at):
+            # another run has begun
+            if known and points[-1][0] > min(known):
+                known.clear()
+            known.update((sigma, prediction.float()) for sigma, prediction in points)
+            sigmas = sorted(known, reverse=True)
+            found = self.of(sigmas, [known[sigma] for sigma in sigmas], at)
+            return found.to(points[0][1].dtype)
+
+        forecaster.extrapolate = extrapolate
+        return install(model, Level(1, self.in_row, NEVER))
+
+
+def chebyshev(sigmas, predictions, at, degree=4, ridge=0.1):
+    """Chebyshev polynomials in sigma, fitted to all predictions by ridge regression.
+
+    After Spectrum (arXiv 2603.01623). Sigma is mapped to [-1, 1]; flow models begin at 1 and end at 0.
+    """
+    x = torch.tensor([*sigmas, at], dtype=torch.float64) * 2 - 1
+    terms = [torch.ones_like(x), x]
+    while len(terms) <= degree:
+        terms.append(2 * x * terms[-1] - terms[-2])
+    basis = torch.stack(terms, 1)
+    known, here = basis[:-1], basis[-1]
+    normal = known.T @ known + ridge * torch.eye(degree + 1, dtype=x.dtype)
+    weights = here @ torch.linalg.solve(normal, known.T)
+    return sum(float(w) * p for w, p in zip(weights, predictions, strict=True))
+
+
+def damped(sigmas, predictions, at):
+    """The line through the last two, its slope in each channel times how far the one before held."""
+    (*_, a, b), (*_, first, second) = sigmas, predictions
+    slope = (second - first) / (b - a)
+    if len(sigmas) > 2:
+        before = (first - predictions[-3]) / (a - sigmas[-3])
+        axes = tuple(range(2, slope.ndim))
+        held = (slope * before).sum(axes, keepdim=True) / (before**2).sum(axes, keepdim=True)
+        slope = slope * held.clamp(0, 1)
+    return second + slope * (at - b)
 
 
 def cache(node: str, threshold: float):
@@ -71,6 +128,8 @@ def contestants(steps: int) -> dict[str, tuple]:
     for in_row, name in ((1, "every other"), (2, "two of three"), (3, "three of four")):
         for degree, shape in enumerate(NAMES):
             found[f"{name}, {shape}"] = forecast(Level(degree, in_row, NEVER)), steps
+        for shape, of in (("Chebyshev", chebyshev), ("damped by channel", damped)):
+            found[f"{name}, {shape}"] = Remembers(of, in_row), steps
     return found
 
 
