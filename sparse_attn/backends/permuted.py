@@ -69,6 +69,13 @@ def permuted(
     return Permuted(q, k, v, key_bias, Pooled(k_mean, v_mean, sizes))
 
 
+def put_in_raster(out: torch.Tensor, arranged: torch.Tensor, order: torch.Tensor) -> None:
+    """Put the tokens of `arranged` [B, H, L, ...] into `out`, where `order` [B, H, L] has them from."""
+    for b, heads in enumerate(order):
+        for h, places in enumerate(heads):
+            out[b, h].index_copy_(0, places.long(), arranged[b, h])
+
+
 def block_sizes(tokens: int, device=None) -> torch.Tensor:
     """Tokens of every block, [N] float32."""
     return (tokens - torch.arange(0, tokens, BLOCK, device=device)).clamp(max=BLOCK).float()

@@ -278,8 +278,9 @@ class ModelCall(Uncopied):
             return known
         calls = self.family.num_calls(self.model)
         sparse_calls = calls - len(self.dense_layers)
-        work = Workload(self.layout, calls, sparse_calls, batch, call.q.shape[1])
-        return self.run.estimate(call, work, windows=self.place is not None)
+        heads, windows = call.q.shape[1], self.place is not None
+        work = Workload(self.layout, calls, sparse_calls, batch, heads, windows)
+        return self.run.estimate(call, work)
 
     def _by_conditioning(
         self, call: Call, host: HostCall, layer: Layer, options: dict

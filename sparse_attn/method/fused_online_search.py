@@ -10,9 +10,9 @@ from collections.abc import Callable
 import torch
 
 from ..backends.choice import Backend
+from ..backends.permuted import put_in_raster
 from ..call import Call, empty_output
 from ..config import AdaSpaConfig
-from ..orders.position import put_in_raster
 from .lse_cached_search import lse_cached_search
 from .mask_search import Found, Masses, search_mask
 

@@ -38,13 +38,6 @@ def serpentine_order(layout: TokenLayout, device: torch.device) -> torch.Tensor:
     return torch.cat([video, before, after]).to(device, torch.int32)
 
 
-def put_in_raster(out: torch.Tensor, arranged: torch.Tensor, order: torch.Tensor) -> None:
-    """Put the tokens of `arranged` [B, H, L, ...] into `out`, where `order` [B, H, L] has them from."""
-    for b, heads in enumerate(order):
-        for h, places in enumerate(heads):
-            out[b, h].index_copy_(0, places.long(), arranged[b, h])
-
-
 def is_shared(order: torch.Tensor) -> bool:
     """Whether the heads of `order` [B, H, L] share the memory of one, so that it costs nothing."""
     return order.untyped_storage().nbytes() < order.nbytes

@@ -4,7 +4,8 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from ..call import LayerName
+from ..call import Call, LayerName
+from ..config import AdaSpaConfig
 from ..token_layout import TokenLayout
 
 
@@ -72,17 +73,10 @@ class CarriedPattern:
         return replace(self, source=source)
 
     def find(
-        self,
-        name: LayerName | None,
-        *,
-        family: str,
-        layout: TokenLayout,
-        block_size: str,
-        batch: int,
-        heads: int,
-        pooled: bool = False,
+        self, call: Call, family: str, config: AdaSpaConfig
     ) -> tuple[CarriedLayer | None, str]:
-        """Return the mask of a layer, or None and the reason that it does not fit."""
+        """Return the mask of a call's layer, or None and the reason that it does not fit."""
+        layout, block_size = call.layout, config.block_size
         if family != self.family:
             return None, f"the pattern is of {self.family}, and this model is {family}"
         if layout != self.layout:
@@ -93,15 +87,16 @@ class CarriedPattern:
             return None, (
                 f"the pattern has blocks of {self.block_size}, and `block_size` is {block_size}"
             )
-        if pooled != self.pooled:
-            wanted = "pooled" if pooled else "none"
+        if config.pooled != self.pooled:
+            wanted = "pooled" if config.pooled else "none"
             return None, f"the pattern was found with `tail` {self.tail}, and this run has {wanted}"
-        if name is None:
+        if call.name is None:
             return None, "parts of a video and passes that skip blocks do not share patterns"
-        layer = self.layers.get(name)
+        layer = self.layers.get(call.name)
         if layer is None:
             return None, "the pattern does not know the layer or the prompt"
-        if tuple(layer.bits.shape[:2]) != (batch, heads):
+        batch, heads = call.q.shape[:2]
+        if layer.bits.shape[:2] != (batch, heads):
             return None, (
                 f"the pattern is for {layer.bits.shape[0]} video(s) and {layer.bits.shape[1]} "
                 f"heads, and this run has {batch} and {heads}"

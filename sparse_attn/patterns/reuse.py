@@ -49,15 +49,7 @@ def fitting_mask(
         The mask, or the reason why there is none.
     """
     q = call.q
-    layer, reason = pattern.find(
-        call.name,
-        family=family,
-        layout=call.layout,
-        block_size=config.block_size,
-        pooled=config.pooled,
-        batch=len(q),
-        heads=q.shape[1],
-    )
+    layer, reason = pattern.find(call, family, config)
     if layer is None:
         return reason
     if (

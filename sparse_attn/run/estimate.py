@@ -26,6 +26,7 @@ class Workload:
     Args:
         calls: all of them. sparse_calls: without those of layers that the user wants dense.
         batch: videos. heads: per layer.
+        windows: whether this is the call of one of several windows of the video.
     """
 
     layout: TokenLayout
@@ -33,6 +34,7 @@ class Workload:
     sparse_calls: int
     batch: int
     heads: int
+    windows: bool = False
 
 
 @dataclass(frozen=True)
@@ -80,15 +82,18 @@ class Estimate:
 
 
 def estimate(
-    work: Workload, schedule: Schedule, config: AdaSpaConfig, *,
-    one_pass: bool, carried: bool = False, windows: bool = False,
-) -> Estimate:  # fmt: skip
+    work: Workload,
+    schedule: Schedule,
+    config: AdaSpaConfig,
+    *,
+    one_pass: bool,
+    carried: bool = False,
+) -> Estimate:
     """Count the blocks of a run, and the bytes it will hold, before it starts.
 
     Args:
         one_pass: whether the backend searches in one pass and so keeps the LSE of a dense step.
         carried: whether the run begins with the pattern of another one.
-        windows: whether the run samples in context windows; `work` is that of one.
     """
     density = kept_share(work.layout, config)
     spent, found, search = 0.0, carried, SEARCH_WORK / config.search_stride
@@ -113,7 +118,7 @@ def estimate(
         0.0 if config.recall else skipped,
         cache_size(work, schedule, config, one_pass, carried).total,
         config.recall,
-        windows,
+        work.windows,
     )
 
 

@@ -123,12 +123,8 @@ class RunState:
 
     # ---- its plan and its steps
 
-    def estimate(self, call: Call, work: Workload, windows: bool) -> Estimate:
-        """What the run will do and hold, remembered in `estimates` by the number of videos.
-
-        Args:
-            windows: whether the run samples in context windows; `work` is that of one.
-        """
+    def estimate(self, call: Call, work: Workload) -> Estimate:
+        """What the run will do and hold, remembered in `estimates` by the number of videos."""
         self._begin_dense(call)
         backend, _ = self.backends.of(call.q, call.k, call.v)
         found = self.estimates[work.batch] = estimate(
@@ -137,7 +133,6 @@ class RunState:
             self.config,
             one_pass=backend is not None and backend.one_pass_search,
             carried=self.carried is not None and self.carried.layout == work.layout,
-            windows=windows,
         )
         return found
 

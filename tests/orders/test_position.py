@@ -1,8 +1,9 @@
 import pytest
 import torch
 
+from sparse_attn.backends.permuted import put_in_raster
 from sparse_attn.backends.reference import in_order
-from sparse_attn.orders.position import is_shared, put_in_raster, serpentine_order, video_first
+from sparse_attn.orders.position import is_shared, serpentine_order, video_first
 from sparse_attn.token_layout import TokenLayout
 
 CPU = torch.device("cpu")

@@ -1,7 +1,10 @@
 """Whether a pattern has a mask for a layer, and why not."""
 
 import pytest
+import torch
 
+from sparse_attn.call import Call
+from sparse_attn.config import AdaSpaConfig
 from sparse_attn.token_layout import TokenLayout
 from tests.patterns.example_pattern import FAMILY, LAYOUT, NAME, a_pattern
 
@@ -17,13 +20,18 @@ from tests.patterns.example_pattern import FAMILY, LAYOUT, NAME, a_pattern
         ({"name": NAME._replace(role="negative")}, "does not know the layer or the prompt"),
         ({"name": None}, "do not share patterns"),
         ({"batch": 2}, "this run has 2 and 3"),
+        ({"tail": "pooled"}, "found with `tail` none, and this run has pooled"),
         ({"heads": 4}, "this run has 1 and 4"),
     ],
 )
 def test_a_mask_is_found_where_everything_fits(change, words):
     fits = {
         "name": NAME, "family": FAMILY, "layout": LAYOUT, "block_size": "64", "batch": 1,
-        "heads": 3,
+        "heads": 3, "tail": "none",
     }  # fmt: skip
-    layer, reason = a_pattern().find(**{**fits, **change})
+    fits |= change
+    q = torch.empty(fits["batch"], fits["heads"], 1, 1)
+    call = Call(q, q, q, 1.0, fits["layout"], step=0, dense=lambda: q, name=fits["name"])
+    config = AdaSpaConfig(block_size=fits["block_size"], tail=fits["tail"])
+    layer, reason = a_pattern().find(call, fits["family"], config)
     assert (layer is None) == bool(words) and words in reason and (words or not reason)

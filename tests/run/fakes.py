@@ -141,7 +141,7 @@ class Run:
         """Say what `layers` layers like that of `qkv` will hold, as the host does beforehand."""
         call = call_of(qkv or tensors(), layout=self.layout)
         work = Workload(self.layout, layers, layers, len(call.q), call.q.shape[1])
-        return self.state.estimate(call, work, windows=False)
+        return self.state.estimate(call, work)
 
     def attends(self, step, qkv=None):
         """Whether a call of a step is one for `attend`, and not plainly dense."""

@@ -28,8 +28,8 @@ def settings(**fields):
 def of(kinds, layout=WAN_720P, one_pass=True, carried=False, windows=False, sparse=40, **config):
     """Of a model of 40 layers of 40 heads."""
     return estimate(
-        Workload(layout, 40, sparse, 1, 40), schedule(kinds), settings(**config),
-        one_pass=one_pass, carried=carried, windows=windows,
+        Workload(layout, 40, sparse, 1, 40, windows), schedule(kinds), settings(**config),
+        one_pass=one_pass, carried=carried,
     )  # fmt: skip
 
 

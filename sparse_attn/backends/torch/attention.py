@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from ...block_mask import BlockMask
-from ..permuted import BLOCK, Pooled
+from ..permuted import BLOCK, Pooled, put_in_raster
 from .threads import each_alone
 from .unpack_mask import unpack_mask
 
@@ -52,7 +52,10 @@ def attention(
     """
     if mask is None:
         out, lse = dense_attention(q, k, v, scale=scale, key_bias=key_bias)
-        return (out if order is None else _reordered(out, order)), lse
+        if order is not None:
+            arranged, out = out, torch.empty_like(out)
+            put_in_raster(out, arranged, order)
+        return out, lse
     B, H, Lq, _ = q.shape
     out = _empty_output(q, v)
     attend = _attend_rows if q.device.type == "cpu" else _attend_batches
@@ -109,15 +112,6 @@ def _dense_by_products(q, k, v, scale, key_bias):
                 lse[b, h, rows] = logits.logsumexp(-1)
                 out[b, h, rows] = logits.softmax(-1) @ values
     return out, lse
-
-
-def _reordered(out, order):
-    """`out` [B, H, L, D] with every row at the place of its token."""
-    moved = torch.empty_like(out)
-    for b, heads in enumerate(order):
-        for h, places in enumerate(heads):
-            moved[b, h].index_copy_(0, places.long(), out[b, h])
-    return moved
 
 
 @dataclass(frozen=True)
