@@ -58,7 +58,7 @@ def compare(layout, q, k, v, density: float, reference) -> dict:
     heads = [[x[:, h : h + 1].transpose(1, 2) for x in (q, k, v)] for h in range(q.shape[1])]
     theirs = torch.cat([reference(*one, tau=tau, scale=scale) for one in heads], 2).transpose(1, 2)
     rival = rivals.Rival(SOL.but(SOL.name, density=density), layout, 0)
-    keep = rival.choose(0, q, k)
+    keep = rival.choose(0, q, k, v)
     ours = rivals.attention(q, k, v, keep, SOL.tail)
 
     def error(x):

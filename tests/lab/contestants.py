@@ -31,6 +31,12 @@ OP = [
     Rule("Sol-Attn's own op, threshold", score="sol op"),
     Rule("Sol-Attn's own op, top-k", score="sol op top-k"),
 ]
+TAIL_ERROR = [
+    Rule("exact masses, model's order, tail, one search", score="exact mass", tail="pooled")
+]
+TAIL_ERROR.append(
+    TAIL_ERROR[0].but("tail error, model's order, tail, one search", score="tail error")
+)
 # what the seconds of a run buy most: dense steps at the start, blocks, or a second search. Searches
 # measure one query row of four
 NOW = EARLIER.but("1 dense step, then a search", warmup=0.05, query_stride=4)
@@ -68,6 +74,16 @@ FRONT_20 = front(
     20, (2, 0.2, 1), (1, 0.1, 1), (2, 0.1, 1), (3, 0.1, 1), (4, 0.1, 1), (3, 0.15, 1), (4, 0.3, 1),
     (3, 0.2, 1), (4, 0.2, 1), (2, 0.15, 1), (5, 0.1, 1),
 )  # fmt: skip
+FRONT_50 = front(50, (1, 0.2, 1), (2, 0.2, 1), (5, 0.2, 1), (10, 0.2, 1), (15, 0.2, 1))
+FIRST_STEP = [
+    NOW,
+    NOW.but("1 step at density 0.5, then a search", first_density=0.5),
+    NOW.but("no dense step, then a search", warmup=0.0),
+]
+BEHIND = [
+    TWO.but("similarity, 20 % dense", warmup=0.2),
+    EARLIER.but("similarity, 20 % dense, second search at 0.45", warmup=0.2),
+]
 EIGHT = [
     PAPER,
     SOL,
@@ -105,8 +121,7 @@ QUESTIONS = {
         TWO.but("similarity, search in the very first step", warmup=0.0),
         TWO.but("similarity, 5 % dense", warmup=0.05),
         TWO.but("similarity, 15 % dense", warmup=0.15),
-        TWO.but("similarity, 20 % dense", warmup=0.2),
-        EARLIER.but("similarity, 20 % dense, second search at 0.45", warmup=0.2),
+        *BEHIND,
         TWO.but("similarity, 30 % dense", warmup=0.3),
     ],
     "blocks": [TWO, WIDE],
@@ -119,7 +134,11 @@ GROUPS = {
     "eight": EIGHT, "eight first": EIGHT_FIRST, "one": [ONE], "low": [TWO, THREE, PAPER, SOL],
     "long": [PAPER, TWO, THREE, SOL], "earlier": [EARLIER], "lead": [PAPER, EARLIER], "sol": [SOL],
     "front 4": FRONT_4, "front 6": FRONT_6, "front 8": FRONT_8, "front 20": FRONT_20,
-    "as timed": [AS_TIMED],
+    "front 50": FRONT_50,
+    "first step": FIRST_STEP,
+    "tail error": TAIL_ERROR,
+    "behind 20 %": BEHIND, "fifty": [PAPER, EARLIER, TWO, SOL],
+    "as timed": [AS_TIMED, of_preset("Balanced").but("Balanced, INT8", precision="int8")],
     "presets": [of_preset(name) for name in ("Quality", "Balanced", "Fast", "Paper")],
     **QUESTIONS,
 }  # fmt: skip

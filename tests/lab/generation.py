@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import check_model
+import first_step
 import models
 import procedural_video as video
 import sol_op
@@ -74,7 +75,7 @@ class Subject:
     def run(self, rule: Rule, schedule: str) -> Run:
         steps, first = first_search(rule, schedule)
         if rule.score == "mass":
-            return self._pack(rule.config(schedule), steps)
+            return self._pack(rule.config(schedule), steps, rule.first_density)
         if rule.score in OP_SCORES:
             rival = sol_op.Op(rule, first)
         else:
@@ -82,11 +83,12 @@ class Subject:
         found = self.sample(self.model, steps, models.override(self.spec, rival.attend))
         return Run(found, rival.density())
 
-    def _pack(self, config, steps: int) -> Run:
+    def _pack(self, config, steps: int, first_density: float = 0.0) -> Run:
         from sparse_attn.host.install import install
 
         patched, handle = install(self.model, config)
-        found = self.sample(patched, steps)
+        with first_step.at_density(first_density):
+            found = self.sample(patched, steps)
         told = handle.latest()
         patterns = {layer: pattern for (layer, _), pattern in sorted(told.patterns.items())}
         if len(patterns) != self.spec.layers:

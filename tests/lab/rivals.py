@@ -6,6 +6,7 @@ dense steps; from then on it keeps as many blocks as the pack's even budget, and
     pooled               mean query times mean key, the best of every row, anew at every step
     threshold            the same scores, whatever stands out by a number of standard deviations
     random, radial       blocks by chance; near in space, the nearer the further in time
+    mass, tail error     what a block holds of the attention; what its pseudo key would leave of error
     spatial or temporal  near in time or near in space, whichever holds more of a head's attention
 """
 
@@ -15,7 +16,8 @@ from check_model import block_masses
 from rule import Rule
 
 EVERY_STEP = ("pooled", "threshold")
-SCORES = (*EVERY_STEP, "random", "radial", "spatial or temporal")
+EXACT = ("exact mass", "tail error")
+SCORES = (*EVERY_STEP, *EXACT, "random", "radial", "spatial or temporal")
 BLOCK = 64
 CHUNK_BYTES = 3 << 29
 
@@ -98,6 +100,35 @@ def attention(q, k, v, keep, tail: str):
     return out
 
 
+def tail_errors(q, k, v):
+    """[B, H, N, N]: by how much outputs change where a block's pseudo key stands for the block.
+
+    To first order in that one change: with weights p of the block's keys and p' of its pseudo key, the
+    length of sum(p * (v - out)) - p' * (mean v - out), summed over the block's queries.
+    """
+    scale, length, n = q.shape[-1] ** -0.5, q.shape[2], sizes(q.shape[2], device=q.device)
+    key_means, value_means, values = means(k), means(v), blocks_of(v.float())
+    found = torch.empty(*q.shape[:2], len(n), len(n), device=q.device)
+    step = max(1, row_chunks(q, k.shape[2] + len(n) * v.shape[-1])[0].stop // BLOCK // q.shape[0])
+    for batch in range(q.shape[0]):
+        for first in range(0, len(n), step):
+            rows = q[batch, :, first * BLOCK : (first + step) * BLOCK].float()
+            logits = rows @ k[batch].float().mT * scale
+            lse = logits.logsumexp(-1, keepdim=True)
+            weights = F.pad((logits - lse).exp(), (0, len(n) * BLOCK - length)).unflatten(
+                -1, (-1, BLOCK)
+            )
+            moved = torch.einsum("hrnb,hnbd->hrnd", weights, values[batch])
+            out = moved.sum(2, keepdim=True)
+            pseudo = (rows @ key_means[batch].mT * scale + n.log() - lse).exp()[..., None]
+            mass = weights.sum(-1)[..., None]
+            error = moved - mass * out - pseudo * (value_means[batch][:, None] - out)
+            error = F.pad(error.norm(dim=-1), (0, 0, 0, -rows.shape[1] % BLOCK))
+            summed = error.unflatten(1, (-1, BLOCK)).sum(2)
+            found[batch, :, first : first + summed.shape[1]] = summed
+    return found
+
+
 class Rival:
     """`attend` of one rule in one generation, for `models.override`.
 
@@ -121,13 +152,13 @@ class Rival:
         step = self.steps[layer] = self.steps.get(layer, -1) + 1
         every = self.rule.score in EVERY_STEP
         if step > self.first if every else step == self.first:
-            self.masks[layer] = self.choose(layer, q, k)
+            self.masks[layer] = self.choose(layer, q, k, v)
         if step <= self.first:
             return None
         self.densities.append(self.masks[layer].float().mean())
         return attention(q, k, v, self.masks[layer], self.rule.tail)
 
-    def choose(self, layer: int, q, k) -> torch.Tensor:
+    def choose(self, layer: int, q, k, v) -> torch.Tensor:
         """[B, H, N, N] bool; rows and columns with text keep everything."""
         sinks = self.sinks.to(q.device)
         number = len(sinks)
@@ -135,7 +166,7 @@ class Rival:
         if self.rule.score in EVERY_STEP:
             scores = means(q) @ means(k).mT * q.shape[-1] ** -0.5
         else:
-            scores = self.static(layer, q, k, budget)
+            scores = self.static(layer, q, k, v, budget)
         if self.rule.score == "threshold":
             spread = scores.std(-1, keepdim=True).clamp(min=1e-6)
             scores = (scores - scores.mean(-1, keepdim=True)) / spread
@@ -145,10 +176,12 @@ class Rival:
             keep = best_in_rows(scores, budget, sinks)
         return keep | sinks[:, None]
 
-    def static(self, layer: int, q, k, budget: int) -> torch.Tensor:
+    def static(self, layer: int, q, k, v, budget: int) -> torch.Tensor:
         """[B, H, N, N] scores of rules that do not look at every query and key."""
         sinks, spots = self.sinks.to(q.device), self.spots.to(q.device)
         shape = (*q.shape[:2], len(spots), len(spots))
+        if self.rule.score in EXACT:
+            return tail_errors(q, k, v) if self.rule.score == "tail error" else block_masses(q, k)
         if self.rule.score == "random":
             generator = torch.Generator(q.device).manual_seed(layer)
             return torch.rand(shape, device=q.device, generator=generator)

@@ -24,6 +24,7 @@ class Rule:
             order with a tail and none without.
         head_adaptive, precision, search_gap, query_stride: as in `AdaSpaConfig`.
         again: shares of the schedule at which the pack searches again.
+        first_density: of the very first step, which would be dense, by `first_step.py`; 0 leaves it dense.
         warmup: share of the steps before the first search, None for the schedule's own; of a preset
             as its user sets it, by which the pack decides on few steps.
     """
@@ -41,6 +42,7 @@ class Rule:
     warmup: float | None = None
     search_gap: int = 0
     query_stride: int = 1
+    first_density: float = 0.0
 
     def but(self, name: str, **changes) -> "Rule":
         return replace(self, name=name, **changes)

@@ -1,5 +1,6 @@
 """The lab's rules at sizes a CPU does at once, the pack's through its own installation."""
 
+import math
 import sys
 from argparse import Namespace
 from pathlib import Path
@@ -73,30 +74,50 @@ def test_tail_joins_the_softmax_as_one_pseudo_key_per_block(qkv):
 @pytest.mark.parametrize("score", rivals.SCORES)
 def test_rivals_keep_equally_many_blocks_and_all_text(qkv, score):
     rival = rivals.Rival(Rule("r", density=0.4, score=score), LAYOUT, 0)
-    keep, text = rival.choose(0, *qkv[:2]), rivals.text_blocks(LAYOUT)
+    keep, text = rival.choose(0, *qkv), rivals.text_blocks(LAYOUT)
     assert text.nonzero().flatten().tolist() == [0]
     assert keep[:, :, ~text].sum((1, 2, 3)).tolist() == [3 * 12 * 5] * 2
     assert keep[:, :, text].all() and keep[..., text].all()
 
 
 def test_a_threshold_gives_rows_that_stand_out_more(qkv):
-    q, k, _ = (x.clone() for x in qkv)
+    q, k, v = (x.clone() for x in qkv)
     q[:, :, 256:320] = 0  # a row of blocks without a preference
     rival = rivals.Rival(Rule("r", density=0.4, score="threshold"), LAYOUT, 0)
-    rows = rival.choose(0, q, k).sum(-1)
+    rows = rival.choose(0, q, k, v).sum(-1)
     assert (rows[:, :, 4] == 2).all() and rows[:, :, 1:].unique().numel() > 2
+
+
+def test_a_tail_error_is_what_a_pseudo_key_does_to_the_output(qkv):
+    q, k, v = qkv
+    dense = F.scaled_dot_product_attention(q, k, v)
+    found = rivals.tail_errors(q, k, v)
+    for block in (3, 12):  # one of them is not full
+        keep = torch.ones(2, 3, 13, 13, dtype=torch.bool)
+        keep[..., block] = False
+        moved = (rivals.attention(q, k, v, keep, "pooled") - dense).norm(dim=-1)
+        # the first order takes the weights' sum, which the pseudo key changes, to stay 1
+        place = slice(64 * block, 64 * (block + 1))
+        weights = (q @ k.mT / 4).softmax(-1)[..., place].sum(-1)
+        lse = (q @ k.mT / 4).logsumexp(-1)
+        size = k[:, :, place].shape[2]
+        pseudo = (q @ k[:, :, place].mean(2)[..., None] / 4)[..., 0] + math.log(size) - lse
+        moved = F.pad(moved * (1 - weights + pseudo.exp()), (0, 13 * 64 - LAYOUT.tokens))
+        torch.testing.assert_close(
+            found[..., block], moved.unflatten(-1, (-1, 64)).sum(-1), atol=1e-3, rtol=1e-3
+        )
 
 
 def test_radial_reaches_less_far_the_further_in_time():
     layout = TokenLayout(0, 8, 8, 8)  # a block is a frame
     rival = rivals.Rival(Rule("r", density=0.4, score="radial"), layout, 0)
     q = torch.zeros(1, 1, layout.tokens, 4)
-    scores = rival.static(0, q, q, 3)[0, 0]
+    scores = rival.static(0, q, q, q, 3)[0, 0]
     assert (scores[0].diff() < 0).all(), "frames at the same place: the nearer the better"
     wide = TokenLayout(0, 8, 16, 8)  # half a frame
     rival = rivals.Rival(Rule("r", density=0.4, score="radial"), wide, 0)
     q = torch.zeros(1, 1, wide.tokens, 4)
-    scores = rival.static(0, q, q, 3)[0, 0]
+    scores = rival.static(0, q, q, q, 3)[0, 0]
     other_half = scores[0, 1::2]
     assert other_half[0] > other_half[2] > other_half[4]
     assert scores[0, 14] > other_half[0], "the same place at any time before another place"
@@ -108,7 +129,7 @@ def test_every_head_is_spatial_or_temporal_by_what_it_looks_at():
     kinds = torch.stack([place // 2, place % 2])  # frames, halves
     q = 20.0 * F.one_hot(kinds, 8).float()[None]
     rival = rivals.Rival(Rule("r", density=0.5, score="spatial or temporal"), layout, 0)
-    keep = rival.choose(0, q, q)[0]
+    keep = rival.choose(0, q, q, q)[0]
     same = [(kind[::64, None] == kind[None, ::64]) for kind in kinds]
     assert keep[0][same[0]].all() and keep[1][same[1]].all()
     assert not keep[0][same[1]].all()

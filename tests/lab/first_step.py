@@ -1,0 +1,37 @@
+"""A first step that is sparse where the pack has it dense, to see whether it could stand for one."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+
+
+@contextmanager
+def at_density(density: float) -> Iterator[None]:
+    """The pack's very first step keeps a share of the blocks, the best by exact masses; 0 changes nothing.
+
+    That is the most such a step could give: the masses and the LSE that a later search begins with come
+    from dense attention, which the step would save.
+    """
+    from sparse_attn.method.fused_online_search import fused_online_search
+    from sparse_attn.method.sparse_step import sparse_step
+    from sparse_attn.run.serving import Serving
+    from sparse_attn.schedule import StepKind
+
+    usual = Serving._serve
+
+    def serve(self, call, layer):
+        if call.step or self.schedule.kind(call.step) is not StepKind.DENSE:
+            return usual(self, call, layer)
+        config = replace(self.config, sparsity=1 - density)
+        if config.pooled:
+            call = replace(call, by_position=self._by_position(call))
+        found = fused_online_search(layer.backend, call, config, None, self.dense.exact)
+        self._keep_lse(layer, found.lse)
+        return sparse_step(layer.backend, call, config, found.mask, found.order, False)[0]
+
+    if density:
+        Serving._serve = serve
+    try:
+        yield
+    finally:
+        Serving._serve = usual
