@@ -4,110 +4,33 @@ import pytest
 import torch
 from close import assert_same_choice, assert_within, mass_rounding, rounding
 
-from sparse_attn import block_mask
 from sparse_attn.backends import reference
-from sparse_attn.block_mask import BlockMask, recall
-from sparse_attn.call import LayerName
-from sparse_attn.config import TOKEN_ORDERS
-from sparse_attn.orders.packed import same_blocks
-from sparse_attn.orders.position import serpentine_order, video_first
-from sparse_attn.patterns.file import load, save
-from sparse_attn.patterns.reuse import ONE_ORDER
-from sparse_attn.run import packed_lse
+from sparse_attn.block_mask import recall
 from sparse_attn.run.serving import NOT_A_NUMBER, SPARSE_OUT_OF_MEMORY
 from sparse_attn.token_layout import TokenLayout
 from tests.method import truth
 from tests.method.chosen import chosen
 from tests.run.fakes import (
     SCALE,
-    Backend,
-    Run,
     exact_masses,
     host_attention,
     no_memory,
 )
+from tests.run.tail_run import (
+    BOTH_ORDERS,
+    LAYOUT,
+    PERMUTED,
+    H,
+    TailRun,
+    dense,
+    in_order,
+    padded,
+    tail_error,
+    tensors,
+    with_tail,
+)
 
 # grids that rods of 4 x 4 do not divide, text on both sides, a last block that is not full
-LAYOUT = TokenLayout(30, 5, 6, 21, 40)
-H, D = 2, 16
-PERMUTED = video_first(LAYOUT)
-NAME = LayerName("positive", "double", 0, 0)
-BOTH_ORDERS = pytest.mark.parametrize("token_order", TOKEN_ORDERS)
-
-
-class TailRun(Run):
-    """A run with a pooled tail whose only layer has one key."""
-
-    def __init__(self, kinds, one_pass=False, layout=LAYOUT, carried=None, **config):
-        fields = {"tail": "pooled", "token_order": "position", **config}
-        super().__init__(kinds, Backend(one_pass), layout=layout, carried=carried, **fields)
-        self.statistics.model = "Wan"
-
-    def attend(self, step, qkv, **more):
-        out, did = super().attend(step, qkv, **more)
-        return out, [what for what in did if what != "host"]
-
-    @property
-    def keep(self):
-        return self.pattern().mask.to_dense()
-
-    @property
-    def order(self):
-        return self.state.layers.fetch(self.layer(), torch.device("cpu"))[1]
-
-
-def tensors(seed=0, batch=1, layout=LAYOUT, dtype=torch.float32):
-    """Neighbours in the video are alike; [B, H, L, D] over the host's [B, L, H, D]."""
-    generator = torch.Generator().manual_seed(seed)
-    L = layout.tokens
-    smooth = torch.randn(batch, 8, H, D, generator=generator)
-    smooth = smooth.repeat_interleave(-(-L // 8), 1)[:, :L]
-    found = []
-    for share in (1.0, 1.0, 0.0):
-        x = share * smooth + torch.randn(batch, L, H, D, generator=generator)
-        found.append(x.to(dtype).transpose(1, 2))
-    return found
-
-
-def dense(q, k, v, key_bias=None):
-    bias = None if key_bias is None else key_bias.double()
-    inputs = (x.double() for x in (q, k, v))
-    return reference.attention(*inputs, scale=SCALE, key_bias=bias)[0]
-
-
-def with_tail(q, k, v, mask, order, key_bias=None):
-    bias = None if key_bias is None else key_bias.double()
-    moved = reference.permute(q.double(), k.double(), v.double(), order, bias)
-    return reference.attention(
-        moved.q, moved.k, moved.v, scale=SCALE, key_bias=moved.key_bias, mask=mask,
-        pooled=moved.pooled, order=order,
-    )[0]  # fmt: skip
-
-
-def tail_error(q, k, v):
-    """Of every block pair, of tokens in the mask's order, in float64."""
-    q, k, v = (x.double() for x in (q, k, v))
-    lse = reference.scaled_logits(q, k, SCALE).logsumexp(-1)
-    order = torch.arange(k.shape[2]).expand(k.shape[:3])
-    pooled = reference.permute(None, k, v, order).pooled
-    masses = reference.block_masses(q, k, lse, block_q=64, block_k=64, scale=SCALE)
-    pooled_masses = reference.pooled_masses(
-        q, pooled.k_mean, pooled.log_sizes, lse, block_q=64, scale=SCALE
-    )
-    return reference.tail_error(masses, pooled_masses, v, pooled.v_mean)
-
-
-def padded(batch=1):
-    """A bias that hides the last tokens of the text behind the video, and weighs one before it."""
-    bias = torch.zeros(batch, LAYOUT.tokens)
-    bias[:, -25:] = -1e30
-    bias[:, 3] = 1.5
-    return bias
-
-
-def in_order(run, *tensors):
-    return [reference.in_order(x, run.order) for x in tensors]
-
 
 SEQUENCES = [
     ("Sss", False, [["dense", "permute", "masses", "pooled masses"],
@@ -212,116 +135,6 @@ def test_text_reads_everything_and_is_read_whole():
     assert keep[..., first:].all() and keep[..., first:, :].all() and not keep.all()
 
 
-@pytest.mark.parametrize("one_pass", [False, True], ids=["two passes", "one pass"])
-@BOTH_ORDERS
-def test_a_later_search_finds_the_new_pattern_with_the_old_lse(one_pass, token_order):
-    run, later = TailRun("DSsSs", one_pass=one_pass, token_order=token_order), tensors(7)
-    for step in range(3):
-        if step or one_pass:
-            run.attend(step, tensors(step))
-    old, old_order = run.keep, run.order
-    assert run.layer().lse is not None
-    run.attend(3, later)
-    new = run.keep
-    assert not torch.equal(new, old) and run.layer().lse is None
-    q, k, v = (x.double() for x in in_order(run, *later))
-    scores = tail_error(q, k, v)
-    best, _ = chosen(scores.float(), PERMUTED, run.state.config)
-    spared = (scores * new).sum() / (scores * best).sum()
-    assert spared > 0.95, "close to the choice with today's LSE"
-    if token_order == "position":
-        assert (scores * old).sum() < (scores * new).sum() and torch.equal(old_order, run.order)
-        return
-    assert not torch.equal(old_order, run.order), "an order of today's tokens"
-    truth = dense(*later)
-    left = [
-        (with_tail(*later, BlockMask.from_dense(keep, block_q=64, block_k=64), order) - truth)
-        .square()
-        .mean()
-        for keep, order in ((new, run.order), (old, old_order))
-    ]
-    assert left[0] < left[1]
-
-
-@BOTH_ORDERS
-def test_a_kept_lse_is_in_the_order_of_the_tokens(token_order):
-    run = TailRun("DSsSs", one_pass=True, token_order=token_order)
-    for step in range(2):
-        q, k, v = tensors(step)
-        run.attend(step, (q, k, v))
-        exact = reference.scaled_logits(q, k, SCALE).logsumexp(-1)
-        found = packed_lse.unpack(run.layer().lse, LAYOUT.tokens)
-        spanned = (exact.amax(-1) - exact.amin(-1)).max().item()
-        assert_within("lse", found, exact.double(), 1e-4 + 1.01 * spanned / 510)
-
-
-def test_a_search_takes_the_heads_that_similarity_serves_better():
-    """Head 0 looks all over the video for its like, head 1 around itself."""
-    generator = torch.Generator().manual_seed(3)
-    L = LAYOUT.tokens
-    kinds = torch.randn(10, D, generator=generator) * 2
-    strewn = torch.randint(10, (L,), generator=generator)
-    q, k, v = tensors(4)
-    q[0, 0] = kinds[strewn] + 0.1 * q[0, 0]
-    k[0, 0] = kinds[strewn] + 0.1 * k[0, 0]
-    run = TailRun("Ss", token_order="similarity")
-    run.attend(0, (q, k, v))
-    in_place = serpentine_order(LAYOUT, torch.device("cpu"))
-    assert not torch.equal(run.order[0, 0], in_place)
-    assert torch.equal(run.order[0, 0, LAYOUT.video :], in_place[LAYOUT.video :])
-    alike = strewn[run.order[0, 0, : LAYOUT.video].long()].split(64)
-    assert sum((x == x.mode().values).float().mean() for x in alike) / len(alike) > 0.6
-    run.state.end_step()
-    statistics = run.statistics
-    (pattern,) = statistics.patterns.values()
-    assert pattern.similar == [float(not torch.equal(x, in_place)) for x in run.order[0]]
-    share = sum(pattern.similar) / 2
-    assert statistics.patterns.similar() == statistics.as_dict()["heads_by_similarity"] == share > 0
-    line = f"Token order: by similarity in {share:.0%} of the heads, else by position"
-    assert line in statistics.lines()
-    position = TailRun("Ss")
-    position.attend(0, (q, k, v))
-    assert torch.equal(position.order, in_place.expand(1, H, -1))
-
-
-def test_a_bias_on_the_video_leaves_all_heads_one_order():
-    run, qkv, bias = TailRun("Ss", token_order="similarity"), tensors(), padded()
-    bias[:, 100] = -1.0
-    run.attend(0, qkv, key_bias=bias)
-    later = tensors(1)
-    out, _ = run.attend(1, later, key_bias=bias)
-    in_place = serpentine_order(LAYOUT, torch.device("cpu")).expand(1, H, -1)
-    assert same_blocks(run.order, in_place, LAYOUT).all()
-    assert torch.equal(run.order[0], run.order[0, :1].expand(H, -1))
-    assert_within("out", out, with_tail(*later, run.pattern().mask, run.order, bias), 1e-5)
-
-
-def test_a_replaced_order_takes_its_prefetched_copy_along():
-    run, forgotten = TailRun("SSs", token_order="similarity"), []
-    run.state.cache.forget = lambda *stored: forgotten.extend(stored)
-    run.attend(0, tensors(0))
-    old = run.pattern().mask.bits, run.pattern().order
-    run.attend(1, tensors(1))
-    assert [x is y for x, y in zip(forgotten, old, strict=True)] == [True, True]
-
-
-def test_orders_are_kept_where_masks_are_and_fetched_ahead(monkeypatch):
-    run = TailRun("Sss", token_order="similarity")
-    cache, kept, ahead = run.state.cache, [], []
-    cache.place = "cpu"
-    keep = cache.keep
-    monkeypatch.setattr(cache, "keep", lambda x: kept.append(x) or keep(x))
-    monkeypatch.setattr(cache, "prefetch", lambda x, device: ahead.append(x))
-    run.attend(0, tensors(0))
-    run.state.layers.following["layer 0"] = "layer 0"
-    run.state.layers.prefetch_next("layer 0", torch.device("cuda"))
-    wanted = [run.pattern().mask.bits, run.pattern().order]
-    assert all(x is y for x, y in zip(ahead, wanted, strict=True))
-    assert any(torch.equal(x, run.pattern().order) for x in kept)
-    run.layer().disable("a reason")
-    assert run.pattern() is None and run.layer().nbytes() == 0
-
-
 @pytest.mark.parametrize("layout", [TokenLayout(0, 4, 8, 20), TokenLayout(0, 3, 1, 30)])
 def test_a_video_alone_and_one_smaller_than_the_rods(layout):
     run = TailRun("Ss", layout=layout)
@@ -421,68 +234,3 @@ def test_memory_is_predicted_to_the_byte(kinds, token_order):
         run.attend(step, qkv)
     statistics = run.statistics
     assert statistics.memory.held_bytes == statistics.memory.predicted_bytes > 0
-
-
-# ---- carried patterns
-
-
-def carried_from(**config):
-    run = TailRun("Ss", **config)
-    for step in range(2):
-        run.attend(step, tensors(step), name=NAME)
-    return run.state.end(keep_pattern=True).named("another run")
-
-
-@BOTH_ORDERS
-@pytest.mark.parametrize("most_blocks", [block_mask.MOST_BLOCKS, 5])
-def test_a_carried_pattern_is_used_in_its_order(token_order, most_blocks, tmp_path, monkeypatch):
-    # eleven blocks a side: a file has the small ones
-    monkeypatch.setattr(block_mask, "MOST_BLOCKS", most_blocks)
-    pattern = carried_from(token_order=token_order)
-    assert pattern.layers[NAME].bits.shape[-2:] == (11, 2)
-    assert pattern.pooled and pattern.layout == LAYOUT
-    own = token_order == "similarity"
-    assert pattern.order == ("similarity" if own else "rods")
-    assert (pattern.layers[NAME].order is not None) == own
-    pattern = load(save(pattern, tmp_path, "pattern"))
-    run = TailRun("Sss", carried=pattern)
-    # clusters of other tokens would not hold enough here
-    qkv = tensors(0 if own else 1)
-    out, did = run.attend(0, qkv, name=NAME)
-    assert did == ["permute", "sparse"]
-    assert torch.equal(run.pattern().mask.bits, pattern.layers[NAME].bits)
-    if own:
-        assert torch.equal(run.order, pattern.layers[NAME].order)
-    assert_within("out", out, with_tail(*qkv, run.pattern().mask, run.order), 1e-5)
-    run.state.end_step()
-    (shown,) = run.statistics.patterns.values()
-    q, k, _ = in_order(run, *qkv)
-    exact = truth.recall(q.double(), k.double(), run.keep, block_q=64, block_k=64, scale=SCALE)
-    assert shown.recall == pytest.approx(exact[0].tolist(), abs=0.06)
-
-
-def test_a_second_search_replaces_a_carried_pattern():
-    run = TailRun("DsSs", one_pass=True, carried=carried_from())
-    did = [run.attend(step, tensors(step), name=NAME)[1] for step in range(4)]
-    # with the LSE of the dense step
-    again = ["permute", "masses", "pooled masses", "permute", "sparse"]
-    assert did[1:] == [["permute", "sparse"], again, ["permute", "sparse"]]
-    assert not run.pattern().carried
-
-
-def test_a_pattern_of_many_orders_is_refused_where_the_video_is_biased():
-    run = TailRun("Ss", carried=carried_from(token_order="similarity"))
-    bias = torch.zeros(1, LAYOUT.tokens)
-    bias[:, 100] = -1.0
-    run.attend(0, tensors(1), name=NAME, key_bias=bias)
-    assert run.statistics.reuse.refused == {ONE_ORDER: 1} and not run.pattern().carried
-
-
-@pytest.mark.parametrize("first, second", [("none", "pooled"), ("pooled", "none")])
-def test_a_pattern_of_another_tail_is_refused_with_the_reason(first, second):
-    pattern = carried_from(tail=first)
-    run = TailRun("Ss", tail=second, carried=pattern)
-    run.attend(0, tensors(0), name=NAME)
-    reason = f"the pattern was found with `tail` {first}, and this run has {second}"
-    assert run.statistics.reuse.refused == {reason: 1}
-    assert run.keep is not None and not run.pattern().carried
