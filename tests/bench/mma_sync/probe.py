@@ -22,11 +22,16 @@ LIMIT = float(os.environ.get("LIMIT", "170"))
 os.environ["DISABLE_MMA_V3"] = "1"
 sys.path[:0] = [os.path.dirname(os.path.abspath(__file__))]
 import probe_data as data
-import probe_kernels as kern
 import torch
 import triton
 import triton.language as tl
+from probe_bf16 import bf16, masses
+from probe_int8 import int8
+from probe_int8_pairs import int8p
+from probe_parts import signature
 from probe_variants import ARGS, V
+
+KERNELS = {"bf16": bf16, "int8": int8, "int8p": int8p, "masses": masses}
 
 OUT = os.environ.get("OUT", ".")
 TORCH = {"*bf16": torch.bfloat16, "*i8": torch.int8, "*fp32": torch.float32, "*i32": torch.int32}
@@ -60,8 +65,8 @@ def build(i):
     v = V[i]
     try:
         t = time.time()
-        fn = getattr(kern, v["fn"])
-        sig = kern.signature(fn, "i8" if low(v) else "bf16")
+        fn = KERNELS[v["fn"]]
+        sig = signature(fn, "i8" if low(v) else "bf16")
         args = []
         for n in ARGS[v["fn"]].split():
             args.append(
@@ -118,7 +123,7 @@ class Shape:
 
     def run(self, v, H=None):
         H = H or self.H
-        fn, c, L = getattr(kern, v["fn"]), v["c"], self.L
+        fn, c, L = KERNELS[v["fn"]], v["c"], self.L
         bq = 128 if "128" in v["kind"].split("_")[0] else 64
         idx, cnt = self.lists[bq]
         x = self.x
