@@ -16,6 +16,7 @@ import check_model  # noqa: E402
 import networks  # noqa: E402
 import procedural_video as video  # noqa: E402
 import train  # noqa: E402
+import training_data  # noqa: E402
 
 WEIGHTS = TINY / "tiny_wan.safetensors.xz"
 RED = [-1.0, 1.0, -1.0, 1.0, 1.0, 1.0, 1.0, -1.0]
@@ -158,7 +159,7 @@ def test_every_sentence_fits():
 
 
 def test_training_reads_text_as_the_node_does():
-    data = train.Data(seed=0, rich=False, count=4, frames=32, aspect=1.3)
+    data = training_data.Data(seed=0, rich=False, count=4, frames=32, aspect=1.3)
     prompts = [video.prompt(s) for s in scenes(4)] + [""]
     expected = torch.stack([video.embed_prompt(p) for p in prompts])
     assert torch.equal(data.text(prompts).float(), expected)
@@ -166,7 +167,7 @@ def test_training_reads_text_as_the_node_does():
 
 @pytest.mark.parametrize(("plain", "expected"), [(0.0, 2 / 3), (0.5, 1 / 3), (1.0, 0.0)])
 def test_a_share_of_rich_scenes_is_plain(plain, expected):
-    data = train.Data(seed=0, rich=True, count=1500, frames=2, aspect=1.3, plain=plain)
+    data = training_data.Data(seed=0, rich=True, count=1500, frames=2, aspect=1.3, plain=plain)
     parameters, _ = data.batch(random.Random(1))
     textured = parameters[:, -4].gt(0).float().mean()
     # five standard errors of 1,500 draws

@@ -13,109 +13,23 @@ weights as rounded as the saved ones will be, and its gradients go to the master
 
 import argparse
 import json
-import math
 import os
 import platform
 import random
 import time
-from collections import deque
-from dataclasses import dataclass
 from pathlib import Path
 
 import networks
-import procedural_video as video
-import rendered_video
 import torch
 import torch.nn.functional as F
+from muon import Muon
 from networks import precision
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention import sdpa_kernel
+from training_attention import fastest_backends, plain_attention
+from training_data import WORLDS, Stage, batches, stages
 
-WORLDS = {"shapes": video, "rendered": rendered_video}
-POOL = 32  # batches
 # 1,040, 3,024 and 8,320 tokens
 STAGES = "8x20x26x96:0.30,12x28x36x32:0.22,16x40x52x12:0.48"
-
-
-@dataclass(frozen=True)
-class Stage:
-    """A part of the training with videos of one size.
-
-    Args:
-        frames, height, width: of the latents.
-        count: videos per step.
-        share: of the whole time.
-        shift: of the noise levels.
-        plain: share of scenes without textures and clouds where the others have them.
-    """
-
-    frames: int
-    height: int
-    width: int
-    count: int
-    share: float
-    shift: float
-    plain: float = 0.0
-
-    @property
-    def tokens(self) -> int:
-        return self.frames * (self.height // 2) * (self.width // 2)
-
-
-def stages(args) -> list[Stage]:
-    found = []
-    for stage in args.stages.split(","):
-        size, *rest = stage.split(":")
-        share, shift, plain = (*map(float, rest), *(args.shift, 0.0)[len(rest) - 1 :])
-        found.append(Stage(*(int(n) for n in size.split("x")), share, shift, plain))
-    return found
-
-
-class Data(torch.utils.data.IterableDataset):
-    """Endless batches of scenes and their text, drawn anew each time.
-
-    Args:
-        count: scenes per batch.
-        frames, aspect: of the video, in pixels.
-        plain: share of scenes that are not rich all the same.
-        world: whose scenes, a key of `WORLDS`.
-    """
-
-    def __init__(
-        self, seed: int, rich: bool, count: int, frames: int, aspect: float, plain: float = 0.0,
-        world: str = "shapes",
-    ):  # fmt: skip
-        self.world = WORLDS[world]
-        self.seed, self.rich, self.count, self.plain = seed, rich, count, plain
-        self.frames, self.aspect = frames, aspect
-        self.rows: dict[tuple[str, int], int] = {}
-        self.table = torch.zeros(1, video.TEXT_DIM, dtype=torch.int8)
-
-    def __iter__(self):
-        worker = torch.utils.data.get_worker_info()
-        rng = random.Random(f"{self.seed} {self.count} {worker.id if worker else 0}")
-        while True:
-            yield self.batch(rng)
-
-    def batch(self, rng: random.Random) -> tuple[torch.Tensor, torch.Tensor]:
-        """What `paint` needs, and text; one prompt in ten is empty."""
-        scenes = []
-        for _ in range(self.count):
-            rich = self.rich and (not self.plain or rng.random() >= self.plain)
-            scenes.append(self.world.random_scene(rng, self.frames, self.aspect, rich))
-        prompts = [self.world.prompt(s) if rng.random() > 0.1 else "" for s in scenes]
-        return self.world.parameters(scenes), self.text(prompts)
-
-    def text(self, prompts: list[str]) -> torch.Tensor:
-        """[N, TEXT_TOKENS, TEXT_DIM] int8, the same signs as `embed_prompt`."""
-        ids = torch.zeros(len(prompts), video.TEXT_TOKENS, dtype=torch.long)
-        for i, prompt in enumerate(prompts):
-            for j, word in enumerate(video.words_of(prompt)):
-                if word not in self.rows:
-                    self.rows[word] = len(self.table)
-                    row = torch.tensor([video.word_vector(*word)], dtype=torch.int8)
-                    self.table = torch.cat((self.table, row))
-                ids[i, j] = self.rows[word]
-        return self.table[ids]
 
 
 def draw_sigma(count: int, shift: float, device) -> torch.Tensor:
@@ -123,73 +37,6 @@ def draw_sigma(count: int, shift: float, device) -> torch.Tensor:
     s = torch.sigmoid(1.2 * torch.randn(count, device=device))
     s = torch.where(torch.rand(count, device=device) < 0.2, torch.rand(count, device=device), s)
     return shift * s / (1 + (shift - 1) * s)
-
-
-class Muon:
-    """Momentum, orthogonalised by five Newton-Schulz steps; all matrices of a shape at once.
-
-    https://kellerjordan.github.io/posts/muon/ ; the scale makes its steps as large as AdamW's.
-    """
-
-    def __init__(self, params: list[torch.Tensor], momentum: float = 0.95):
-        self.momentum = momentum
-        shapes = sorted({tuple(p.shape) for p in params})
-        self.groups = [[p for p in params if tuple(p.shape) == shape] for shape in shapes]
-        self.buffers = [torch.zeros_like(torch.stack(list(group))) for group in self.groups]
-
-    @torch.no_grad()
-    def step(self, lr: float, weight_decay: float) -> None:
-        for group, buffer in zip(self.groups, self.buffers, strict=True):
-            grad = torch.stack([p.grad for p in group])
-            buffer.lerp_(grad, 1 - self.momentum)
-            x = torch.lerp(grad, buffer, self.momentum).to(precision(grad.device))
-            tall = x.shape[1] > x.shape[2]
-            x = x.mT if tall else x
-            x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
-            for _ in range(5):
-                a = x @ x.mT
-                x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
-            x = (x.mT if tall else x).float()
-            scale = 0.2 * math.sqrt(max(x.shape[1:]))
-            torch._foreach_mul_(group, 1 - lr * weight_decay)
-            torch._foreach_add_(group, list(x.unbind()), alpha=-lr * scale)
-
-
-def plain_attention(func, q, k, v, heads, mask=None, skip_reshape=False, **kwargs):
-    """ComfyUI's attention override: SDPA without the host's bookkeeping, so that it compiles."""
-    if not skip_reshape:
-        q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
-
-
-def fastest_backends(heads: int, head_dim: int, tokens: int, device) -> list[SDPBackend]:
-    """cuDNN's attention first where it agrees with flash attention and is faster."""
-    flash, cudnn = SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION
-    others = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-    if device.type != "cuda":
-        return [flash, *others]
-    qkv = torch.randn(4, tokens, 3, heads, head_dim, device=device, dtype=torch.bfloat16)
-    qkv.requires_grad_()
-    found, seconds = {}, {}
-    for backend in (flash, cudnn):
-        try:
-            with sdpa_kernel(backend):
-                for _ in range(3):
-                    torch.cuda.synchronize()
-                    began = time.monotonic()
-                    out = F.scaled_dot_product_attention(*qkv.permute(2, 0, 3, 1, 4))
-                    (grad,) = torch.autograd.grad(out.square().sum(), qkv)
-                    torch.cuda.synchronize()
-                    seconds[backend] = time.monotonic() - began
-                found[backend] = torch.cat((out.flatten(), grad.flatten())).float()
-        except RuntimeError as error:
-            print(f"{backend.name}: {error}", flush=True)
-    print({b.name: round(1000 * s, 2) for b, s in seconds.items()}, "ms", flush=True)
-    if len(found) < 2:
-        return [*found, *others]
-    error = (found[cudnn] - found[flash]).norm() / found[flash].norm()
-    agree = bool(error < 0.02) and seconds[cudnn] < seconds[flash]
-    return [cudnn, flash, *others] if agree else [flash, *others]
 
 
 class Trainer:
@@ -280,25 +127,6 @@ class Trainer:
 def learning_rate(args, step: int, progress: float) -> float:
     """Short warm-up, flat, then down to nothing; `progress` is the share of the time."""
     return args.lr * min(1.0, (step + 1) / 100, (1 - progress) / 0.6 + 0.002)
-
-
-def batches(args, stage: Stage, device, seed=None, workers: int | None = None):
-    """Endless latents [N, 16, T, H, W] and text of one stage.
-
-    In training `args.again` of the last `POOL` batches follow every new one, where drawing takes as
-    long as learning.
-    """
-    pixels = video.FRAMES_PER_LATENT * stage.frames, 2 * stage.height, 2 * stage.width
-    aspect = stage.width / stage.height
-    again = 0 if seed else args.again
-    seed, workers = seed or args.seed, args.workers if workers is None else workers
-    data = Data(seed, args.rich, stage.count, pixels[0], aspect, stage.plain, args.world)
-    kept, rng = deque(maxlen=POOL), random.Random(seed)
-    for scenes, text in torch.utils.data.DataLoader(data, batch_size=None, num_workers=workers):
-        drawn = data.world.paint(scenes.to(device), *pixels)
-        kept.append((video.encode(drawn), text.to(device)))
-        yield kept[-1]
-        yield from (rng.choice(kept) for _ in range(again))
 
 
 def train(args, device, started: float) -> tuple[Trainer, list[dict]]:
