@@ -45,6 +45,7 @@ function addView(node) {
     label: () => line(node.showAdvanced ? "hide_settings" : "show_settings"),
     press: () => node.toggleAdvanced(),
   };
+  const pictures = [REPORT, COMPARE].includes(node.comfyClass);
   const view = statusView(HINTS[node.comfyClass], locale, folds || null);
   const widget = node.addDOMWidget(STATUS_WIDGET, "adaspa_status", view.element, {
     serialize: false,
@@ -52,9 +53,9 @@ function addView(node) {
     hideInPanel: true,
     getValue: view.text,
     setValue: (text) => write(node, view, String(text ?? "")),
-    getMinHeight: () => (folds ? 140 : 84),
-    // the report's picture gets the rest of the node
-    getMaxHeight: [REPORT, COMPARE].includes(node.comfyClass) ? () => 110 : undefined,
+    getMinHeight: () => Math.min(Math.max(folds ? 140 : 84, view.height()), pictures ? 110 : 320),
+    // the picture gets the rest of the node
+    getMaxHeight: pictures ? () => 110 : undefined,
   });
   widget.serialize = false;
   views.set(node, view);
@@ -99,6 +100,9 @@ function show(node, status) {
   if (!view) return;
   view.show(status);
   noteChanges(node, status);
+  const [width, height] = node.size;
+  // only ever higher: the user may have made room
+  node.setSize([width, Math.max(height, node.computeSize()[1])]);
   node.setDirtyCanvas?.(true, true);
 }
 

@@ -21,6 +21,8 @@ const STYLE = {
   more: "flex:none; align-self:flex-start; padding:1px 6px; font-size:11px; color:inherit; background:transparent; border:1px solid currentColor; border-radius:4px; opacity:0.7; cursor:pointer;",
   text: "flex:1 1 0; height:0; min-height:44px; overflow-y:auto; white-space:pre-line; overflow-wrap:anywhere; font-size:11px; line-height:1.35;",
 };
+// the box's below its text, and what the interface keeps free above and below the box
+const EDGE = 4 + 2 * 10;
 const OPACITY = { past: 0.75, now: 1, ahead: 0.28 };
 
 function part(tag, style, parent) {
@@ -91,6 +93,12 @@ export function statusView(hint, locale, more = null) {
     setSaid(status.said);
   }
 
+  /** Pixels in which nothing has to be scrolled; few while nothing is drawn. */
+  function height() {
+    const [first, last] = [text.firstChild, text.lastChild];
+    return text.offsetTop - element.offsetTop + last.offsetTop + last.offsetHeight - first.offsetTop + EDGE;
+  }
+
   if (button) {
     button.className = "adaspa-more";
     button.addEventListener("click", () => {
@@ -100,7 +108,10 @@ export function statusView(hint, locale, more = null) {
   }
   label();
   show({ steps: [], step: -1, done: false, said: [] });
-  return { element, show, setSaid, setNote, label, text: () => said.map(({ text }) => text).join("\n") };
+  return {
+    element, show, setSaid, setNote, label, height,
+    text: () => said.map(({ text }) => text).join("\n"),
+  };
 }
 
 function segment({ kind, state, label }) {

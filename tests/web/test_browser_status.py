@@ -61,6 +61,11 @@ def test_a_status_follows_what_became_of_its_node(graph):
     run(graph)
     assert "288 tokens" in said(graph) and "sparse" in said(graph)
     assert "288 tokens" in said(graph, "report")
+    # nothing of it has to be scrolled to
+    graph.wait_for_function(
+        """() => { const box = widget(first, "$$node-text-preview").element.lastChild;
+            return box.clientHeight >= box.scrollHeight && box.clientHeight > 0; }"""
+    )
     run(graph)
     assert "Nothing has changed: the result came from ComfyUI's cache." in said(graph)
     assert "288 tokens" in said(graph)
