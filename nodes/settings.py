@@ -10,6 +10,7 @@ from ..sparse_attn.config import (
     MAX_SPARSITY,
     PRESET_FIELDS,
     PRESETS,
+    PRESETS_OF_0_1,
     SEARCH_GAP,
     AdaSpaConfig,
     from_preset,
@@ -64,7 +65,7 @@ def setting_inputs() -> list[io.Input]:
             "the values below.",
             options=[*PRESETS, "Custom"],
             # for the interface, which shows them in the other widgets
-            extra_dict={"presets": shown_presets()},
+            extra_dict={"presets": shown_presets(), "earlier": PRESETS_OF_0_1},
         ),
         setting(
             io.Float,

@@ -210,6 +210,8 @@ PRESETS = {
         sparsity=0.8, warmup=0.2, search_points=(0.6,), head_adaptive=True, tail="none"
     ),
 }
+# what presets of 0.1.0 had otherwise: its graphs tell it by the values of their widgets alone
+PRESETS_OF_0_1 = {"Fast": {"warmup": 0.06}}
 PRESET_FIELDS = (
     "sparsity", "block_size", "warmup", "search_points", "head_adaptive", "tail", "token_order",
 )  # fmt: skip

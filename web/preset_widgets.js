@@ -42,12 +42,18 @@ export function isWired(node, name) {
  */
 export function beginPreset(node, properties = {}) {
   const [decided, preset, saved] = [decidedBy(node), chosenPreset(node), properties[SAVED]];
-  const known = saved?.preset === preset ? saved.values : {};
+  const known = !saved ? earlier(node, preset, decided) : saved.preset === preset ? saved.values : {};
   const other = Object.keys(decided).filter((name) => name in known && known[name] !== decided[name]);
   if (other.length) node.properties[OWN] = { ...node.properties[OWN], ...known };
   decidedBefore.set(node, new Set(Object.keys(decided)));
   applyPreset(node);
   return other.length ? { preset, values: other.map((name) => `${name} ${known[name]}`).join(", ") } : null;
+}
+
+/** What a preset had in the version before its values were saved, if a loaded node has just that. */
+function earlier(node, preset, decided) {
+  const before = { ...decided, ...declared(node, "preset")?.earlier?.[preset] };
+  return Object.entries(before).every(([name, value]) => widgetOf(node, name)?.value === value) ? before : {};
 }
 
 export function applyPreset(node) {

@@ -16,7 +16,7 @@ class Declared {
   static nodeData = {
     input: {
       required: {
-        preset: ["COMBO", { presets: PRESETS }],
+        preset: ["COMBO", { presets: PRESETS, earlier: { Fast: { warmup: 0.06 } } }],
         sparsity: ["FLOAT", {}],
         head_adaptive: ["BOOLEAN", { replaces: ["recall"] }],
       },
@@ -147,6 +147,20 @@ test("a preset that is another than when the graph was saved says so once, and C
   pick(again, "Custom");
   assert.deepEqual(read(again), { ...PRESETS.Fast, sparsity: 0.95, search_points: "0.3" });
   assert.deepEqual(again.properties, {});
+});
+
+test("a graph of 0.1.0, which kept no values, is known by all of its preset's", () => {
+  const of01 = { ...PRESETS.Fast, warmup: 0.06 };
+  const owner = node("Fast", of01);
+  assert.deepEqual(beginPreset(owner), {
+    preset: "Fast",
+    values: "warmup 0.06",
+  });
+  assert.equal(widget(owner, "warmup").value, PRESETS.Fast.warmup);
+  // written by hand, of another preset, or saved since
+  for (const value of [{}, { ...of01, sparsity: 0.5 }, PRESETS.Fast]) assert.equal(beginPreset(node("Fast", value)), null);
+  assert.equal(beginPreset(node("Paper", of01)), null);
+  assert.equal(beginPreset(node("Fast", of01), { adaspa_preset_values: { preset: "Fast", values: PRESETS.Fast } }), null);
 });
 
 test("a graph of a time without such a note, or with another preset, says nothing", () => {

@@ -108,6 +108,20 @@ def test_a_preset_that_has_changed_since_a_graph_was_saved_says_so(graph):
     assert "has changed since" not in graph.evaluate("() => said(node)")
 
 
+def test_a_graph_of_0_1_with_a_preset_that_has_changed_since_says_so(graph):
+    """It kept no values of the preset beside its widgets'."""
+    graph.evaluate("() => { window.node = make('AdaSpaAttention', { preset: 'Fast' }) }")
+    graph.evaluate(
+        """async () => { const saved = app.graph.serialize(), [node] = saved.nodes;
+            node.properties = {};
+            node.widgets_values[app.graph.nodes[0].widgets.findIndex(({ name }) => name === "warmup")] = 0.06;
+            await app.loadGraphData(saved); window.node = app.graph.nodes[0]; }"""
+    )
+    said = graph.evaluate("() => said(node)")
+    assert "Fast has changed since this graph was saved: it had warmup 0.06." in said
+    assert graph.evaluate("() => widget(node, 'warmup').value") == 0.1
+
+
 def test_settings_that_exclude_each_other_grey_out(graph):
     graph.evaluate("() => { window.node = make('AdaSpaAttention', { preset: 'Custom' }) }")
     greyed = "() => node.widgets.filter(({ disabled }) => disabled).map(({ name }) => name)"

@@ -59,6 +59,8 @@ def settings(comfy_server):
 
 def test_interface_gets_the_presets_from_the_server(settings):
     presets = settings["preset"]["presets"]
+    for name, values in settings["preset"]["earlier"].items():
+        assert all(presets[name][field] != value for field, value in values.items())
     assert settings["preset"]["options"] == [*presets, "Custom"] == [*PRESETS, "Custom"]
     for name, values in presets.items():
         # a head-adaptive preset leaves no room for a recall
