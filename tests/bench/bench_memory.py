@@ -34,6 +34,7 @@ NAMES = {"D": "dense, keeps an LSE", "S": "search", "s": "sparse"}
 SETTINGS = {
     "tail 64x64": {},
     "tail 64x64 int8": {"precision": "int8"},
+    "none 64x64": {"tail": "none"},
     "tail 128x64": {"block_size": "128x64"},
     "none 128x64": {"tail": "none", "block_size": "128x64"},
     "Paper": {"tail": "none", "head_adaptive": True},
@@ -121,7 +122,7 @@ def steps_of(qkv, layout, steps: str, repeats: int, density: float, fields: dict
         )
     found = recall_of(run)
     held = round(run.end() / GIB, 4)
-    return [*rows, {"step": "held after the run, one layer", "gib": held, **found}]
+    return [*rows, {"step": "held between steps, one layer", "gib": held, **found}]
 
 
 def main() -> int:

@@ -52,10 +52,9 @@ class LayerRun:
         return lambda: self.state.attend(call)
 
     def end(self) -> int:
-        """Free the run and return the bytes that its layer held; refuse it where calls ran dense."""
+        """Free the run and return the most bytes that its layer held; refuse it where calls ran dense."""
         said = self.state.statistics
         if said.warnings or said.kept_dense:
             raise RuntimeError(f"{said.warnings} {dict(said.kept_dense)}")
-        held = self.state.layers["layer"].nbytes()
         self.state.free()
-        return held
+        return said.memory.held_bytes

@@ -2,15 +2,16 @@
 
     python tests/lab/run_rows.py --comfyui PATH --models tiny wan128 joint --out OUT/rows.json
 
-Samples until the first search, then chooses the blocks of every layer by all rows, by samples, and in twos
-each way as in very long videos, and weighs each choice by the masses of all rows. Rows of text, which keep
-everything, do not count.
+Samples until the first search, then chooses the blocks of every layer by all rows, by samples, and in cells of
+several blocks as in very long videos, and weighs each choice by the masses of all rows. Rows of text, which
+keep everything, do not count.
 """
 
 import argparse
 import json
 import sys
 from pathlib import Path
+from unittest import mock
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
@@ -23,9 +24,8 @@ from models import MODELS  # noqa: E402
 from rule import SCHEDULES  # noqa: E402
 from run_lab import latent_size  # noqa: E402
 
-from sparse_attn import block_mask  # noqa: E402
+from sparse_attn.method import selection  # noqa: E402
 from sparse_attn.method.query_sample import query_sample  # noqa: E402
-from sparse_attn.method.selection import Selection  # noqa: E402
 from sparse_attn.method.text_sink import sink_blocks  # noqa: E402
 from sparse_attn.orders.choice import find_order  # noqa: E402
 from sparse_attn.orders.position import video_first  # noqa: E402
@@ -41,8 +41,11 @@ SAMPLES = {
     "one of two": (query_sample, 2), "one of four": (query_sample, 4),
     "one of eight": (query_sample, 8), "one of four, in line": (in_line, 4),
 }  # fmt: skip
-IN_TWOS = "all rows, blocks in twos"
-WAYS = {**SAMPLES, IN_TWOS: (in_line, 1)}
+# rows and columns of blocks that are kept or skipped together
+CELLS = {
+    "all rows, blocks in twos": (2, 2), "all rows, rows of blocks in fours": (4, 1),
+    "all rows, columns of blocks in fours": (1, 4), "all rows, rows of blocks in twos": (2, 1),
+}  # fmt: skip
 
 
 def chosen_by(backend, call, config, lse) -> list[dict]:
@@ -53,7 +56,7 @@ def chosen_by(backend, call, config, lse) -> list[dict]:
     lse = lse.float().gather(-1, order.long())
     video = ~sink_blocks(layout, config.block_q, lse.device)
 
-    def measure(places, block_q, in_twos=False):
+    def measure(places, block_q):
         q, rows = moved.q[:, :, places], lse[:, :, places]
         options = {"block_q": block_q, "scale": call.scale}
         masses = backend.block_masses(
@@ -62,15 +65,14 @@ def chosen_by(backend, call, config, lse) -> list[dict]:
         means = backend.pooled_masses(
             q, moved.pooled.k_mean, moved.pooled.log_sizes, rows, **options
         )
-        scores = backend.tail_error(masses, means.clone(), moved.v, moved.pooled.v_mean)
-        most = block_mask.MOST_BLOCKS
-        if in_twos:
-            block_mask.MOST_BLOCKS = -(-layout.num_blocks(config.block_q) // 2)
-        chosen = Selection(backend, layout, config, *q.shape[:2], q.device)
-        block_mask.MOST_BLOCKS = most
+        return masses, backend.tail_error(masses, means.clone(), moved.v, moved.pooled.v_mean)
+
+    def kept(masses, scores, cell=(1, 1)):
+        sizes = {"block_q": cell[0] * config.block_q, "block_k": cell[1] * config.block_k}
+        with mock.patch.object(selection, "mask_blocks", lambda *_, **__: sizes):
+            chosen = selection.Selection(backend, layout, config, *lse.shape[:2], lse.device)
         chosen.add(masses, scores)
-        mask = chosen.settle()[0].of_blocks(layout.tokens, **config.blocks)
-        return masses, scores, mask.to_dense()
+        return chosen.settle()[0].of_blocks(layout.tokens, **config.blocks).to_dense()
 
     def held(weights, keep):
         """[B, H] share of `weights` on kept blocks."""
@@ -78,11 +80,14 @@ def chosen_by(backend, call, config, lse) -> list[dict]:
         return (weights * keep).sum((-1, -2)) / weights.sum((-1, -2))
 
     tokens = call.layout.tokens
-    exact, scores, best = measure(torch.arange(tokens), config.block_q)
+    exact, scores = measure(torch.arange(tokens), config.block_q)
+    best = kept(exact, scores)
+    ways = {name: (exact, scores, cell) for name, cell in CELLS.items()}
+    for name, (sample, stride) in SAMPLES.items():
+        ways[name] = measure(sample(tokens, stride, lse.device), config.block_q // stride)
     rows = []
-    for name, (sample, stride) in WAYS.items():
-        places = sample(tokens, stride, lse.device)
-        masses, _, keep = measure(places, config.block_q // stride, name == IN_TWOS)
+    for name, found in ways.items():
+        masses, keep = found[0], kept(*found)
         less = held(exact, best) - held(exact, keep)
         rows.append(
             {
@@ -106,7 +111,9 @@ def of_model(name: str, schedule: str, options) -> list[dict]:
 
     from sparse_attn.run import serving
 
-    subject = generation.subject(name, options.comfyui, options.seeds, options.latent)
+    subject = generation.subject(
+        name, options.comfyui, options.seeds, options.latent, options.clips
+    )
     # knows ComfyUI, which the subject has started
     from sparse_attn.host.install import install
 
@@ -139,6 +146,7 @@ def main():
     parser.add_argument("--density", type=float, default=0.2)
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--latent", type=latent_size, help="TxHxW instead of the models' own")
+    parser.add_argument("--clips", type=Path, help="file of natural_clips.py, for natural")
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
     rows = []
