@@ -8,15 +8,20 @@ import torch
 GATHER = 0x0102040810204080
 # a map of more blocks than this is averaged down for people
 MAP_SIZE = 96
-# a side of more blocks than this is told in twos, threes and so on: a mask of 24 s at 720p then takes a
-# quarter, and is still finer, beside the video, than one of 5 s
-MOST_BLOCKS = 4096
+# a mask of more pairs of blocks than this is of several blocks together, rows first: of 16 s at 720p it takes
+# half of what it would, of 24 s a quarter, and is still finer, beside the video, than one of 5 s
+MOST_PAIRS = 4096**2
 
 
 def mask_blocks(tokens: int, block_q: int, block_k: int) -> dict[str, int]:
     """Tokens per block of the mask of a sequence: the kernels' blocks, or so many of them."""
-    sizes = {"block_q": block_q, "block_k": block_k}
-    return {name: size * -(-tokens // (size * MOST_BLOCKS)) for name, size in sizes.items()}
+    rows, columns = block_q, block_k
+    while -(-tokens // rows) * -(-tokens // columns) > MOST_PAIRS:
+        if rows <= columns:
+            rows += block_q
+        else:
+            columns += block_k
+    return {"block_q": rows, "block_k": columns}
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from sparse_attn.block_mask import MAP_SIZE, MOST_BLOCKS, BlockMask, mask_blocks
+from sparse_attn.block_mask import MAP_SIZE, MOST_PAIRS, BlockMask, mask_blocks
 
 
 def random_keep(num_k, density=0.3, seed=0):
@@ -48,13 +48,24 @@ def test_large_blocks_come_apart(rows, each, tokens):
     assert wanted.of_blocks(tokens, block_q=64, block_k=32) is wanted
 
 
-def test_a_side_has_at_most_so_many_blocks():
-    for tokens in (1, 119_056, 262_144, 262_145, 522_256, 3_000_000):
-        sizes = mask_blocks(tokens, block_q=128, block_k=64)
-        for size, small in zip(sizes.values(), (128, 64), strict=True):
-            assert size % small == 0 and -(-tokens // size) <= MOST_BLOCKS
+def test_a_mask_has_at_most_so_many_pairs():
+    seconds = {119_056: (64, 64), 227_056: (64, 64), 349_456: (128, 64), 522_256: (128, 128)}
+    for tokens, sizes in seconds.items():
+        assert tuple(mask_blocks(tokens, block_q=64, block_k=64).values()) == sizes
+    assert tuple(mask_blocks(522_256, block_q=128, block_k=64).values()) == (128, 128)
+    for tokens in (1, 262_144, 262_145, 522_256, 3_000_000):
+        for small in ((64, 64), (128, 64), (128, 128)):
+            found = list(mask_blocks(tokens, *small).values())
+            assert all(size % least == 0 for size, least in zip(found, small, strict=True))
+            assert pairs(tokens, *found) <= MOST_PAIRS and max(found) <= 2 * min(found)
             # no larger than it takes
-            assert size == small or -(-tokens // (size - small)) > MOST_BLOCKS
+            for i, least in enumerate(small):
+                finer = [size - least * (i == j) for j, size in enumerate(found)]
+                assert not finer[i] or pairs(tokens, *finer) > MOST_PAIRS
+
+
+def pairs(tokens, block_q, block_k):
+    return -(-tokens // block_q) * -(-tokens // block_k)
 
 
 def test_other_bits_keep_the_geometry():

@@ -100,7 +100,7 @@ def test_a_mask_of_larger_blocks_is_that_of_the_small_ones_in_them(monkeypatch, 
     call = a_call()
     # two query blocks, and two key blocks of some sizes, make one of the mask
     rows, blocks = (call.layout.num_blocks(size) for size in config.blocks.values())
-    monkeypatch.setattr(block_mask, "MOST_BLOCKS", -(-rows // 2))
+    monkeypatch.setattr(block_mask, "MOST_PAIRS", (-(-rows // 2)) ** 2)
     found = fused_online_search(ONE_PASS, call, config, dense(call)[1], dense)
     mask, order = found.mask, found.order
     assert mask.block_q == 2 * config.block_q and mask.block_k % config.block_k == 0

@@ -97,7 +97,7 @@ def test_blocks_are_chosen_in_twos_where_there_are_many(monkeypatch, layout, hea
     config = AdaSpaConfig(sparsity=0.6, head_adaptive=head_adaptive)
     twice = AdaSpaConfig(sparsity=0.6, head_adaptive=head_adaptive, block_size="128", tail="none")
     expected = naive_select(summed, layout, twice)[0]
-    monkeypatch.setattr(block_mask, "MOST_BLOCKS", -(-rows // 2))
+    monkeypatch.setattr(block_mask, "MOST_PAIRS", (-(-rows // 2)) ** 2)
     keep, held = chosen(masses, layout, config)
     assert torch.equal(keep, expected)
     # scores rank, and masses tell the recall

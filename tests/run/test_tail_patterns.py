@@ -24,10 +24,10 @@ def carried_from(**config):
 
 
 @BOTH_ORDERS
-@pytest.mark.parametrize("most_blocks", [block_mask.MOST_BLOCKS, 5])
-def test_a_carried_pattern_is_used_in_its_order(token_order, most_blocks, tmp_path, monkeypatch):
+@pytest.mark.parametrize("most_pairs", [block_mask.MOST_PAIRS, 60, 25])
+def test_a_carried_pattern_is_used_in_its_order(token_order, most_pairs, tmp_path, monkeypatch):
     # eleven blocks a side: a file has the small ones
-    monkeypatch.setattr(block_mask, "MOST_BLOCKS", most_blocks)
+    monkeypatch.setattr(block_mask, "MOST_PAIRS", most_pairs)
     pattern = carried_from(token_order=token_order)
     assert pattern.layers[NAME].bits.shape[-2:] == (11, 2)
     assert pattern.pooled and pattern.layout == LAYOUT

@@ -88,9 +88,9 @@ def test_held_memory_is_the_sum_of_masks_and_lse():
 @pytest.mark.parametrize("config", [{}, {"block_size": "128x64"}, {"recall": 0.8}], ids=str)
 @pytest.mark.parametrize("kinds", ["Sss", "DSs", "SsSs", "DSSs", "DDD"])
 @pytest.mark.parametrize("one_pass", [False, True], ids=["two passes", "one pass"])
-@pytest.mark.parametrize("most_blocks", [block_mask.MOST_BLOCKS, 4])
-def test_memory_is_predicted_to_the_byte(monkeypatch, kinds, one_pass, config, most_blocks):
-    monkeypatch.setattr(block_mask, "MOST_BLOCKS", most_blocks)
+@pytest.mark.parametrize("most_pairs", [block_mask.MOST_PAIRS, 16])
+def test_memory_is_predicted_to_the_byte(monkeypatch, kinds, one_pass, config, most_pairs):
+    monkeypatch.setattr(block_mask, "MOST_PAIRS", most_pairs)
     run = Run(kinds, Backend(one_pass), **config)
     q, k, v = tensors(batch=2)
     run.estimate((q, k, v), layers=3)
