@@ -138,7 +138,7 @@ ENGLISH = {
     "why_unknown": "unknown why",
     "why_not_seen": "not seen, {why}",
     "why_kv_cache": "a causal model that reads its past from a KV cache",
-    "why_pose_keys": "every frame reads other pose keys",
+    "why_pose_keys": "while a pose steers, the model computes attention one frame at a time",
     "why_guide_shape": "a guide mask of {shape} does not match the latent",
     "why_guide_removes": "the guide mask removes tokens of the video",
     "why_layout": "its token layout is not known before the model runs",

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from sparse_attn.run.state import RunState
+from sparse_attn.sentences import ENGLISH
 from tests.host.family_cases import (
     CASES,
     TEXT,
@@ -354,7 +355,7 @@ def test_animate_2_is_sparse_once_the_motion_lets_go(patcher, sparsity):
     (assert_other_video if sparsity else assert_same_video)(run(model), expected)
     # two layers in two windows
     assert calls(handle) == {"search": 4, "sparse": 4 * (steps - steered - 1)}
-    assert {"every frame reads other pose keys", CROSS_ATTENTION} == set(kept_dense(handle))
+    assert {ENGLISH["why_pose_keys"], CROSS_ATTENTION} == set(kept_dense(handle))
     kinds = [kind.value for kind in handle.latest().schedule.kinds]
     assert kinds == ["dense"] * steered + ["search"] + ["sparse"] * (steps - steered - 1)
 

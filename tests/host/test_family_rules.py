@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from sparse_attn.sentences import ENGLISH
 from sparse_attn.token_layout import TokenLayout
 
 pytestmark = pytest.mark.any_comfyui
@@ -43,7 +44,7 @@ def test_causal_wan_with_a_cache_is_declined(rule):
 def test_animate_2_with_a_pose_branch_is_declined(rule):
     assert rule("WanAnimate2Model", WAN) == TokenLayout(0, 3, 8, 12)
     poses = {"pose_latents": torch.zeros(1, 16, 2, 16, 24)}
-    assert rule("WanAnimate2Model", WAN, poses) == "every frame reads other pose keys"
+    assert rule("WanAnimate2Model", WAN, poses) == ENGLISH["why_pose_keys"]
 
 
 def test_latents_that_are_no_whole_patches_are_padded_up(rule):

@@ -7,6 +7,7 @@ from statistics import median
 
 import pytest
 
+from sparse_attn.sentences import ENGLISH
 from tests.tools import comfy_inprocess
 from tests.web.test_web import WEB, fetch
 
@@ -113,6 +114,35 @@ def test_help_says_the_same_in_every_language(page, language):
     assert text.startswith(f"# {title}\n")
     shares = [re.findall(r"\d+ %|0\.\d+", x) for x in (english, text)]
     assert set(shares[0]) - set(shares[1]) <= {"0.0002"}
+
+
+QUOTED = {"en": '"([^"]+)"', "zh": "“([^”]+)”", "ja": "「([^」]+)」", "ko": '"([^"]+)"'}
+
+
+@pytest.mark.parametrize("page", sorted(path.stem for path in (WEB / "docs").glob("*.md")))
+def test_help_quotes_what_a_node_says_in_its_language(page, language):
+    """What the reader looks for is what the node has said."""
+
+    def parts(text, tongue):
+        found = re.findall(rf"\*\*{QUOTED[tongue]}\*\*", text)
+        # what a backend is called is the same in every language
+        return [[x.strip(" .") for x in re.split(r"\.\.\.|plain torch", y)] for y in found]
+
+    def says(sentence, quote):
+        return all(part.lower() in sentence.lower() for part in quote)
+
+    english = parts((WEB / "docs" / f"{page}.md").read_text("utf-8"), "en")
+    ours = sentences_in(language)
+    for quote in parts((WEB / "docs" / page / f"{language}.md").read_text("utf-8"), language):
+        codes = [code for code, sentence in ENGLISH.items() if says(sentence, quote)]
+        assert not codes, f"{quote} is English, and the node says {ours[codes[0]]!r}"
+        # errors of ComfyUI's queue and warnings have no translation
+        assert quote in english or any(says(text, quote) for text in ours.values()), quote
+
+
+def sentences_in(language: str) -> dict:
+    text = (WEB / "sentences" / f"{language}.js").read_text(encoding="utf-8")
+    return dict(re.findall(r'"(\w+)": "((?:[^"\\]|\\.)*)"', text))
 
 
 KOREAN = [
