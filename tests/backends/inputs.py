@@ -114,5 +114,6 @@ def stored_values(v8, tile_scale, D):
     tiles = v8.double().unflatten(2, (-1, D)).unflatten(-1, (4, 4, 2, 2)).transpose(-2, -3)
     tiles = tiles.flatten(-4).transpose(-1, -2)
     if tile_scale is not None:
-        tiles = tiles * tile_scale[..., None, None].double()
+        # 64 channels share a scale
+        tiles = tiles * tile_scale.repeat_interleave(64, -1)[..., None, :].double()
     return tiles.flatten(2, 3)

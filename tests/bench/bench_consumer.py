@@ -6,6 +6,7 @@ Triton compiles without wgmma (DISABLE_MMA_V3), with the tiles of an RTX 4090; a
 one is refused. All contestants of a shape run in one process on the same tensors; quantising is part of
 every time. Errors are relative, against float32 of the same bfloat16 inputs. `outlier` data has channels
 of queries and keys that stand out, an offset that the keys share and channels of values of unequal size.
+A key bias hides the last 7 keys and weakens 193 before them, as masked text does.
 """
 
 import argparse
@@ -66,10 +67,10 @@ def make_outliers(contest):
     contest.v.mul_(size.exp().to(contest.v.dtype))
 
 
-def mass_error(contest, masses):
+def mass_error(contest, masses, bias=0.0):
     """Of one row of blocks of 64."""
     q, k, block = contest.q, contest.k, 7
-    s = q[0, -1, block * 64 : block * 64 + 64].float() @ k[0, -1].float().T * contest.scale
+    s = q[0, -1, block * 64 : block * 64 + 64].float() @ k[0, -1].float().T * contest.scale + bias
     exact = torch.nn.functional.pad(s.softmax(-1).sum(0), (0, -k.shape[2] % 64))
     exact = exact.view(-1, 64).sum(1)
     return ((masses[0, -1, block] - exact).norm() / exact.norm()).item()
@@ -171,6 +172,49 @@ def enter_sparse(table, block_q, density):
         )  # fmt: skip
 
 
+def enter_biased(table, block_q, density):
+    contest = table.contest
+    q, k, v, scale = contest.q, contest.k, contest.v, contest.scale
+    heads, length = q.shape[1:3]
+    columns = math.ceil(length / 64)
+    bias = torch.zeros(1, length, device=contest.device)
+    bias[:, -200:], bias[:, -7:] = -1.0, float("-inf")
+    indices, _ = random_lists(heads, math.ceil(length / block_q), columns, density, contest.device)
+    options = {"scale": scale, "key_bias": bias}
+    blocks = {"block_q": 64, "block_k": 64, **options}
+    lse = attention.attention(q, k, v, **options)[1]
+
+    def error(out, *lists):
+        return error_of(out, q, k, v, block_q, 64, *lists, bias=bias[0])
+
+    def masses_too(found):
+        return max(error(found[0]), mass_error(contest, found[2], bias[0]))
+
+    mask = mask_of(indices, columns, block_q)
+    for kind, attend in (
+        ("bf16", attention.attention), ("low", quantised_attention.quantised_attention)
+    ):  # fmt: skip
+        table.enter(
+            "ours", f"dense_{kind}_bias", lambda attend=attend: attend(q, k, v, **options),
+            lambda x: error(x[0]),
+        )  # fmt: skip
+        table.enter(
+            "ours", f"sparse_{kind}_bias",
+            lambda attend=attend: attend(q, k, v, mask=mask, **options),
+            lambda x: error(x[0], indices), f"{block_q}x64", density,
+        )  # fmt: skip
+        table.enter(
+            "ours", f"masses_{kind}_bias",
+            lambda kind=kind: block_masses.block_masses(q, k, lse, int8=kind == "low", **blocks),
+            lambda x: mass_error(contest, x, bias[0]), "64x64",
+        )  # fmt: skip
+    table.enter(
+        "ours", "dense_bf16_masses_bias",
+        lambda: attention.attention_with_masses(q, k, v, previous_lse=lse, **blocks),
+        masses_too, "64x64",
+    )  # fmt: skip
+
+
 def enter_kitchen(table, densities):
     try:
         import comfy_kitchen
@@ -226,6 +270,8 @@ def main():
             for density in densities:
                 for block_q in (64, 128):
                     enter_sparse(table, block_q, density)
+            if data == "random" and shape == args.shapes[0]:
+                enter_biased(table, 64, densities[0])
             enter_kitchen(table, densities)
             rows = table.rows(args.rounds)
             for x in rows:

@@ -24,6 +24,7 @@ from .mass_granularity import empty_masses, to_granularity
 from .operands import Operands, operands_of
 from .softmax import (
     LOG2_E,
+    MAX_MASS,
     bias_scores,
     hide_past,
     load_tile,
@@ -32,7 +33,6 @@ from .softmax import (
     output_rows,
     raw_scores,
     store_lse,
-    store_masses,
     store_tile,
     weights,
 )
@@ -119,10 +119,13 @@ def _attend_pair(
 
 @triton.jit
 def _store_shares(
-    b_both, b_max, b_previous, b_before, p_masses, k0, i_mass, num_masses, Nk,
+    b_both, b_max, b_previous, b_before, p_masses, k0, i_mass, num_masses, Nk, end,
     TILE_K: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Store the masses of the block that holds k0, or of its part up to this turn's keys.
+    """Add to the masses of the block that holds k0 once this turn's keys complete it.
+
+    Each of four warps adds what its rows have, at most two to one mass, which was zero: none waits
+    for another, and a + b is b + a.
 
     Returns:
         The rows' shares so far, which the next turn takes as b_before.
@@ -130,7 +133,19 @@ def _store_shares(
     b_shares = b_both * tl.exp2(tl.minimum(b_max - b_previous, MAX_DRIFT))
     if 2 * TILE_K < BLOCK_K:
         b_shares += tl.where(k0 % BLOCK_K == 0, 0.0, b_before)
-    store_masses(b_shares[:, None], p_masses + k0 // BLOCK_K, i_mass, num_masses, Nk, BLOCK_K)
+    # the interpreter counts loops in Python's integers
+    past = tl.full([], k0, tl.int32) + 2 * TILE_K
+    # none before the block is complete
+    num_masses = tl.where((past % BLOCK_K == 0) | (past >= end), num_masses, 0)
+    ROWS: tl.constexpr = b_both.shape[0] // 4
+    b_masses = tl.reshape(b_shares, [ROWS // 16, 4, 16])
+    b_masses = tl.sum(tl.reshape(tl.permute(b_masses, [1, 0, 2]), [4, ROWS]), 1)
+    b_masses = tl.where(b_masses > MAX_MASS, MAX_MASS, b_masses)
+    o_mass = tl.arange(0, 4) * ROWS // BLOCK_K
+    tl.atomic_add(
+        p_masses + k0 // BLOCK_K + o_mass.to(tl.int64) * Nk, b_masses,
+        mask=i_mass + o_mass < num_masses, sem="relaxed",
+    )  # fmt: skip
     return b_shares
 
 
@@ -242,7 +257,7 @@ def _attention_kernel(
         if HAS_MASSES:
             b_before = _store_shares(
                 b_both, b_max, b_previous, b_before, p_masses, k0, i_mass, num_masses, Nk,
-                EDGE_K, BLOCK_K,
+                past_edge, EDGE_K, BLOCK_K,
             )  # fmt: skip
     # known a turn ahead, or no load of keys could run ahead of the turn that uses them
     following = _first_key(p_list, 0, num_blocks, BLOCK_K, TILE_K, LISTED)
@@ -257,7 +272,7 @@ def _attention_kernel(
         if HAS_MASSES:
             b_before = _store_shares(
                 b_both, b_max, b_previous, b_before, p_masses, k0, i_mass, num_masses, Nk,
-                TILE_K, BLOCK_K,
+                Lk, TILE_K, BLOCK_K,
             )  # fmt: skip
 
     # a row without a key has sum 0: its output is zero
@@ -355,7 +370,7 @@ def attention_with_masses(
     previous_lse = launch.checked(previous_lse, "previous_lse", q.shape[:3])
     tile = tiles.attention(tiles.card_of(q.device), 128, q.shape[3])
     found = (MASS_BLOCK, MASS_BLOCK)
-    masses = empty_masses(q, k, *found)
+    masses = empty_masses(q, k, *found).zero_()
     if x.out.numel():
         _launch(x, scale, tile, MASS_BLOCK, previous_lse=previous_lse, masses=masses)
     masses = to_granularity(masses, q.shape[2], found, (block_q, block_k), renormalise=True)

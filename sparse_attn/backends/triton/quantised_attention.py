@@ -9,11 +9,12 @@ SageAttention's kernels in comfy-kitchen). The quantisation is part of every cal
 import torch
 import triton
 import triton.language as tl
+from torch.nn import functional as F
 
 from .. import tiles
 from . import launch
 from .operands import operands_of
-from .quantise import TILE, quantise
+from .quantise import COLS, TILE, quantise
 from .softmax import (
     INTERPRETED,
     LOG2_E,
@@ -83,12 +84,11 @@ def _attend_tile(
                   + (o_t[:, None] * D + tl.arange(0, D)[None, :]))  # fmt: skip
     b_factor = b_scale * tl.load(p_k_scale + tile)
     if HAS_BIAS or RAGGED:
-        b_s = int8_scores(b_q, b_k) * b_factor[:, None]
+        b_s, b_scale = int8_scores(b_q, b_k), b_factor[:, None]
         if HAS_BIAS:
-            # they are scaled already
-            b_s = bias_scores(b_s, 1.0, key_bias, bits, first, L, KEYS, HAS_BITS, RAGGED)
+            b_s = bias_scores(b_s, b_scale, key_bias, bits, first, L, KEYS, HAS_BITS, RAGGED)
         else:
-            b_s = hide_past(b_s, first, L, KEYS)
+            b_s = hide_past(b_s * b_scale, first, L, KEYS)
         b_top = tl.max(b_s, 1)
         b_p = tl.exp2(b_s - (tl.where(b_top == float("-inf"), 0.0, b_top) - STEPS)[:, None])
         b_next = tl.maximum(b_max, b_top)
@@ -107,13 +107,15 @@ def _attend_tile(
     b_new = tl.exp2(b_top - b_pivot)
     b_p = _to_operand(b_p, TILE_Q, KEYS)
     b_sum = _merge(b_sum, b_p, tl.full([KEYS, SUM_COLS], 1, tl.int8), b_old, b_new)
-    b_new *= tl.load(p_v_scale + tile)
+    p_v_scale += tile * (D // COLS)
     p_v += tl.full([], tile, tl.int64) * (TILE * D) + (o_c[:, None] * TILE + o_t[None, :])
     if KEYS < TILE:
         p_v += tl.multiple_of(first % TILE, KEYS)
-    b_acc0 = _merge(b_acc0, b_p, tl.trans(tl.load(p_v)), b_old, b_new)
+    b_v = tl.trans(tl.load(p_v))
+    b_acc0 = _merge(b_acc0, b_p, b_v, b_old, b_new * tl.load(p_v_scale))
     if D > COLS:
-        b_acc1 = _merge(b_acc1, b_p, tl.trans(tl.load(p_v + COLS * TILE)), b_old, b_new)
+        b_v = tl.trans(tl.load(p_v + COLS * TILE))
+        b_acc1 = _merge(b_acc1, b_p, b_v, b_old, b_new * tl.load(p_v_scale + 1))
     return b_acc0, b_acc1, b_next, b_sum
 
 
@@ -145,6 +147,7 @@ def _quantised_attention_kernel(
     D: tl.constexpr,
     TILE_Q: tl.constexpr,
     TILE: tl.constexpr,
+    COLS: tl.constexpr,
     SUM_COLS: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -153,8 +156,6 @@ def _quantised_attention_kernel(
     HAS_POOLED: tl.constexpr,
     HAS_ORDER: tl.constexpr,
 ):  # fmt: skip
-    # no wider than high, or the warps would not own whole rows of scores
-    COLS: tl.constexpr = D if D < TILE_Q else TILE_Q
     HALVES: tl.constexpr = BLOCK_Q // TILE_Q
     pid = tl.program_id(0)
     num_q = Nq * HALVES
@@ -188,7 +189,7 @@ def _quantised_attention_kernel(
     p_k = k + i_bh * Nk * TILE * D
     p_v = v + i_bh * Nk * TILE * D
     p_k_scale = k_scale + i_bh * Nk
-    p_v_scale = v_tile_scale + i_bh * Nk
+    p_v_scale = v_tile_scale + i_bh * Nk * (D // COLS)
     b_acc0 = tl.zeros([TILE_Q, COLS], dtype=tl.float32)
     b_acc1 = tl.zeros([TILE_Q, COLS], dtype=tl.float32)
     b_max = tl.full([TILE_Q], float("-inf"), dtype=tl.float32)
@@ -198,16 +199,17 @@ def _quantised_attention_kernel(
     if HAS_POOLED:
         num_pooled_tiles = tl.cdiv(num_pooled, TILE)
         p_bits = bits + row_of_blocks * tl.cdiv(num_pooled, 8)
-        p_sizes = log_sizes + i_b.to(tl.int64) * num_pooled
+        # padded, so that no mask travels with their loads
+        p_sizes = log_sizes + i_b.to(tl.int64) * (num_pooled_tiles * TILE)
         pooled_k += i_bh * num_pooled_tiles * TILE * D
         pooled_v += i_bh * num_pooled_tiles * TILE * D
         pooled_k_scale += i_bh * num_pooled_tiles
-        pooled_v_tile_scale += i_bh * num_pooled_tiles
-        for first in tl.range(0, num_pooled, EDGE):
+        pooled_v_tile_scale += i_bh * num_pooled_tiles * (D // COLS)
+        for first in tl.range(0, num_pooled, TILE):
             b_acc0, b_acc1, b_max, b_sum = _attend_tile(
                 b_acc0, b_acc1, b_max, b_sum, b_q, b_scale, pooled_k, pooled_k_scale, pooled_v,
                 pooled_v_tile_scale, p_sizes, p_bits, first, num_pooled,
-                D, TILE, EDGE, TILE_Q, COLS, SUM_COLS, True, True, True,
+                D, TILE, TILE, TILE_Q, COLS, SUM_COLS, True, True, False,
             )  # fmt: skip
     for first in tl.range(first_edge, past_edge, EDGE, num_stages=1):
         b_acc0, b_acc1, b_max, b_sum = _attend_tile(
@@ -258,6 +260,9 @@ def quantised_attention(
     tile = tiles.quantised_attention(tiles.card_of(q.device))
     block_q, block_k = (tile.tile_q, TILE) if mask is None else (mask.block_q, mask.block_k)
     Nq = triton.cdiv(Lq, block_q)
+    log_sizes = x.pooled_tensors[2]
+    if log_sizes is not None:
+        log_sizes = F.pad(log_sizes, (0, -x.num_pooled % TILE), value=float("-inf"))
     with launch.on_device(q):
         y = quantise(
             x.q, x.k, x.v, scale=float(scale), values=torch.int8, key_bias=x.key_bias,
@@ -266,13 +271,14 @@ def quantised_attention(
         _quantised_attention_kernel[(B * H * Nq * (block_q // tile.tile_q),)](
             y.q, y.k, y.v, x.key_bias, y.q_scale, y.q_shift, y.k_scale, y.v_tile_scale, y.v_scale,
             y.v_mean, y.pooled_k, y.pooled_v, y.pooled_k_scale, y.pooled_v_tile_scale,
-            x.pooled_tensors[2], x.kv_indices, x.kv_num_blocks, x.bits, x.order, x.out, x.lse,
+            log_sizes, x.kv_indices, x.kv_num_blocks, x.bits, x.order, x.out, x.lse,
             *x.order_strides,
             H, Lq, Lk, Nq, y.k_scale.shape[2], y.q.shape[2], mask.num_k if mask else 0,
             x.num_pooled,
             D=D,
             TILE_Q=tile.tile_q,
             TILE=TILE,
+            COLS=COLS,
             SUM_COLS=tiles.sum_columns(tiles.card_of(q.device)),
             BLOCK_Q=block_q,
             BLOCK_K=block_k,

@@ -88,19 +88,46 @@ def load_rows(
 
 
 @triton.jit
+def _word(bits, byte, last, BYTES: tl.constexpr):
+    """BYTES bytes from `byte` on, at most 4; those past the last are others'."""
+    word = 0
+    for i in tl.static_range(BYTES):
+        word |= tl.load(bits + tl.minimum(byte + i, last)).to(tl.int32) << (8 * i)
+    return word
+
+
+@triton.jit
+def _bits(bits, first, L, COLS: tl.constexpr):
+    """[COLS] bits from `first` on, at most 64 and both multiples of 8; those past L are others'.
+
+    Words that all lanes read alike: an address for every key would take more than the scores. A lane
+    has the same places of all bytes, so it shifts a word twice and not for every key.
+    """
+    o_k = tl.arange(0, COLS)
+    byte, last = first // 8, (L - 1) // 8
+    word = _word(bits, byte, last, min(COLS // 8, 4)) >> o_k % 8
+    if COLS > 32:
+        word = tl.where(o_k < 32, word, _word(bits, byte + 4, last, COLS // 8 - 4) >> o_k % 8)
+    return (word >> (o_k // 8 * 8) % 32) & 1 == 1
+
+
+@triton.jit
 def bias_scores(
     b_s, scale_log2, key_bias, bits, first, L,
     COLS: tl.constexpr, HAS_BITS: tl.constexpr, RAGGED: tl.constexpr,
 ):  # fmt: skip
-    """Scale scores, add a bias, and hide the keys past L and those whose bit is set."""
+    """Scale scores, add a bias, and hide the keys past L and those whose bit is set.
+
+    Args:
+        scale_log2: one number, or [Q, 1].
+    """
     o_k = first + tl.arange(0, COLS)
     if RAGGED:
         b_bias = tl.load(key_bias + o_k, mask=o_k < L, other=float("-inf")) * LOG2_E
     else:
         b_bias = tl.load(key_bias + o_k) * LOG2_E
     if HAS_BITS:
-        b_byte = tl.load(bits + o_k // 8, mask=o_k < L, other=0).to(tl.int32)
-        b_bias = tl.where((b_byte >> (o_k % 8)) & 1 == 1, float("-inf"), b_bias)
+        b_bias = tl.where(_bits(bits, first, L, COLS), float("-inf"), b_bias)
     return tl.fma(b_s, scale_log2, b_bias[None, :])
 
 
