@@ -17,7 +17,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parents[1]), str(HERE)]
 
-from contestants import EARLIER, SOL, THREE, TWO, WIDE  # noqa: E402
+from contestants import EARLIER, FIRST_STEP, GROUPS, OP, SOL, TAIL_ERROR, THREE, TWO, WIDE  # noqa: E402
 from paired import load, paired  # noqa: E402
 from rule import PAPER, SCHEDULES  # noqa: E402
 
@@ -29,6 +29,7 @@ SPLIT = (("tiny", "wan128", "joint"), ("natural", "solid"))
 POSITION, ONE, PLAIN = "position, two searches", "similarity, one search", "paper, even heads"
 TWENTY, QUERIES = "similarity, 20 % dense", "similarity, one query row of four"
 INT8 = "similarity, INT8"
+TIMED = GROUPS["as timed"]
 # what rules were called when `second_weights` was recorded
 NOW = {
     "one cluster order (queries half), rods where better": TWO.name,
@@ -47,6 +48,13 @@ NOW = {
     **{f"queries half, second search at {x}": f"similarity, second search at {x}"
        for x in (0.3, 0.8)},
 }  # fmt: skip
+
+
+def dense(steps: int, number: int) -> str:
+    """The name of `contestants.front`'s rule with so many dense steps."""
+    if (steps, number) == (20, 1):
+        return FIRST_STEP[0].name
+    return f"{steps} steps: {number} dense, density 0.2" + (", one search" if steps == 4 else "")
 
 
 @dataclass(frozen=True)
@@ -70,7 +78,8 @@ class Claim:
 
 ALL = ("Balanced", "Quality", "Fast")
 LOW, HALF = ("20", 0.2), ("20", 0.1)
-MOST = (LOW, HALF, ("50", 0.2), ("8", 0.2))
+EIGHT, FOUR = ("8", 0.2), ("4", 0.2)
+MOST = (LOW, HALF, ("50", 0.2), EIGHT)
 CLAIMS = (
     Claim("the preset's rule over the paper's", EARLIER.name, PAPER.name, MOST, ("Balanced", "Fast")),
     Claim("the preset's rule at half the density over the paper's", EARLIER.name, PAPER.name, (HALF,),
@@ -102,6 +111,19 @@ CLAIMS = (
           (("8", 0.2),)),
     Claim("INT8 over bf16", INT8, TWO.name, (LOW, HALF)),
     Claim("one query row of four over all", QUERIES, TWO.name, (LOW,)),
+    Claim("Balanced in INT8 over sol_attn as its node runs it, which takes no less time", TIMED[1].name,
+          TIMED[0].name, (LOW, EIGHT, FOUR)),
+    Claim("the preset's rule over sol_attn by a threshold, its own op", EARLIER.name, OP[1].name, (LOW, HALF)),
+    Claim("the preset's rule over sol_attn by top-k, its own op", EARLIER.name, OP[2].name, (LOW, HALF)),
+    Claim("blocks by the tail's error over blocks by mass", TAIL_ERROR[1].name, TAIL_ERROR[0].name, (LOW,)),
+    Claim("a first step of all blocks over one of half", FIRST_STEP[0].name, FIRST_STEP[1].name,
+          (LOW, EIGHT, FOUR)),
+    Claim("a first step of half the blocks over none", FIRST_STEP[1].name, FIRST_STEP[2].name,
+          (LOW, EIGHT, FOUR)),
+    *(Claim(f"of {steps} steps {more} dense over {less}", dense(steps, more), dense(steps, less),
+            ((str(steps), 0.2),))
+      for steps, less, more in ((4, 1, 2), (8, 1, 2), (20, 1, 2), (20, 2, 3), (20, 3, 4), (50, 1, 2),
+                                (50, 2, 5), (50, 5, 10), (50, 10, 15))),
 )  # fmt: skip
 
 

@@ -22,7 +22,7 @@ class Rule:
         block_q, block_k: tokens per block.
         tail: what stands for the blocks that are left out: "none" or "pooled". The pack has an
             order with a tail and none without.
-        head_adaptive, precision, search_gap, query_stride: as in `AdaSpaConfig`.
+        head_adaptive, precision, search_gap, query_stride, recall: as in `AdaSpaConfig`.
         again: shares of the schedule at which the pack searches again.
         first_density: of the very first step, which would be dense, by `first_step.py`; 0 leaves it dense.
         warmup: share of the steps before the first search, None for the schedule's own; of a preset
@@ -43,6 +43,7 @@ class Rule:
     search_gap: int = 0
     query_stride: int = 1
     first_density: float = 0.0
+    recall: float = 0.0
 
     def but(self, name: str, **changes) -> "Rule":
         return replace(self, name=name, **changes)
@@ -75,7 +76,7 @@ class Rule:
             warmup=first / steps if self.warmup is None else self.warmup, search_points=self.again, search_gap=self.search_gap,
             head_adaptive=self.head_adaptive, tail=self.tail, precision=self.precision,
             token_order="position" if self.order == "raster" else self.order, min_tokens=0,
-            query_stride=self.query_stride,
+            query_stride=self.query_stride, recall=self.recall,
         )  # fmt: skip
 
 
