@@ -21,6 +21,22 @@ from ..sparse_attn.sentences import Sentence, told
 
 # settings that a widget holds as text, and what stands between the commas
 LISTS = {"search_points": float, "dense_layers": int}
+KINDS = {bool: io.Boolean, float: io.Float, int: io.Int, str: io.String}
+# younger than prompts that people saved: those lack them
+YOUNGER = ("precision", "recall", "tail", "token_order", "verdict")
+# bounds, and for the interface what a widget that is set replaces
+MORE = {
+    "sparsity": {"min": 0.0, "max": MAX_SPARSITY, "step": 0.01},
+    "warmup": {"min": 0.0, "max": 0.9, "step": 0.01},
+    "head_adaptive": {"extra_dict": {"replaces": ["recall"]}},
+    "start_percent": {"min": 0.0, "max": 1.0, "step": 0.01},
+    "end_percent": {"min": 0.0, "max": 1.0, "step": 0.01},
+    "min_tokens": {"min": 0, "max": 1 << 24},
+    "recall": {
+        "min": 0.0, "max": MAX_RECALL, "step": 0.005,
+        "extra_dict": {"replaces": ["sparsity", "head_adaptive"]},
+    },
+}  # fmt: skip
 
 
 def shown(config: AdaSpaConfig) -> dict:
@@ -47,162 +63,74 @@ def setting_inputs() -> list[io.Input]:
     first = next(iter(PRESETS))
     defaults = {"preset": first, **shown(PRESETS[first]), "verdict": "auto"}
     skipped = {name: f"{config.sparsity:.0%}" for name, config in PRESETS.items()}
+    options = {"preset": [*PRESETS, "Custom"], **CHOICES}
+    tooltips = {
+        "preset": f"How much of the attention is skipped. Balanced ({skipped['Balanced']}) is "
+        f"for most videos, Quality ({skipped['Quality']}) stays closest to the dense video, Fast "
+        f"({skipped['Fast']}) saves the most time, Paper is the published method. Custom uses "
+        "the values below.",
+        "sparsity": "Share of attention blocks to skip (preset Custom). Higher is faster and "
+        "drifts further from the dense video; 0 skips nothing.",
+        "block_size": "Tokens per block (preset Custom). 64 follows the picture most closely. "
+        "128x64 takes 128 queries and 64 keys: faster and half the memory, a little less close. "
+        "128 needs a quarter of the memory.",
+        "warmup": "Share of the steps that run dense first (preset Custom), at least one unless "
+        "it is 0. They fix the composition: more keeps the video closer to dense, less saves "
+        "more time.",
+        "search_points": "When to look for the pattern again, as shares of the schedule such as "
+        f"{defaults['search_points']} (preset Custom). Empty looks once, after the warm-up. A "
+        "search costs a part of a dense step and holds more memory until then. It is left out "
+        f"where the last search is less than {SEARCH_GAP} steps ago, and in the last step: there "
+        "it would take back too much of the time.",
+        "head_adaptive": "Heads that concentrate keep fewer blocks and heads that do not keep "
+        "more, at the same total (preset Custom). Not with recall.",
+        "dense_layers": "Layers that always run dense, such as 0, 1, -1. Each costs its share "
+        "of the speed.",
+        "start_percent": "Steps before this share of the schedule run dense.",
+        "end_percent": "Steps from this share of the schedule on run dense. 0.9 can calm "
+        "flicker at the cost of speed.",
+        "min_tokens": "Shorter videos run dense: below this there is little to gain.",
+        "cache": "Where the pattern lives between steps. CPU frees GPU memory and copies it "
+        "back ahead of time; auto moves it when memory is short.",
+        "dense_attention": "Who runs the dense steps. Auto measures the exact ones on the first "
+        "step and takes the fastest; host leaves them to ComfyUI's own setting.",
+        "enabled": "Off leaves the model as it is, for a comparison at the same seed.",
+        "precision": "Precision of the attention in sparse steps, and in dense ones where that "
+        "is fastest: int8 is faster and less exact, and a second search then measures in int8; "
+        "the first never does. fp8, of older graphs, runs as int8. bf16, and auto for now, "
+        "compute as the model does.",
+        "recall": "Ask for a recall instead of a sparsity: 0.95 keeps, in every head, the "
+        "fewest blocks that hold 95 % of the attention. How much that skips depends on the "
+        "video. 0 is off. Not with head_adaptive or the preset Paper.",
+        "tail": "Pooled lets the average of every skipped block stand in for it (preset "
+        "Custom): closer to the dense video, for about a seventh of a sparse call's time at "
+        "80 %. Needs blocks of 64 keys. None leaves skipped blocks out, as the paper does.",
+        "token_order": "What is put together in a block (preset Custom, only with a tail). "
+        "Similarity puts together what looks alike to the model, wherever it is in the video, "
+        "in every part of the model for which that works better: closer to the dense video, "
+        "slower searches, more memory. Position takes compact pieces of the video.",
+        "verdict": "Whether sparse is faster here. Auto finds out in the first sparse step, "
+        "once for each size and setting until ComfyUI restarts; where sparse is not at least "
+        "10 % faster, the rest runs dense. Sparse and dense pin the answer: then a rerun is equal "
+        "bit for bit.",
+    }
 
-    def setting(kind, name, tooltip, **more):
-        # the interface folds all but these
-        more["advanced"] = name not in ("preset", "enabled")
-        if name in CHOICES:
-            more["options"] = list(CHOICES[name])
-        return kind.Input(name, default=defaults[name], tooltip=tooltip, **more)
-
-    return [
-        setting(
-            io.Combo,
-            "preset",
-            f"How much of the attention is skipped. Balanced ({skipped['Balanced']}) is for most "
-            f"videos, Quality ({skipped['Quality']}) stays closest to the dense video, Fast "
-            f"({skipped['Fast']}) saves the most time, Paper is the published method. Custom uses "
-            "the values below.",
-            options=[*PRESETS, "Custom"],
+    def setting(name: str, tooltip: str) -> io.Input:
+        default, more = defaults[name], dict(MORE.get(name, {}))
+        if name == "preset":
             # for the interface, which shows them in the other widgets
-            extra_dict={"presets": shown_presets(), "earlier": PRESETS_OF_0_1},
-        ),
-        setting(
-            io.Float,
-            "sparsity",
-            "Share of attention blocks to skip (preset Custom). Higher is faster "
-            "and drifts further from the dense video; 0 skips nothing.",
-            min=0.0,
-            max=MAX_SPARSITY,
-            step=0.01,
-        ),
-        setting(
-            io.Combo,
-            "block_size",
-            "Tokens per block (preset Custom). 64 follows the picture most closely. "
-            "128x64 takes 128 queries and 64 keys: faster and half the memory, a little less "
-            "close. 128 needs a quarter of the memory.",
-        ),
-        setting(
-            io.Float,
-            "warmup",
-            "Share of the steps that run dense first (preset Custom), at least one unless it is 0. "
-            "They fix "
-            "the composition: more keeps the video closer to dense, less saves more time.",
-            min=0.0,
-            max=0.9,
-            step=0.01,
-        ),
-        setting(
-            io.String,
-            "search_points",
-            "When to look for the pattern again, as shares of the schedule such "
-            f"as {defaults['search_points']} (preset Custom). Empty looks once, after the warm-up. "
-            "A search costs a part of a dense step and holds more memory until then. It is left "
-            f"out where the last search is less than {SEARCH_GAP} steps ago, and in the last step: "
-            "there it would take back too much of the time.",
-        ),
-        setting(
-            io.Boolean,
-            "head_adaptive",
-            "Heads that concentrate keep fewer blocks and heads that do not keep "
-            "more, at the same total (preset Custom). Not with recall.",
-            extra_dict={"replaces": ["recall"]},
-        ),
-        setting(
-            io.String,
-            "dense_layers",
-            "Layers that always run dense, such as 0, 1, -1. Each costs its share of the speed.",
-        ),
-        setting(
-            io.Float,
-            "start_percent",
-            "Steps before this share of the schedule run dense.",
-            min=0.0,
-            max=1.0,
-            step=0.01,
-        ),
-        setting(
-            io.Float,
-            "end_percent",
-            "Steps from this share of the schedule on run dense. 0.9 can calm "
-            "flicker at the cost of speed.",
-            min=0.0,
-            max=1.0,
-            step=0.01,
-        ),
-        setting(
-            io.Int,
-            "min_tokens",
-            "Shorter videos run dense: below this there is little to gain.",
-            min=0,
-            max=1 << 24,
-        ),
-        setting(
-            io.Combo,
-            "cache",
-            "Where the pattern lives between steps. CPU frees GPU memory and "
-            "copies it back ahead of time; auto moves it when memory is short.",
-        ),
-        setting(
-            io.Combo,
-            "dense_attention",
-            "Who runs the dense steps. Auto measures the exact ones on the first "
-            "step and takes the fastest; host leaves them to ComfyUI's own setting.",
-        ),
-        setting(
-            io.Boolean,
-            "enabled",
-            "Off leaves the model as it is, for a comparison at the same seed.",
-        ),
-        # the inputs from here on are younger than prompts that people saved: those lack them
-        setting(
-            io.Combo,
-            "precision",
-            "Precision of the attention in sparse steps, and in dense ones where that is "
-            "fastest: int8 is faster and less exact, and a second search then measures in int8; the "
-            "first never does. fp8, of older graphs, runs as int8. bf16, and auto for now, compute "
-            "as the model does.",
-            optional=True,
-        ),
-        setting(
-            io.Float,
-            "recall",
-            "Ask for a recall instead of a sparsity: 0.95 keeps, in every head, the fewest "
-            "blocks that hold 95 % of the attention. How much that skips depends on the video. "
-            "0 is off. Not with head_adaptive or the preset Paper.",
-            optional=True,
-            min=0.0,
-            max=MAX_RECALL,
-            step=0.005,
-            extra_dict={"replaces": ["sparsity", "head_adaptive"]},
-        ),
-        setting(
-            io.Combo,
-            "tail",
-            "Pooled lets the average of every skipped block stand in for it (preset "
-            "Custom): closer to the dense video, for about a seventh of a sparse call's time "
-            "at 80 %. Needs blocks of 64 keys. None leaves skipped blocks out, as the paper does.",
-            optional=True,
-        ),
-        setting(
-            io.Combo,
-            "token_order",
-            "What is put together in a block (preset Custom, only with a tail). Similarity "
-            "puts together what looks alike to the model, wherever it is in the video, in every "
-            "part of the model for which that works better: closer to the dense video, slower "
-            "searches, more memory. Position takes compact pieces of the video.",
-            optional=True,
-        ),
-        setting(
-            io.Combo,
-            "verdict",
-            "Whether sparse is faster here. Auto finds out in the first sparse step, once for each size "
-            "and setting until ComfyUI restarts; where sparse is not at least 10 % faster, the rest "
-            "runs dense. Sparse and dense pin the answer: then a rerun is equal bit for bit.",
-            optional=True,
-        ),
-    ]
+            more["extra_dict"] = {"presets": shown_presets(), "earlier": PRESETS_OF_0_1}
+        if name in options:
+            more["options"] = list(options[name])
+        kind = io.Combo if name in options else KINDS[type(default)]
+        # the interface folds all but these
+        advanced = name not in ("preset", "enabled")
+        optional = name in YOUNGER
+        return kind.Input(
+            name, default=default, tooltip=tooltip, advanced=advanced, optional=optional, **more
+        )
+
+    return [setting(*row) for row in tooltips.items()]
 
 
 def config_of(preset: str, **settings) -> AdaSpaConfig:
