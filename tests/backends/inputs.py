@@ -117,3 +117,11 @@ def stored_values(v8, tile_scale, D):
         # 64 channels share a scale
         tiles = tiles * tile_scale.repeat_interleave(64, -1)[..., None, :].double()
     return tiles.flatten(2, 3)
+
+
+def a_row_without_keys(device):
+    """q, k, v, bias and mask of one head, whose first block of rows keeps only keys of bias -inf."""
+    bias = torch.zeros(1, 192, device=device)
+    bias[:, 64:128] = float("-inf")
+    mask = mask_of([[[[False, True, False], [True, True, False]]]], device)
+    return *make(1, 1, 128, 192, 64, torch.bfloat16, device), bias, mask

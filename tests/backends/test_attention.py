@@ -110,10 +110,7 @@ def test_a_bias_of_a_few_keys_reaches_those_alone(attention, block_q, device):
 
 @KERNELS
 def test_rows_without_a_visible_key_are_zero_and_harm_no_other(attention, device):
-    q, k, v = inputs.make(1, 1, 128, 192, 64, torch.bfloat16, device)
-    bias = torch.zeros(1, 192, device=device)
-    bias[:, 64:128] = float("-inf")
-    mask = inputs.mask_of([[[[False, True, False], [True, True, False]]]], device)
+    q, k, v, bias, mask = inputs.a_row_without_keys(device)
     out, lse = check(attention, q, k, v, key_bias=bias, mask=mask)
     assert (out[:, :, :64] == 0).all() and (lse[:, :, :64] == float("-inf")).all()
 

@@ -7,7 +7,7 @@ so the settings it would have read are given here; everything after that is Comf
 import pytest
 import torch
 
-from tests.host.host_models import TEXT_DIM, random_weights
+from tests.host.host_models import HUNYUAN, TEXT_DIM, random_weights
 
 _WAN = {
     "image_model": "wan2.1", "dim": 256, "ffn_dim": 256, "num_heads": 2, "num_layers": 2,
@@ -32,14 +32,6 @@ _COG = {
     "num_attention_heads": 4, "attention_head_dim": 64, "in_channels": 16, "time_embed_dim": 64,
     "text_embed_dim": TEXT_DIM, "num_layers": 2,
 }  # fmt: skip
-_HUNYUAN = {
-    "image_model": "hunyuan_video", "out_channels": 16, "vec_in_dim": 768,
-    "context_in_dim": TEXT_DIM, "hidden_size": 256, "mlp_ratio": 4.0, "num_heads": 2,
-    "depth": 1, "depth_single_blocks": 2, "axes_dim": [16, 56, 56], "theta": 256,
-    "patch_size": [1, 2, 2], "qkv_bias": True, "guidance_embed": True, "byt5": False,
-    "meanflow": False, "use_cond_type_embedding": False, "vision_in_dim": None,
-    "meanflow_sum": False,
-}  # fmt: skip
 
 # name: (class of comfy.supported_models, settings of the diffusion model)
 MODELS = {
@@ -61,8 +53,8 @@ MODELS = {
         {**_WAN, "model_type": "wandancer", "music_dim": 256},
     ),
     "causal": ("WAN21_CausalAR_T2V", {**_WAN, "model_type": "t2v"}),
-    "hunyuan": ("HunyuanVideo", {**_HUNYUAN, "in_channels": 16}),
-    "hunyuan_i2v": ("HunyuanVideoI2V", {**_HUNYUAN, "in_channels": 33}),
+    "hunyuan": ("HunyuanVideo", {**HUNYUAN, "in_channels": 16}),
+    "hunyuan_i2v": ("HunyuanVideoI2V", {**HUNYUAN, "in_channels": 33}),
     "cogvideox": ("CogVideoX_T2V", {**_COG, "use_rotary_positional_embeddings": True}),
     "cogvideox_15": (
         "CogVideoX_T2V",

@@ -20,18 +20,20 @@ def wan(**options):
     return WanModel(**{**settings, **options}, **_common())
 
 
+HUNYUAN = {
+    "image_model": "hunyuan_video", "out_channels": 16, "vec_in_dim": 768,
+    "context_in_dim": TEXT_DIM, "hidden_size": 256, "mlp_ratio": 4.0, "num_heads": 2,
+    "depth": 1, "depth_single_blocks": 2, "axes_dim": [16, 56, 56], "theta": 256,
+    "patch_size": [1, 2, 2], "qkv_bias": True, "guidance_embed": True, "byt5": False,
+    "meanflow": False, "use_cond_type_embedding": False, "vision_in_dim": None,
+    "meanflow_sum": False,
+}  # fmt: skip
+
+
 def hunyuan_video(**options):
     from comfy.ldm.hunyuan_video.model import HunyuanVideo
 
-    settings = {
-        "image_model": "hunyuan_video", "in_channels": 16, "out_channels": 16, "vec_in_dim": 768,
-        "context_in_dim": TEXT_DIM, "hidden_size": 256, "mlp_ratio": 4.0, "num_heads": 2,
-        "depth": 1, "depth_single_blocks": 2, "axes_dim": [16, 56, 56], "theta": 256,
-        "patch_size": [1, 2, 2], "qkv_bias": True, "guidance_embed": True, "byt5": False,
-        "meanflow": False, "use_cond_type_embedding": False, "vision_in_dim": None,
-        "meanflow_sum": False,
-    }  # fmt: skip
-    return HunyuanVideo(**{**settings, **options}, **_common())
+    return HunyuanVideo(**{**HUNYUAN, "in_channels": 16, **options}, **_common())
 
 
 # what the 1.5 release differs in: text of three sources, patches of one, no single blocks

@@ -22,17 +22,6 @@ from tests.tools.mounts import link_pack
 ROOT = Path(__file__).resolve().parents[2]
 
 
-@pytest.fixture
-def comfyui(tmp_path):
-    """A folder with what makes a ComfyUI recognisable."""
-    root = tmp_path / "ComfyUI"
-    (root / "comfy").mkdir(parents=True)
-    (root / "comfy" / "sd.py").touch()
-    (root / "main.py").touch()
-    (root / "custom_nodes").mkdir()
-    return root
-
-
 # locks
 
 

@@ -16,18 +16,6 @@ from tests.tools.console import ExpectedFailure
 ROOT = Path(__file__).resolve().parents[2]
 
 
-@pytest.fixture
-def comfyui(tmp_path):
-    """A folder with what makes a ComfyUI recognisable."""
-    root = tmp_path / "ComfyUI"
-    (root / "comfy").mkdir(parents=True)
-    (root / "comfy" / "sd.py").touch()
-    (root / "main.py").touch()
-    (root / "custom_nodes").mkdir()
-    (root / "comfyui_version.py").write_text('# written by a tool\n__version__ = "0.30.0"\n')
-    return root
-
-
 # which torch
 
 
