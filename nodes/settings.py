@@ -81,7 +81,7 @@ def setting_inputs() -> list[io.Input]:
         f"{defaults['search_points']} (preset Custom). Empty looks once, after the warm-up. A "
         "search costs a part of a dense step and holds more memory until then. It is left out "
         f"where the last search is less than {SEARCH_GAP} steps ago, and in the last step: there "
-        "it would take back too much of the time.",
+        "it would cost more than it gains.",
         "head_adaptive": "Heads that concentrate keep fewer blocks and heads that do not keep "
         "more, at the same total (preset Custom). Not with recall.",
         "dense_layers": "Layers that always run dense, such as 0, 1, -1. Each costs its share "

@@ -60,7 +60,7 @@ def test_a_tour(page, vue, palette, tmp_path):
                 first.pos = [80, 90]; report.pos = [560, 90]; compare.pos = [80, 480]; }"""
         )
         assert page.evaluate(RUN) == "execution_success"
-        assert "Sampling took " in page.evaluate("() => said(first)")
+        assert "ampling took " in page.evaluate("() => said(first)")
         for size, (width, height) in SIZES.items():
             page.set_viewport_size({"width": width, "height": height})
             shot(f"after_{size}")
