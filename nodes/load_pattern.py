@@ -15,6 +15,7 @@ from .sockets import AdaSpaRun
 class AdaSpaLoadPattern(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
+        files = list(listed())
         return pattern_schema(
             "Load",
             "The run begins with a saved pattern and needs no search. Where the pattern does not "
@@ -22,7 +23,9 @@ class AdaSpaLoadPattern(io.ComfyNode):
             "why.",
             io.Combo.Input(
                 "file",
-                options=list(listed()),
+                options=files,
+                # of an empty list the interface would show "undefined"
+                default=next(iter(files), ""),
                 tooltip="A pattern in the folder adaspa of ComfyUI's output or input folder. "
                 "It decides how much is skipped, whatever sparsity is set to.",
             ),

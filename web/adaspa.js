@@ -46,16 +46,17 @@ function addView(node) {
     press: () => node.toggleAdvanced(),
   };
   const pictures = [REPORT, COMPARE].includes(node.comfyClass);
-  const view = statusView(HINTS[node.comfyClass], locale, folds || null);
+  const view = statusView(HINTS[node.comfyClass], locale, pictures ? 110 : 220, folds || null);
+  const height = () => Math.min(Math.max(folds ? 140 : 84, view.height()), pictures ? 150 : 320);
   const widget = node.addDOMWidget(STATUS_WIDGET, "adaspa_status", view.element, {
     serialize: false,
     hideOnZoom: false,
     hideInPanel: true,
     getValue: view.text,
     setValue: (text) => write(node, view, String(text ?? "")),
-    getMinHeight: () => Math.min(Math.max(folds ? 140 : 84, view.height()), pictures ? 110 : 320),
+    getMinHeight: height,
     // the picture gets the rest of the node
-    getMaxHeight: pictures ? () => 110 : undefined,
+    getMaxHeight: pictures ? height : undefined,
   });
   widget.serialize = false;
   views.set(node, view);

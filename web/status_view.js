@@ -19,10 +19,11 @@ const STYLE = {
   legend: "display:flex; flex-wrap:wrap; gap:2px 10px; flex:none; font-size:10px; opacity:0.8;",
   note: "flex:none; font-size:11px; line-height:1.35; opacity:0.7; font-style:italic;",
   more: "flex:none; align-self:flex-start; padding:1px 6px; font-size:11px; color:inherit; background:transparent; border:1px solid currentColor; border-radius:4px; opacity:0.7; cursor:pointer;",
-  text: "flex:1 1 0; height:0; min-height:44px; overflow-y:auto; white-space:pre-line; overflow-wrap:anywhere; font-size:11px; line-height:1.35;",
+  text: "flex:1 1 0; height:0; overflow-y:auto; white-space:pre-line; overflow-wrap:anywhere; font-size:11px; line-height:1.35;",
 };
 // the box's below its text, and what the interface keeps free above and below the box
 const EDGE = 4 + 2 * 10;
+const LEAST = 44;
 const OPACITY = { past: 0.75, now: 1, ahead: 0.28 };
 
 function part(tag, style, parent) {
@@ -45,9 +46,10 @@ export function addStyles() {
 /**
  * @param {object} hint - a line, shown as long as there is nothing else to say
  * @param {() => string} locale - the interface's
+ * @param {number} most - pixels of a text; what is longer scrolls
  * @param {null | { label: () => string, press: () => void }} more - a button that folds settings
  */
-export function statusView(hint, locale, more = null) {
+export function statusView(hint, locale, most, more = null) {
   const element = part("div", `${STYLE.box} color:var(--input-text, #ddd);`);
   element.className = CLASS;
   const button = more && part("button", STYLE.more, element);
@@ -96,7 +98,10 @@ export function statusView(hint, locale, more = null) {
   /** Pixels in which nothing has to be scrolled; few while nothing is drawn. */
   function height() {
     const [first, last] = [text.firstChild, text.lastChild];
-    return text.offsetTop - element.offsetTop + last.offsetTop + last.offsetHeight - first.offsetTop + EDGE;
+    const lines = last.offsetTop + last.offsetHeight - first.offsetTop;
+    // Nodes 2.0 asks the page how high a box is, and not the widget
+    text.style.minHeight = `${Math.min(Math.max(LEAST, lines), most)}px`;
+    return text.offsetTop - element.offsetTop + lines + EDGE;
   }
 
   if (button) {

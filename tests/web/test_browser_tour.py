@@ -23,6 +23,12 @@ OUTSIDE = """() => [...document.querySelectorAll(".adaspa-status")].filter((box)
     });
 }).length"""
 
+# pixels of the verdict that have to be scrolled to
+CUT = """() => {
+    const box = widget(first, "$$node-text-preview").element.lastChild;
+    return box.scrollHeight - box.clientHeight;
+}"""
+
 
 @pytest.mark.long
 @pytest.mark.parametrize("vue", [False, True], ids=["canvas", "nodes-2.0"])
@@ -64,6 +70,7 @@ def test_a_tour(page, vue, palette, tmp_path):
         for size, (width, height) in SIZES.items():
             page.set_viewport_size({"width": width, "height": height})
             shot(f"after_{size}")
+            assert page.evaluate(CUT) <= 0, (size, vue)
     finally:
         page.evaluate(choose, ["Comfy.VueNodes.Enabled", False])
         page.evaluate(choose, ["Comfy.ColorPalette", "dark"])
