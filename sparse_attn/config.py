@@ -43,10 +43,10 @@ class AdaSpaConfig:
         min_tokens: shorter sequences run dense.
         cache: where masks and LSE live between steps: "gpu", "cpu" or "auto".
         dense_attention: who runs the dense steps: "auto" (fastest exact one) or "host".
-        precision: of the attention itself: "int8" for sparse steps and, where that is fastest,
-            dense ones; "bf16" and, for now, "auto" are as the model computes; "fp8", of older
-            graphs, runs as "int8". The first search never runs in low precision; later ones then
-            measure with INT8 q and k.
+        precision: of the attention itself: "int8" for sparse steps, for searches with a kept LSE
+            and, where that is fastest, for dense steps and the first search, unless a recall is asked
+            for; "bf16" and, for now, "auto" are as the model computes; "fp8", of older graphs, runs
+            as "int8".
         recall: share of the attention that every head shall keep, in place of `sparsity`; 0 is off.
         tail: what stands for skipped blocks: "pooled" (their averages, with blocks that are compact
             pieces of the video) or "none" (nothing, with blocks in the model's order).

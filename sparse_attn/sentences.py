@@ -172,7 +172,7 @@ ENGLISH = {
     "line_order": "Token order: by similarity in {share} of the heads, else by position",
     "line_recall": "Recall asked for: {recall}",
     "line_precision": "Precision: {count} calls in {precision}",
-    "line_searches": "Later searches in int8: {count} calls",
+    "line_searches": "Searches in int8: {count} calls",
     "line_not_in": "Not in {precision}: {count} calls, {why}",
     "line_kept": "Kept dense: {count} calls, {why}",
     "line_unseen": "Video's self-attention not seen: {count} calls, {why}",

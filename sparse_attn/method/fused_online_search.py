@@ -19,18 +19,20 @@ from .mask_search import Found, Masses, search_mask
 
 def fused_online_search(
     backend: Backend, call: Call, config: AdaSpaConfig, previous_lse: torch.Tensor | None,
-    dense: Callable,
+    dense: Callable, int8: bool = False,
 ) -> Found:  # fmt: skip
     """Answer with dense attention, and search on the way.
 
     Args:
         previous_lse: [B, H, L] float32 of an earlier step, or None.
         dense: dense(call) -> (out, lse), for the case of two passes.
+        int8: whether `dense` computes in INT8; then the masses are of INT8 q and k, too.
     """
-    if previous_lse is None or not backend.one_pass_search:
+    if int8 or previous_lse is None or not backend.one_pass_search:
         out, lse = dense(call)
-        found = lse_cached_search(backend, call, config, lse, int8=False)
-        return found._replace(exact=config.search_stride == 1, out=out, lse=lse)
+        found = lse_cached_search(backend, call, config, lse, int8)
+        exact = config.search_stride == 1 and not int8
+        return found._replace(exact=exact, out=out, lse=lse)
     out, lse = empty_output(call.v), torch.empty_like(previous_lse)
     attend = backend.attention_with_masses
     assert attend is not None, "`one_pass_search` says so"

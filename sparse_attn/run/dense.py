@@ -116,13 +116,9 @@ class Dense:
         Returns:
             out: [B, H, L, D]. lse: [B, H, L] float32, or None where memory had no room for it.
         """
-        name, found = OWN, None
-        candidates = self._candidates(call) if self._may_choose(call) else {}
-        if OWN_INT8 in candidates:
-            with until_out_of_memory():
-                name = self.choice.fastest(call, candidates)
-        if name == OWN_INT8:
-            found = self._attempt(name, candidates, call)
+        name, found, coarse = OWN, None, self.coarse(call)
+        if coarse is not None:
+            name, found = OWN_INT8, self._attempt(OWN_INT8, {OWN_INT8: coarse}, call)
         if found is None:
             with self.timer.attempt("dense", call.q):
                 name, found = self._exact(call)
@@ -134,10 +130,22 @@ class Dense:
             return self.by_host(call), None
         return found
 
-    def exact(self, call: Call) -> tuple[torch.Tensor, torch.Tensor]:
-        """Run the dense pass of a search: out [B, H, L, D], lse [B, H, L] float32."""
+    def coarse(self, call: Call) -> Callable | None:
+        """Our own attention in low precision, candidate(q, k, v) -> (out, lse), where it is fastest."""
+        candidates, name = self._candidates(call) if self._may_choose(call) else {}, OWN
+        if OWN_INT8 in candidates:
+            with until_out_of_memory():
+                name = self.choice.fastest(call, candidates)
+        return candidates[name] if name == OWN_INT8 else None
+
+    def of_search(self, call: Call, coarse: Callable | None = None):
+        """Run the dense pass of a search, by `coarse` or exactly: out [B, H, L, D], lse [B, H, L]."""
         with self.timer.measure("search_dense", call.q):
-            return self._exact(call)[1]
+            if coarse is None:
+                return self._exact(call)[1]
+            found = coarse(call.q, call.k, call.v)
+        self.precision.count(True)
+        return found
 
     def by_host(self, call: Call) -> torch.Tensor:
         """Run the host's own attention; [B, H, L, D]."""

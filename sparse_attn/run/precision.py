@@ -1,4 +1,4 @@
-"""Which calls and later searches of a run are served in low precision, and why the others are not."""
+"""Which calls and searches of a run are served in low precision, and why the others are not."""
 
 from ..call import Call
 from ..sentences import Sentence
@@ -30,13 +30,20 @@ class Precision:
         return reason is None
 
     def searches(self, backend, call: Call, block_q: int, block_k: int) -> bool:
-        """Whether a later search shall measure with INT8 q and k."""
+        """Whether a search shall measure with INT8 q and k."""
         return self.wanted and self._reason(backend, call, block_q, block_k) is None
 
     def count(self, ran: bool) -> None:
         """Note a call that `serves` accepted: it ran, or memory had no room for quantised copies."""
         if ran:
             self.calls.calls += 1
+        else:
+            self.calls.declined[OUT_OF_MEMORY] += 1
+
+    def count_search(self, ran: bool) -> None:
+        """Note a search that `searches` accepted, likewise."""
+        if ran:
+            self.calls.searches += 1
         else:
             self.calls.declined[OUT_OF_MEMORY] += 1
 

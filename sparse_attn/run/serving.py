@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 
@@ -101,7 +102,8 @@ class Serving:
             self._reuse_pattern(call, layer, self.carried)
         pattern, may_search = layer.pattern, self.schedule.may_search(call.step)
         if pattern is None:
-            if self._search_sparse(call, layer):
+            planned = self.schedule.sparse_search and layer.lse is not None
+            if planned and self._search_with_lse(call, layer):
                 return self._serve_sparse(call, layer)
             if may_search and self.in_vain < MOST_IN_VAIN:
                 return self._search(call, layer)
@@ -109,7 +111,8 @@ class Serving:
             return self.dense.by_host(call)
         if may_search and pattern.searched_at < self.schedule.search_due(call.step):
             if layer.lse is not None:
-                self._search_again(call, layer)
+                if not self._search_with_lse(call, layer):
+                    self._keep_pattern(call, layer, pattern)
             elif pattern.carried or self.config.recall:
                 # a carried mask has left no LSE, and a recall is asked for of exact masses
                 return self._search(call, layer)
@@ -117,51 +120,50 @@ class Serving:
 
     def _search(self, call, layer):
         """Answer with dense attention, and search on the way."""
-        out = lse = None
-        with self.timer.attempt("search", call.q):
-            out, lse = self._install_mask(
-                call,
-                layer,
-                fused_online_search(
-                    layer.backend, call, self.config, self._take_lse(call, layer), self.dense.exact
-                ),
-            )
-        if out is None and layer.pattern is None:
+        lse, found = self._take_lse(call, layer), None
+        if self._in_int8(call, layer) and (coarse := self.dense.coarse(call)) is not None:
+            found = self._search_dense(call, layer, lse, coarse)
+            self.precision.count_search(found is not None)
+        if found is None:
+            found = self._search_dense(call, layer, lse)
+        if found is None and layer.pattern is None:
             return None
-        if out is None:
+        if found is None:
             self._keep_pattern(call, layer, layer.pattern)
             return self._serve_sparse(call, layer)
+        out, lse = found
         if self.schedule.searches_after(call.step) and not self.config.recall:
             self._keep_lse(layer, lse)
         self.layers.count_held()
         return self._checked(call, layer, out, out)
 
-    def _search_again(self, call, layer):
-        """Search with the kept LSE."""
-        counts = self.statistics.low_precision
-        done = False
-        if self.precision.searches(layer.backend, call, **self.config.blocks):
-            done = self._search_with_lse(call, layer, int8=True)
-            if done:
-                counts.searches += 1
-            else:
-                # quantised copies may be what memory has no room for
-                counts.declined[OUT_OF_MEMORY] += 1
-        if not (done or self._search_with_lse(call, layer, int8=False)):
-            self._keep_pattern(call, layer, layer.pattern)
-        if not self.schedule.searches_after(call.step):
-            layer.lse = None
+    def _in_int8(self, call, layer) -> bool:
+        """Whether a search measures in INT8; a recall is asked for of exact masses."""
+        wanted = self.precision.searches(layer.backend, call, **self.config.blocks)
+        return wanted and not self.config.recall
 
-    def _search_sparse(self, call, layer) -> bool:
-        """Search with the LSE of the dense step before, where the schedule has planned it so."""
-        if not self.schedule.sparse_search or layer.lse is None:
-            return False
-        done = self._search_with_lse(call, layer, int8=False)
+    def _search_dense(self, call, layer, lse, coarse=None):
+        """Output and LSE of a search, whose mask is installed; None where memory runs out."""
+        with self.timer.attempt("search", call.q):
+            found = fused_online_search(
+                layer.backend, call, self.config, lse,
+                partial(self.dense.of_search, coarse=coarse), coarse is not None,
+            )  # fmt: skip
+            return self._install_mask(call, layer, found)
+        return None
+
+    def _search_with_lse(self, call, layer) -> bool:
+        """Search with the kept LSE; whether memory had room for it."""
+        done = False
+        if self._in_int8(call, layer):
+            done = self._search_cached(call, layer, int8=True)
+            self.precision.count_search(done)
+        done = done or self._search_cached(call, layer, int8=False)
         if not self.schedule.searches_after(call.step):
             layer.lse = None
         return done
 
-    def _search_with_lse(self, call, layer, *, int8: bool) -> bool:
+    def _search_cached(self, call, layer, *, int8: bool) -> bool:
         with self.timer.attempt("search_again", call.q):
             lse = self._lse(call, layer.lse)
             self._install_mask(

@@ -107,7 +107,7 @@ class Memory:
 
 @dataclass
 class LowPrecisionCalls:
-    """Calls in low precision, later searches with INT8 q and k, and why other calls declined."""
+    """Calls in low precision, searches with INT8 q and k, and why other calls declined."""
 
     calls: int = 0
     searches: int = 0

@@ -168,7 +168,7 @@ def test_a_search_runs_our_own_unless_cudnn_is_faster(
 ):  # fmt: skip
     run, qkv = make_run(fastest, with_cudnn), tensors()
     call = call_of(qkv, key_bias=torch.zeros(1, 640) if biased else None)
-    out, lse = run.state.dense.exact(call)
+    out, lse = run.state.dense.of_search(call)
     if whose == "cudnn":
         assert lse == "cudnn's lse"
     else:

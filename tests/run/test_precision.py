@@ -1,12 +1,11 @@
 """Which calls of a run are served in low precision, and what happens where that cannot be."""
 
 import pytest
-import torch
 from close import assert_within
 
 from sparse_attn.backends import reference
-from sparse_attn.run.precision import NOT_ALLOWED
-from sparse_attn.run.serving import OUT_OF_MEMORY
+from sparse_attn.run.dense import DenseChoice
+from sparse_attn.run.precision import NOT_ALLOWED, OUT_OF_MEMORY
 from tests.run.fakes import (
     SCALE,
     TORCH,
@@ -21,21 +20,31 @@ from tests.run.fakes import (
 )
 
 
-def make_fastest(run, fastest):
-    """Let that candidate be the fastest of the run's dense attentions."""
+def fastest_of(name):
+    """A choice of dense attention: that candidate where it is one, else our own, else the host's."""
 
-    def fastest_of(call, candidates):
-        return fastest if fastest in candidates else "own" if "own" in candidates else "host"
+    def fastest(call, candidates):
+        return next(x for x in (name, "own", "host") if x in candidates)
 
-    run.state.dense.choice.fastest = fastest_of
+    return fastest
+
+
+def make_fastest(run, name):
+    run.state.dense.choice.fastest = fastest_of(name)
+
+
+@pytest.fixture(autouse=True)
+def own_is_fastest(monkeypatch):
+    """Unless a test says otherwise; a clock would tell it now so, now so."""
+    fastest = fastest_of("own")
+    monkeypatch.setattr(DenseChoice, "fastest", lambda _, call, found: fastest(call, found))
 
 
 @pytest.mark.parametrize("block_size", ["64", "128x64"])
 def test_sparse_steps_and_later_searches_run_in_the_precision_asked_for(block_size):
     run = Run("DSsSs", Backend(one_pass=True), precision="int8", block_size=block_size)
-    make_fastest(run, "own")
     did = [run.attend(step, tensors(step))[1] for step in range(5)]
-    # the first search stays exact
+    # exact attention is fastest here, and measures masses on the way
     assert did == [["dense"], ["dense with masses"], ["int8"], ["int8 masses", "int8"], ["int8"]]
     config = run.state.config
     assert run.backend.asked == (config.block_q, config.block_k)
@@ -47,18 +56,48 @@ def test_sparse_steps_and_later_searches_run_in_the_precision_asked_for(block_si
     statistics = run.statistics
     assert statistics.low_precision.calls == 4 and not statistics.low_precision.declined
     text = "\n".join(statistics.lines())
-    assert "Precision: 4 calls in int8\nLater searches in int8: 1 calls" in text
+    assert "Precision: 4 calls in int8\nSearches in int8: 1 calls" in text
     assert statistics.as_dict()["low_precision_searches"] == 1
 
 
-def test_precision_does_not_change_what_the_first_search_selects():
-    masks = []
-    for precision in ("bf16", "int8", "fp8"):
-        run = Run("DSs", precision=precision)
-        for step in range(3):
-            run.attend(step, tensors(step))
-        masks.append(run.pattern().mask.bits)
-    assert all(torch.equal(masks[0], mask) for mask in masks[1:])
+@pytest.mark.parametrize("one_pass", [False, True])
+def test_where_int8_is_fastest_the_first_search_runs_in_it(one_pass):
+    run, qkv = Run("DSsSs", Backend(one_pass=one_pass), precision="int8"), tensors()
+    make_fastest(run, "own int8")
+    did = [run.attend(step, qkv)[1] for step in range(5)]
+    search = ["int8", "int8 masses"]
+    assert did == [["int8"], search, ["int8"], ["int8 masses", "int8"], ["int8"]]
+    q, k, v = qkv
+    out, _ = Run("S", Backend(), precision="int8").attend(0, qkv)
+    assert_within("exact", out, dense(*qkv), 1e-5)
+    run = Run("Ss", Backend(one_pass=one_pass), precision="int8")
+    make_fastest(run, "own int8")
+    out, did = run.attend(0, qkv)
+    assert did == search and not run.pattern().recall.isnan().any()
+    assert_within("out", out, dense(q, k, coarse(v)), 1e-5)
+    low = run.statistics.low_precision
+    assert (low.calls, low.searches, dict(low.declined)) == (1, 1, {})
+    run.state.end_step()
+    # the masses are of other q and k than the model's
+    assert not run.statistics.patterns.exact()
+
+
+def test_a_recall_is_measured_exactly_where_int8_is_fastest():
+    run = Run("DSs", Backend(), precision="int8", recall=0.9)
+    make_fastest(run, "own int8")
+    assert run.attend(1)[1] == ["dense", "masses"] and run.statistics.low_precision.searches == 0
+
+
+def test_out_of_memory_in_a_first_search_in_int8_searches_exactly():
+    run, qkv = Run("DSs", Backend(one_pass=True), precision="int8"), tensors()
+    make_fastest(run, "own int8")
+    run.attend(0, qkv)
+    run.backend.fails["int8 masses"] = no_memory()
+    out, did = run.attend(1, qkv)
+    assert did == ["int8", "int8 masses", "dense with masses"]
+    assert_within("out", out, dense(*qkv), 1e-5)
+    assert run.statistics.low_precision.declined == {OUT_OF_MEMORY: 1}
+    assert run.statistics.low_precision.searches == 0 and not run.statistics.warnings
 
 
 def test_a_later_search_stays_exact_where_low_precision_is_not_to_be_had():
@@ -66,7 +105,7 @@ def test_a_later_search_stays_exact_where_low_precision_is_not_to_be_had():
     run.backend.refuses = "needs an NVIDIA card for eight bits"
     did = [run.attend(step, tensors(step))[1] for step in range(4)]
     assert did[2] == ["masses", "sparse"] and run.statistics.low_precision.searches == 0
-    assert not any("Later searches" in line for line in run.statistics.lines())
+    assert not any("Searches" in line for line in run.statistics.lines())
 
 
 def test_fp8_of_older_graphs_runs_as_int8_and_says_so():
@@ -162,7 +201,8 @@ def test_the_dense_step_before_a_search_does_too(fastest, config, served, calls)
     assert statistics.dense_choice == said
     q, k, v = qkv
     assert_within("out", out, dense(q, k, coarse(v) if served == "int8" else v), 1e-5)
-    assert run.attend(1, qkv)[1] == ["dense with masses"]
+    search = ["int8", "int8 masses"] if served == "int8" else ["dense with masses"]
+    assert run.attend(1, qkv)[1] == search
     # the largest mass of every row
     largest = exact_masses(q, k).argmax(-1, keepdim=True)
     assert run.pattern().mask.to_dense().gather(-1, largest).all()

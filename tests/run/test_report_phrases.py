@@ -214,7 +214,7 @@ RUNS = {
         with_similar([1.0, 0.0]), a_run()
     ),
     "Precision: {} calls in {}": (low(calls=3), a_run()),
-    "Later searches in int8: {} calls": (low(searches=3), low(calls=3)),
+    "Searches in int8: {} calls": (low(searches=3), low(calls=3)),
     "Not in {}: {} calls, {}": (low(declined={"no room": 2}), low(calls=3)),
     "Kept dense: {} calls, {}": (dense(too_short=4), a_run()),
     "Video's self-attention not seen: {} calls, {}": (UNSEEN, dense(too_short=4)),

@@ -30,6 +30,13 @@ def test_the_search_takes_the_lse_of_the_dense_step_and_runs_sparse(one_pass):
     assert torch.equal(run.pattern().mask.to_dense(), keep)
 
 
+def test_in_low_precision_it_measures_in_int8():
+    run = run_of("DSss", precision="int8")
+    run.attend(0)
+    assert run.attend(1)[1] == ["int8 masses", "int8"]
+    assert run.statistics.low_precision.searches == 1 and run.layer().lse is None
+
+
 def test_the_lse_stays_for_a_later_search():
     run = run_of("DSsSs")
     did = [run.attend(step)[1] for step in range(5)]

@@ -174,7 +174,7 @@ export default {
   "line_order": "トークンの順序: {share} のヘッドは類似度順、ほかは位置順",
   "line_recall": "求められた再現率: {recall}",
   "line_precision": "精度: {count} 回の呼び出しが {precision}",
-  "line_searches": "後の探索は int8: {count} 回の呼び出し",
+  "line_searches": "探索は int8: {count} 回の呼び出し",
   "line_not_in": "{precision} でないもの: {count} 回の呼び出し、{why}",
   "line_kept": "フル計算のまま: {count} 回の呼び出し、{why}",
   "line_unseen": "検出されなかった動画の自己アテンション: {count} 回の呼び出し、{why}",

@@ -174,7 +174,7 @@ export default {
   "line_order": "토큰 순서: 헤드의 {share}는 유사도순, 나머지는 위치순",
   "line_recall": "요청한 재현율: {recall}",
   "line_precision": "정밀도: 호출 {count}번이 {precision}",
-  "line_searches": "나중 탐색은 int8: 호출 {count}번",
+  "line_searches": "탐색은 int8: 호출 {count}번",
   "line_not_in": "{precision} 아님: 호출 {count}번, {why}",
   "line_kept": "전체 계산 유지: 호출 {count}번, {why}",
   "line_unseen": "보이지 않은 비디오 자기 어텐션: 호출 {count}번, {why}",

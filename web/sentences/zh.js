@@ -174,7 +174,7 @@ export default {
   "line_order": "token 顺序：{share} 的头按相似度，其余按位置",
   "line_recall": "要求的召回率：{recall}",
   "line_precision": "精度：{count} 次调用使用 {precision}",
-  "line_searches": "后来的搜索使用 int8：{count} 次调用",
+  "line_searches": "搜索使用 int8：{count} 次调用",
   "line_not_in": "未使用 {precision}：{count} 次调用，{why}",
   "line_kept": "保持完整计算：{count} 次调用，{why}",
   "line_unseen": "没有看到视频的自注意力：{count} 次调用，{why}",
