@@ -30,6 +30,7 @@ SIDE, LONGEST = 128, 176  # pixels: the shorter side, and what is kept of the lo
 LEAST_FRAMES, MOST_FRAMES = 20, 160
 HELD_OUT = 24  # groups of clips
 ENLARGED = 0.75  # least size of a training window, of the largest that fits
+MOVING, HELD = 0.2, 0.05  # shares of training windows that move over the clip, that stand still
 CUT = 30  # of 255: mean change of a picture of 8 x 8 from one frame to the next
 
 
@@ -164,6 +165,33 @@ def write(clips, out: Path, quality: int) -> dict:
     return index
 
 
+def moving(clip: torch.Tensor, height: int, width: int, scales, rng) -> torch.Tensor:
+    """[F, 3, height, width] of uint8 [F, Y, X, 3]: a window that goes evenly from place to place.
+
+    Args:
+        scales: pixels of the clip per pixel of the window, at the first and at the last frame.
+    """
+    frames, y, x = clip.shape[:3]
+    grids = []
+    for side, length in ((x, width), (y, height)):
+        starts = [rng.uniform(0, max(side - length * scale, 0)) for scale in scales]
+        start, scale = (
+            torch.linspace(*ends, frames, device=clip.device)[:, None] for ends in (starts, scales)
+        )
+        at = start + (torch.arange(length, device=clip.device) + 0.5) * scale
+        grids.append(2 * at / side - 1)
+    grid = torch.stack(
+        (
+            grids[0][:, None].expand(-1, height, -1),
+            grids[1][:, :, None].expand(-1, -1, width),
+        ),
+        -1,
+    )
+    return torch.nn.functional.grid_sample(
+        clip.permute(0, 3, 1, 2).float() / 255, grid, padding_mode="border", align_corners=False
+    )
+
+
 class Clips:
     """What `write` wrote, as uint8 frames in memory.
 
@@ -214,6 +242,8 @@ class Clips:
         speed = 2 if rng and count >= 2 * frames and rng.random() < 0.3 else 1
         first = rng.randint(0, max(count - speed * frames, 0)) if rng else 0
         order = torch.arange(frames, device=clip.device) * speed + first
+        if rng and rng.random() < HELD:
+            order = order.clamp(max=first)
         turn = max(2 * (count - 1), 1)
         order = (order % turn - (count - 1)).abs().neg() + count - 1
         if rng and rng.random() < 0.2:
@@ -224,7 +254,15 @@ class Clips:
         top = rng.randint(0, y - h) if rng else (y - h) // 2
         left = rng.randint(0, x - w) if rng else (x - w) // 2
         cut = clip[order, top : top + h, left : left + w].permute(0, 3, 1, 2).float() / 255
-        if (h, w) != (height, width):
+        if rng and rng.random() < MOVING:
+            cut = moving(
+                clip[order],
+                height,
+                width,
+                [scale, rng.uniform(min(1.0, ENLARGED * most), most)],
+                rng,
+            )
+        elif (h, w) != (height, width):
             cut = torch.nn.functional.interpolate(
                 cut, (height, width), mode="bilinear", antialias=True
             )

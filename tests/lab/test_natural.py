@@ -19,7 +19,6 @@ import continuation  # noqa: E402
 import generation  # noqa: E402
 import models  # noqa: E402
 import natural_clips  # noqa: E402
-import networks  # noqa: E402
 import procedural_video as video  # noqa: E402
 import rendered_video  # noqa: E402
 import train  # noqa: E402
@@ -104,6 +103,35 @@ def test_windows_are_cut_in_space_and_time(clips_file):
     assert torch.equal(again, drawn[3])
 
 
+def test_some_windows_travel_evenly_over_the_clip_and_some_stand_still(clips_file, monkeypatch):
+    across = torch.arange(160.0).expand(5, 128, 160)
+    down = torch.arange(128.0)[:, None].expand(5, 128, 160)
+    clip = torch.stack((across, down, across), -1).to(torch.uint8)
+    for seed in range(4):
+        found = 255 * natural_clips.moving(clip, 32, 48, [0.5, 0.75], random.Random(seed))
+        assert found.shape == (5, 3, 32, 48)
+        steps = found[:, 0].diff(dim=-1)[..., 1:-1].mean((1, 2))
+        torch.testing.assert_close(steps, torch.linspace(0.5, 0.75, 5), atol=5e-3, rtol=0)
+        for channel in (0, 1):
+            corner = found[:, channel, 2, 2]
+            torch.testing.assert_close(corner, torch.linspace(*corner[[0, -1]].tolist(), 5))
+    clips = Clips(clips_file)
+    monkeypatch.setattr(natural_clips, "HELD", 1.0)
+    monkeypatch.setattr(natural_clips, "MOVING", 0.0)
+    still = clips.window(0, 4, 64, 64, random.Random(0))
+    assert torch.equal(still, still[:, :1].expand_as(still))
+    monkeypatch.setattr(natural_clips, "MOVING", 1.0)
+    still = clips.window(0, 4, 64, 64, random.Random(0))
+    assert float((still[:, 1:] - still[:, :1]).abs().max()) > 0.1, "the window goes on"
+
+
+def test_frames_count_the_less_the_later_they_come():
+    found = train_natural.weights_of(torch.tensor([2, 4]), 8)
+    torch.testing.assert_close(found.mean(1), torch.ones(2))
+    assert (found[0, 2:].diff() < 0).all() and (found[1, :4] == found[1, 0]).all()
+    assert found[1, 4] == pytest.approx(8 * float(found[1, 0])) and found[0, 1] < found[0, 7]
+
+
 def test_what_is_known_is_told_in_the_channels_of_image_to_video():
     latent = torch.randn(2, 16, 4, 2, 3)
     found = continuation.conditions(latent, torch.tensor([0, 3]))
@@ -156,9 +184,16 @@ def test_a_training_goes_on_where_it_stopped_and_comfyui_loads_it(
     assert second.steps == 4 and [row["tokens"] for row in told["log"]] == [16, 64]
 
     path = tmp_path / "natural.safetensors.xz"
+    second.average = [mean + 0.1 * torch.randn_like(mean) for mean in second.average]
     second.save(path, 8)
     model = check_model.load(path, str(comfyui))
     inner = model.model.diffusion_model
+    second.publish(second.average, 8)
+    inputs = torch.randn(1, 36, 4, 8, 8), torch.tensor([300.0]), torch.zeros(1, 8, video.TEXT_DIM)
+    assert not inner.blocks[0].cross_attn.v.weight.any()
+    with torch.no_grad():
+        pair = [m.float()(*inputs, transformer_options={}) for m in (inner, second.model)]
+    torch.testing.assert_close(*pair, atol=0.02 * float(pair[1].std()), rtol=0.02)
     assert type(inner).__name__ == "WanModel" and inner.patch_embedding.weight.shape[1] == 36
     latent = torch.randn(2, 16, 4, 8, 8)
     seen = []
@@ -211,7 +246,7 @@ def test_the_recipe_ends_at_20_000_tokens_and_its_state_travels(comfyui, tmp_pat
     trainer.keep(tmp_path / "state", {})
     sizes = [path.stat().st_size for path in (tmp_path / "state").iterdir()]
     assert max(sizes) < 16e6 and sum(sizes) < 60e6
-    networks.save(dict(trainer.model.named_parameters()), tmp_path / "w", {}, args.bits)
-    assert (tmp_path / "w").stat().st_size < 12e6
+    trainer.save(tmp_path / "w.xz", args.bits)
+    assert (tmp_path / "w.xz").stat().st_size < 10.3e6, "what the other models leave of 40 MB"
     assert json.loads((tmp_path / "state" / "state.json").read_text())["steps"] == 0
     assert video.FRAMES_PER_LATENT * stage.frames <= natural_clips.MOST_FRAMES

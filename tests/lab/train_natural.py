@@ -5,7 +5,8 @@
         --minutes 9 --of 27 --state .adaspa/natural/state --out OUT
 
 ComfyUI's Wan class with the 20 channels of its image-to-video models: 4 say which latent frames are known,
-16 hold them, and the last of them in place of those that follow. The network, the optimisers and the loss are those of `tests/tiny_model/train.py`; text stays
+16 hold them, and the last of them in place of those that follow. What is drawn is the difference to that
+last frame: a clip that stands still is zero. The network, the optimisers and the loss are those of `tests/tiny_model/train.py`; text stays
 empty. A further call with the same `--state` goes on: masters in bf16 and their average in 8 bits are kept,
 in files below 16 MB; moments begin anew. `training.json` has the loss on clips that are trained on and on those
 held out; `--check` samples continuations of held-out clips and compares them with two plain guesses and
@@ -40,21 +41,57 @@ from tests.bench.record import facts  # noqa: E402
 
 # 20,480 tokens at the end
 STAGES = "1x64x64x64:0.15:3,5x64x64x16:0.35:6,20x64x64x4:0.5:10"
-KNOWN = (1, 2, 4, 4, 4)  # latent frames that may be given; none one time in twenty
+KNOWN = (2, 4, 4, 4, 10)  # latent frames that may be given; none one time in twenty
 SHARD = 15_000_000  # bytes of a file of the state
+
+
+def weights_of(known: torch.Tensor, frames: int) -> torch.Tensor:
+    """[N, T] of mean 1: frames count the less the further they lie behind those that are given.
+
+    What comes next can be learned; what comes much later nobody can know.
+    """
+    ahead = torch.arange(frames, device=known.device) - known[:, None] + 1
+    weights = torch.where(ahead > 0, 1 / (1 + ahead / 4), 0.1)
+    return weights / weights.mean(1, keepdim=True)
+
+
+def without_text(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The weights of the same model where no text is ever given.
+
+    Cross-attention then adds the same to every token, which its last bias can hold: its matrices are
+    zeros, which take no room in a compressed file.
+    """
+    state = dict(state)
+
+    def linear(name: str, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, state[f"{name}.weight"], state[f"{name}.bias"])
+
+    empty = torch.zeros_like(state["text_embedding.0.weight"][0])
+    text = F.gelu(linear("text_embedding.0", empty), approximate="tanh")
+    text = linear("text_embedding.2", text)
+    for last in [name for name in state if name.endswith("cross_attn.o.weight")]:
+        block = last.removesuffix(".o.weight")
+        added = linear(f"{block}.o", linear(f"{block}.v", text))
+        for name in [f"{block}.{part}.{kind}" for part in "qkvo" for kind in ("weight", "bias")]:
+            state[name] = torch.zeros_like(state[name])
+        state[f"{block}.o.bias"] = added
+    return state
 
 
 class Trainer(train.Trainer):
     def loss(self, latent: torch.Tensor, known: torch.Tensor, shift: float) -> torch.Tensor:
+        found = conditions(latent, known)
+        latent = latent - found[:, 4:]
         noise = torch.randn_like(latent)
         sigma = train.draw_sigma(len(latent), shift, self.device)
         noisy = torch.lerp(latent, noise, sigma[:, None, None, None, None])
         dtype = networks.precision(self.device)
-        inputs = torch.cat((noisy, conditions(latent, known)), 1).to(dtype)
+        inputs = torch.cat((noisy, found), 1).to(dtype)
         text = torch.zeros(len(latent), video.TEXT_TOKENS, video.TEXT_DIM).to(inputs)
         options = {"optimized_attention_override": train.plain_attention}
         out = self.model(inputs, 1000 * sigma, text, transformer_options=options)
-        return F.mse_loss(out.float(), noise - latent)
+        error = (out.float() - noise + latent).square().mean((1, 3, 4))
+        return (error * weights_of(known, latent.shape[2])).mean()
 
     def names(self) -> list[str]:
         return [name for name, _ in self.model.named_parameters()]
@@ -92,6 +129,10 @@ class Trainer(train.Trainer):
         self.steps = told["steps"]
         return told
 
+    def save(self, path: Path, bits: int) -> None:
+        average = dict(zip(self.names(), self.average, strict=True))
+        networks.save(without_text(average), path, networks.metadata(self.args), bits)
+
     def loss_on(self, clips: Clips, stage: train.Stage, count: int) -> float:
         """Of the averaged weights on the middles of clips, with the same noise every time.
 
@@ -105,7 +146,7 @@ class Trainer(train.Trainer):
             for first in range(0, count, stage.count):
                 chosen = [long[n % len(long)] for n in range(first, first + stage.count)]
                 windows = torch.stack([clips.window(number, *pixels(stage)) for number in chosen])
-                known = torch.full((stage.count,), min(KNOWN[-1], stage.frames // 2))
+                known = torch.full((stage.count,), min(4, stage.frames // 2))
                 known = known.to(self.device)
                 latent = video.encode(windows.to(self.device))
                 found.append(float(self.loss(latent, known, stage.shift).detach()))
@@ -172,7 +213,7 @@ def write(args, trainer: Trainer, told: dict) -> tuple[Path, dict]:
     """The averaged weights as they are now, and the record beside them, which is returned."""
     path = args.out / "natural.safetensors.xz"
     trainer.save(path, args.bits)
-    paths = ("comfyui", "clips", "out", "state")
+    paths = ("comfyui", "clips", "out", "state", "resume")
     settings = {k: str(v) for k, v in vars(args).items() if k not in paths}
     record = {
         "settings": settings, "parameters": sum(m.numel() for m in trainer.masters), **told,
@@ -192,6 +233,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", type=Path, required=True, help="folder of weights and record")
     parser.add_argument("--minutes", type=float, default=9.0, help="of this call's training")
     parser.add_argument("--of", type=float, default=27.0, help="minutes of all calls together")
+    parser.add_argument("--resume", type=Path, help="weights to begin with where there is no state")
     parser.add_argument("--steps", type=int, default=10**9, help="stop at this one")
     parser.add_argument("--stages", default=STAGES, help="as of tests/tiny_model/train.py")
     parser.add_argument("--heads", type=int, default=3)
@@ -199,7 +241,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--ffn", type=int, default=1536)
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--ema", type=float, default=0.998)
-    parser.add_argument("--bits", type=int, choices=(4, 8, 16), default=4)
+    parser.add_argument("--bits", type=int, choices=(4, 5, 6, 8, 16), default=5)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--log-every", type=int, default=200)
     parser.add_argument("--save-every", type=float, default=4.0, help="minutes")
@@ -212,7 +254,6 @@ def parser() -> argparse.ArgumentParser:
         head_dim=128,
         qk_gain=1.3,
         gate=0.3,
-        resume=None,
         optimizer="muon",
         shift=6.0,
     )
