@@ -76,9 +76,11 @@ def put_in_raster(out: torch.Tensor, arranged: torch.Tensor, order: torch.Tensor
             out[b, h].index_copy_(0, places.long(), arranged[b, h])
 
 
-def block_sizes(tokens: int, device=None) -> torch.Tensor:
+def block_sizes(
+    tokens: int, device: torch.device | None = None, block: int = BLOCK
+) -> torch.Tensor:
     """Tokens of every block, [N] float32."""
-    return (tokens - torch.arange(0, tokens, BLOCK, device=device)).clamp(max=BLOCK).float()
+    return (tokens - torch.arange(0, tokens, block, device=device)).clamp(max=block).float()
 
 
 def log_sizes(batch: int, tokens: int, key_bias: torch.Tensor | None, device) -> torch.Tensor:

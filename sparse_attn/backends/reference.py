@@ -92,10 +92,8 @@ def renormalised(masses, len_q: int, block_q: int) -> torch.Tensor:
 
 def pooled_masses(q, k_mean, log_sizes, lse, *, block_q, scale) -> torch.Tensor:
     """P[i, j]: the same of pooled keys [B, H, N, D] that weigh exp(log_sizes [B, N])."""
-    return block_masses(
-        q, k_mean, lse, block_q=block_q, block_k=1, scale=scale, key_bias=log_sizes,
-        renormalise=False,
-    )  # fmt: skip
+    options = {"scale": scale, "key_bias": log_sizes, "renormalise": False}
+    return block_masses(q, k_mean, lse, block_q=block_q, block_k=1, **options)
 
 
 def tail_error(masses, pooled, v, v_mean) -> torch.Tensor:

@@ -7,6 +7,7 @@ search stands in for today's; the masses are renormalised by row, which mends it
 import torch
 
 from ..backends.choice import Backend
+from ..backends.permuted import block_sizes
 from ..call import Call
 from ..config import AdaSpaConfig
 from .mask_search import Found, Masses, search_mask
@@ -27,20 +28,15 @@ def lse_cached_search(
         some = lse[:, heads]
         if rows is not None:
             some = some.gather(-1, rows.long())
+        options = {"scale": call.scale, "key_bias": call.key_bias, "block_k": config.block_k}
         masses = backend.block_masses(
-            call.q, call.k, some, scale=call.scale, key_bias=call.key_bias, int8=int8,
-            renormalise=False, block_q=block_q, block_k=config.block_k,
-        )  # fmt: skip
+            call.q, call.k, some, block_q=block_q, int8=int8, renormalise=False, **options
+        )
         # the drift of the LSE is the same for the masses of keys and of pooled keys
         total = masses.sum(-1, keepdim=True)
-        counts = rows_of(call.q.shape[2], block_q, total.device)[:, None]
+        counts = block_sizes(call.q.shape[2], total.device, block_q)[:, None]
         drift = (counts / total).where(total > 0, 1.0)
         return Masses(masses.mul_(drift), some, block_q, drift)
 
     mask, recall, order, similar = search_mask(backend, call, config, measure, stride=stride)
     return Found(mask, recall, False, order, similar)
-
-
-def rows_of(tokens: int, block_q: int, device=None) -> torch.Tensor:
-    """Query rows of every block, [Nq] float32."""
-    return (tokens - torch.arange(0, tokens, block_q, device=device)).clamp(max=block_q).float()

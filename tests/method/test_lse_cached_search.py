@@ -3,11 +3,11 @@ import torch
 from close import assert_within
 
 from sparse_attn.backends import reference
+from sparse_attn.backends.permuted import block_sizes
 from sparse_attn.block_mask import recall
 from sparse_attn.call import Call
 from sparse_attn.config import AdaSpaConfig
 from sparse_attn.method import lse_cached_search as module
-from sparse_attn.method.lse_cached_search import rows_of
 from sparse_attn.run import packed_lse
 from sparse_attn.token_layout import TokenLayout
 from tests.method.chosen import TORCH, chosen, measured
@@ -115,4 +115,6 @@ def test_a_key_bias_reaches_the_masses():
 
 
 def test_rows_of_blocks():
-    assert rows_of(150, 64).tolist() == [64, 64, 22] and rows_of(128, 128).tolist() == [128]
+    assert block_sizes(150).tolist() == [64, 64, 22] and block_sizes(128, block=128).tolist() == [
+        128
+    ]

@@ -32,18 +32,15 @@ def why_not_quantised(q, k, v, block_q: int, block_k: int) -> str:
     return "plain torch computes in float32"
 
 
-def attention(
-    q, k, v, *, scale, key_bias=None, mask: BlockMask | None = None, pooled: Pooled | None = None,
-    order=None,
-):  # fmt: skip
+def attention(q, k, v, *, scale, key_bias=None, mask=None, pooled=None, order=None):
     """Attention over all keys, or over the blocks that a mask keeps and the means of the others.
 
     Args:
         q: [B, H, Lq, D]. k, v: [B, H, Lk, D].
         scale: factor of the scores.
         key_bias: [B, Lk] float32 added to the scaled scores, or None.
-        mask: of q's and k's blocks; None is dense.
-        pooled: of k and v, one key for each block that a row of the mask does not keep, or None.
+        mask: a `BlockMask` of q's and k's blocks; None is dense.
+        pooled: `Pooled` of k and v, one key for each block that a row of the mask does not keep, or None.
         order: [B, H, Lq] int32, the token at every place of q; `out` is in the order of the tokens.
 
     Returns:

@@ -2,6 +2,7 @@
 
 import torch
 
+from ..permuted import block_sizes
 from .threads import each_alone
 
 # bytes of a tile of weights: about what the cache of a CPU's core holds
@@ -56,18 +57,14 @@ def block_masses(
                 queries[:, D + 1] = lse[b, h]
                 for_each(sum_rows, range(0, Lq, step))
     if renormalise:
-        starts = torch.arange(num_q, device=q.device) * block_q
-        count = (Lq - starts).clamp(max=block_q)
-        masses *= count[:, None] / masses.sum(-1, keepdim=True)
+        masses *= block_sizes(Lq, q.device, block_q)[:, None] / masses.sum(-1, keepdim=True)
     return masses
 
 
 def pooled_masses(q, k_mean, log_sizes, lse, *, block_q, scale):
     """Masses of pooled keys k_mean [B, H, N, D], whose weights have the logs log_sizes [B, N]."""
-    return block_masses(
-        q, k_mean, lse, block_q=block_q, block_k=1, scale=scale, key_bias=log_sizes,
-        renormalise=False,
-    )  # fmt: skip
+    options = {"scale": scale, "key_bias": log_sizes, "renormalise": False}
+    return block_masses(q, k_mean, lse, block_q=block_q, block_k=1, **options)
 
 
 def _sum_blocks(weights, block_q, block_k):
