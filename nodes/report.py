@@ -16,6 +16,7 @@ from .sockets import AdaSpaRun
 class AdaSpaReport(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
+        drawn = {"default": 0, "min": 0, "max": 999}
         return io.Schema(
             node_id="AdaSpaReport",
             display_name="AdaSpa Report",
@@ -32,13 +33,8 @@ class AdaSpaReport(io.ComfyNode):
                     optional=True,
                     tooltip="From the AdaSpa node; empty when that node is bypassed.",
                 ),
-                io.Int.Input(
-                    "layer", default=0, min=0, max=999,
-                    tooltip="The layer whose pattern is drawn.",
-                ),
-                io.Int.Input(
-                    "head", default=0, min=0, max=999, tooltip="The head whose pattern is drawn."
-                ),
+                io.Int.Input("layer", **drawn, tooltip="The layer whose pattern is drawn."),
+                io.Int.Input("head", **drawn, tooltip="The head whose pattern is drawn."),
             ],
             outputs=[
                 io.Latent.Output(display_name="samples"),
@@ -46,7 +42,7 @@ class AdaSpaReport(io.ComfyNode):
                 io.String.Output(display_name="text"),
             ],
             is_output_node=True,
-        )  # fmt: skip
+        )
 
     @classmethod
     @otherwise(

@@ -2,7 +2,7 @@
 
 from comfy_api.latest import io
 
-from ..sparse_attn.host.pattern_requests import save_after_run
+from ..sparse_attn.host.pattern_requests import SaveRequest, save_after_run
 from ..sparse_attn.patterns.file import save
 from ..sparse_attn.sentences import Sentence
 from .own_errors import otherwise
@@ -51,8 +51,7 @@ class AdaSpaSavePattern(io.ComfyNode):
         def write(pattern):
             return save(pattern, folders()["output"], name)
 
-        patched = save_after_run(
-            model, adaspa, write, node_id=cls.hidden.unique_id, every_run=every_sampler
-        )
+        request = SaveRequest(write, cls.hidden.unique_id, every_sampler)
+        patched = save_after_run(model, adaspa, request)
         text = Sentence("will_write", file=f"{FOLDER}/{name}")
         return io.NodeOutput(patched, ui=spoken([text]))

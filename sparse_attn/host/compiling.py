@@ -258,11 +258,9 @@ def work_of(model, config: AdaSpaConfig) -> dict | None:
     found, _ = tiles.in_use(card)
     settings = {name: value for name, value in asdict(config).items() if name in DECIDE}
     named = str(dtype).removeprefix("torch.")
-    return {
-        "card": card, "device": str(device), "head_dim": head_dim, "dtype": named,
-        "config": settings,
-        "tiles": {name: list(vars(tile).values()) for name, tile in found.items()},
-    }  # fmt: skip
+    work = {"card": card, "device": str(device), "head_dim": head_dim, "dtype": named}
+    values = {name: list(vars(tile).values()) for name, tile in found.items()}
+    return {**work, "config": settings, "tiles": values}
 
 
 def workers() -> int:

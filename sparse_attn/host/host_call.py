@@ -37,10 +37,13 @@ class HostCall:
     def as_it_came(self):
         """What the host would return."""
         with beside():
+            form = {
+                "skip_reshape": self.skip_reshape,
+                "skip_output_reshape": self.skip_output_reshape,
+            }
             return self.attention(
-                self.q, self.k, self.v, self.heads, mask=self.mask, skip_reshape=self.skip_reshape,
-                skip_output_reshape=self.skip_output_reshape, **self.named,
-            )  # fmt: skip
+                self.q, self.k, self.v, self.heads, mask=self.mask, **form, **self.named
+            )
 
     def in_heads(self) -> list[torch.Tensor]:
         """q, k and v as [B, H, L, D]."""
@@ -59,10 +62,9 @@ class HostCall:
             mask = mask[rows]
         for name in ("uuids", "cond_or_uncond"):
             options[name] = options[name][number : number + 1]
-        return replace(
-            self, q=self.q[rows], k=self.k[rows], v=self.v[rows], mask=mask,
-            named={**self.named, "transformer_options": options},
-        )  # fmt: skip
+        named = {**self.named, "transformer_options": options}
+        q, k, v = (x[rows] for x in (self.q, self.k, self.v))
+        return replace(self, q=q, k=k, v=v, mask=mask, named=named)
 
     def dense(self, heads: int | None = None) -> torch.Tensor:
         """The host's attention of the first `heads`, or of all; [B, H, L, D]."""
@@ -71,10 +73,8 @@ class HostCall:
         else:
             q, k, v = (x[:, :heads] for x in self.in_heads())
             heads = q.shape[1]
-            out = self.attention(
-                q, k, v, heads, mask=self.mask, skip_reshape=True, skip_output_reshape=True,
-                **self.named,
-            )  # fmt: skip
+            form = {"skip_reshape": True, "skip_output_reshape": True}
+            out = self.attention(q, k, v, heads, mask=self.mask, **form, **self.named)
         # not every override knows `skip_output_reshape`
         return out if out.ndim == 4 else to_heads(out, heads or self.heads)
 

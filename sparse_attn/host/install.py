@@ -1,6 +1,7 @@
 """Installs AdaSpa on a ModelPatcher: wrappers, nothing on the model, nothing on the module."""
 
 import threading
+from functools import partial
 
 import comfy.model_management
 import comfy.model_prefetch
@@ -166,13 +167,12 @@ def tell_the_end(node_id: str | None, statistics: RunStatistics, step: int) -> N
 
 def _begin(handle: RunHandle, patcher, sigmas, work) -> RunState:
     sampling = patcher.get_model_object("model_sampling")
-    carried = pattern_requests.pattern_to_begin(patcher, handle)
+    # a loaded pattern, else the one of the expert that sampled before
+    carried = patcher.get_attachment(pattern_requests.BEGIN) or handle.carried()
+    keeps = handle.keeps_pattern or patcher.get_attachment(pattern_requests.SAVE) is not None
+    begins, progress = carried is not None, partial(progress_of, sampling)
     schedule = plan(
-        sigmas.tolist(),
-        lambda sigma: progress_of(sampling, sigma),
-        handle.config,
-        keeps_pattern=pattern_requests.is_kept(patcher, handle),
-        begins_with_pattern=carried is not None,
+        sigmas.tolist(), progress, handle.config, keeps_pattern=keeps, begins_with_pattern=begins
     )
     device = patcher.load_device
     on_gpu = device.type == "cuda"

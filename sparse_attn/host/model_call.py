@@ -309,10 +309,9 @@ class ModelCall(Uncopied):
             )
             if len(uuids) > 1:
                 bias = None if call.key_bias is None else call.key_bias[rows]
-                part = replace(
-                    part, q=call.q[rows], k=call.k[rows], v=call.v[rows], key_bias=bias,
-                    dense=host.of_conditioning(i, rows).dense,
-                )  # fmt: skip
+                q, k, v = (x[rows] for x in (call.q, call.k, call.v))
+                dense = host.of_conditioning(i, rows).dense
+                part = replace(part, q=q, k=k, v=v, key_bias=bias, dense=dense)
             calls.append(part)
         return calls
 

@@ -67,17 +67,16 @@ def _served(
     func, q, k, v, heads, mask, attn_precision, skip_reshape, skip_output_reshape, **kwargs
 ):
     context = out = None
-    hosts = func
+    hosts, named = func, {"attn_precision": attn_precision, **kwargs}
     try:
         hosts = _preferred(func)
         context = (kwargs.get("transformer_options") or {}).get(CONTEXT)
         if context is not None:
             foreign = context.previous is not None
+            attention = partial(context.previous, func) if foreign else hosts
             host = HostCall(
-                partial(context.previous, func) if foreign else hosts, q, k, v, heads, mask,
-                skip_reshape, skip_output_reshape, {"attn_precision": attn_precision, **kwargs},
-                foreign=foreign,
-            )  # fmt: skip
+                attention, q, k, v, heads, mask, skip_reshape, skip_output_reshape, named, foreign
+            )
             out = serve(context, host, kwargs["transformer_options"])
             if out is not None and not skip_output_reshape:
                 out = out.transpose(1, 2).flatten(2)
@@ -87,13 +86,10 @@ def _served(
     if out is not None:
         return out
     # without a call of ours, which could fail
-    more = {
-        "mask": mask, "attn_precision": attn_precision, "skip_reshape": skip_reshape,
-        "skip_output_reshape": skip_output_reshape, **kwargs,
-    }  # fmt: skip
+    form = {"skip_reshape": skip_reshape, "skip_output_reshape": skip_output_reshape}
     if context is None or context.previous is None:
-        return hosts(q, k, v, heads, **more)
-    return context.previous(func, q, k, v, heads, **more)
+        return hosts(q, k, v, heads, mask=mask, **form, **named)
+    return context.previous(func, q, k, v, heads, mask=mask, **form, **named)
 
 
 def _preferred(func: Callable) -> Callable:
@@ -169,7 +165,8 @@ def _attend_in_graph(
     Returns:
         [B, L, H * D], or [B, H, L, D] with `skip_output_reshape`.
     """
-    options, named = {**(this_thread.options or {}), IN_GRAPH: True}, {}
+    options = {**(this_thread.options or {}), IN_GRAPH: True}
+    named = {"transformer_options": options, "_inside_attn_wrapper": True}
     if block_index >= 0:
         options["block_index"] = block_index
     if block_type:
@@ -180,10 +177,8 @@ def _attend_in_graph(
         named["enable_gqa"] = True
     if not low_precision_attention:
         named["low_precision_attention"] = False
-    out = _serve(
-        _functions[number], q, k, v, heads, mask, attn_precision, skip_reshape,
-        skip_output_reshape, transformer_options=options, _inside_attn_wrapper=True, **named,
-    ).contiguous()  # fmt: skip
+    form = attn_precision, skip_reshape, skip_output_reshape
+    out = _serve(_functions[number], q, k, v, heads, mask, *form, **named).contiguous()
     # an operator may not return one of its inputs, as some overrides do
     given = {x.untyped_storage().data_ptr() for x in (q, k, v)}
     return out.clone() if out.untyped_storage().data_ptr() in given else out
@@ -200,10 +195,7 @@ _operator: Any = torch.library.custom_op(
 
 
 @_operator.register_fake
-def _(
-    q, k, v, heads, mask, attn_precision, skip_reshape, skip_output_reshape, scale, enable_gqa,
-    low_precision_attention, block_type, block_index, number,
-):  # fmt: skip
+def _(q, k, v, heads, mask, attn_precision, skip_reshape, skip_output_reshape, *_more):
     head_dim = v.shape[-1] if skip_reshape else q.shape[-1] // heads
     if skip_output_reshape:
         return q.new_empty(q.shape[0], heads, q.shape[-2], head_dim)

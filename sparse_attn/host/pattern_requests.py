@@ -24,7 +24,8 @@ class SaveRequest:
 
     Args:
         write: write(pattern) -> the path of the new file.
-        node_id: the node that asks, or None.
+        node_id: the node that asks, and shows what is written, or None.
+        every_run: also of those samplers that follow the first one in a prompt.
     """
 
     write: Callable[[CarriedPattern], Path]
@@ -50,18 +51,9 @@ def begin_with(model, socket: RunHandle | None, pattern: CarriedPattern):
     return _with(model, socket, BEGIN, pattern)
 
 
-def save_after_run(
-    model, socket: RunHandle | None, write: Callable[[CarriedPattern], Path], *,
-    node_id: str | None = None, every_run: bool = False,
-):  # fmt: skip
-    """Return a clone of `model` whose runs write their pattern.
-
-    Args:
-        write: write(pattern) -> the path of the new file.
-        node_id: the node that shows what is written, or None.
-        every_run: also of those samplers that follow the first one in a prompt.
-    """
-    return _with(model, socket, SAVE, SaveRequest(write, node_id, every_run))
+def save_after_run(model, socket: RunHandle | None, request: SaveRequest):
+    """Return a clone of `model` whose runs write their pattern."""
+    return _with(model, socket, SAVE, request)
 
 
 def _with(model, socket: RunHandle | None, key: str, request):
@@ -74,16 +66,6 @@ def _with(model, socket: RunHandle | None, key: str, request):
     patched = model.clone()
     patched.set_attachments(key, request)
     return patched
-
-
-def pattern_to_begin(patcher, handle: RunHandle) -> CarriedPattern | None:
-    """A loaded pattern, else the one of the expert that sampled before."""
-    return patcher.get_attachment(BEGIN) or handle.carried()
-
-
-def is_kept(patcher, handle: RunHandle) -> bool:
-    """Whether the pattern of a run that begins may outlive it."""
-    return handle.keeps_pattern or patcher.get_attachment(SAVE) is not None
 
 
 def end(run, patcher, handle: RunHandle) -> None:

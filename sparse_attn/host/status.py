@@ -36,11 +36,8 @@ def show_steps(
             from 0.
     """
     text = "\n".join(said)
-    data = {
-        "node": node_id, "text": text, "said": [told(line) for line in said], "steps": kinds,
-        "first": first, "step": step, "done": done,
-    }  # fmt: skip
-    deliver(text, data)
+    steps = {"steps": kinds, "first": first, "step": step, "done": done}
+    deliver(text, {"node": node_id, "text": text, "said": [told(line) for line in said], **steps})
 
 
 def say(node_id: str | None, text: str) -> None:

@@ -42,10 +42,8 @@ def fused_online_search(
         if rows is not None:
             some = some.gather(-1, rows.long())
         # one pass knows its rows' LSE only when it ends, and takes the earlier one's
-        found, found_lse, masses = attend(
-            call.q, call.k, call.v, previous_lse=some, scale=call.scale, key_bias=call.key_bias,
-            **config.blocks,
-        )  # fmt: skip
+        options = {"scale": call.scale, "key_bias": call.key_bias, **config.blocks}
+        found, found_lse, masses = attend(call.q, call.k, call.v, previous_lse=some, **options)
         for whole, part in ((out, found), (lse, found_lse)):
             if rows is None:
                 whole[:, heads] = part

@@ -82,8 +82,7 @@ def search_mask(
     if config.pooled:
         order, similar = find_order(backend, call, config)
         layout, copies = video_first(layout), copies + 3
-    videos, heads = call.q.shape[:2]
-    chosen = Selection(backend, layout, config, videos, heads, call.q.device)
+    chosen = Selection(backend, layout, config, call.q)
     sample = None if stride == 1 else query_sample(layout.tokens, stride, call.q.device)
     for some, part in head_groups(call, copies, PAIR_BYTES):
         if order is None:

@@ -20,13 +20,13 @@ class Selection:
 
     Args:
         layout: of the sequence whose blocks `config` names; the mask's own may be multiples of them.
-        videos, heads: of all that will be added.
+        like: [B, H, ...], of the videos and heads that will be added, on their device.
     """
 
     def __init__(
-        self, backend: Backend, layout: TokenLayout, config: AdaSpaConfig, videos: int, heads: int,
-        device: torch.device,
-    ):  # fmt: skip
+        self, backend: Backend, layout: TokenLayout, config: AdaSpaConfig, like: torch.Tensor
+    ):
+        device = like.device
         self.backend, self.config = backend, config
         self.blocks = mask_blocks(layout.tokens, **config.blocks)
         block_q, block_k = self.blocks.values()
@@ -38,7 +38,7 @@ class Selection:
         budget = row_budget(config.density, self.num_k, sinks)
         shift = budget_shift(budget, self.num_k, sinks) if config.head_adaptive else 0
         self.budgets = (budget, budget + shift, budget - shift) if shift else (budget,)
-        shape = len(self.budgets), videos, heads
+        shape = len(self.budgets), *like.shape[:2]
         num_bytes = -(-self.num_k // 8)
         self._bits = torch.empty((*shape, num_q, num_bytes), dtype=torch.uint8, device=device)
         self._recall = torch.empty(shape, device=device)

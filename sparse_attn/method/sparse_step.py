@@ -34,10 +34,9 @@ def sparse_step(
         return _attend(backend, call, mask.of_blocks(tokens, **blocks), order, quantised)
     out, lse = empty_output(call.v), None
     for heads, part in groups:
-        found, found_lse = _attend(
-            backend, part, mask.with_bits(mask.bits[:, heads]).of_blocks(tokens, **blocks),
-            None if order is None else order[:, heads], quantised,
-        )  # fmt: skip
+        kept = mask.with_bits(mask.bits[:, heads]).of_blocks(tokens, **blocks)
+        places = None if order is None else order[:, heads]
+        found, found_lse = _attend(backend, part, kept, places, quantised)
         out[:, heads] = found
         if found_lse is not None:
             lse = found_lse.new_empty(call.q.shape[:3]) if lse is None else lse

@@ -55,10 +55,8 @@ def rehearse(
             q = torch.randn(shape, dtype=dtype, device=device, generator=generator)
         key_bias = torch.zeros(1, tokens, device=device) if bias else None
         by_position = serpentine_order(LAYOUT, q.device) if config.pooled else None
-        call = Call(
-            q, q, q, head_dim**-0.5, LAYOUT, step=0, dense=lambda: q, key_bias=key_bias,
-            by_position=by_position,
-        )  # fmt: skip
+        scale = head_dim**-0.5
+        call = Call(q, q, q, scale, LAYOUT, 0, lambda: q, key_bias, by_position=by_position)
         quantised_attention = backend.quantised_attention
         low = config.low_precision is not None and quantised_attention is not None
 

@@ -48,10 +48,8 @@ def lines(run) -> list[str]:
         times = {"sparse": milliseconds(run.speed.sparse), "dense": milliseconds(run.speed.dense)}
         text.append(Sentence("line_beside", **times))
     if timing.spent():
-        spent = {
-            "spent": timing.spent(), "dense": sum(timing.dense), "search": timing.searching(),
-            "sparse": sum(timing.sparse),
-        }  # fmt: skip
+        spent = {"dense": sum(timing.dense), "sparse": sum(timing.sparse)}
+        spent |= {"search": timing.searching(), "spent": timing.spent()}
         text.append(Sentence("line_attention", **{k: seconds(s) for k, s in spent.items()}))
     dense = timing.dense_call()
     if dense and timing.sparse:
@@ -89,13 +87,12 @@ def lines(run) -> list[str]:
         text.append(Sentence("line_precision", count=str(low.calls), precision=precision))
     if low.searches:
         text.append(Sentence("line_searches", count=str(low.searches)))
-    declined = {"precision": str(precision)}
-    for code, counts, more in (
-        ("line_not_in", low.declined, declined), ("line_kept", run.kept_dense, {}),
-        ("line_unseen", run.unseen, {}), ("line_other", run.beside, {}),
-    ):  # fmt: skip
+    for why, count in low.declined.most_common():
+        text.append(Sentence("line_not_in", precision=str(precision), count=str(count), why=why))
+    kinds = ("line_kept", run.kept_dense), ("line_unseen", run.unseen), ("line_other", run.beside)
+    for code, counts in kinds:
         for why, count in counts.most_common():
-            text.append(Sentence(code, count=str(count), why=why, **more))
+            text.append(Sentence(code, count=str(count), why=why))
     return text + [Sentence("line_note", text=warning) for warning in run.warnings]
 
 

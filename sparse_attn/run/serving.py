@@ -220,11 +220,10 @@ class Serving:
             if isinstance(found, str):
                 reason = found
             else:
+                density, recall = map(torch.tensor, (found.layer.density, found.layer.recall))
                 pattern = LayerPattern(
-                    found.mask, found.order, torch.tensor(found.layer.density),
-                    torch.tensor(found.layer.recall), found.similar, searched_at=call.step,
-                    carried=True,
-                )  # fmt: skip
+                    found.mask, found.order, density, recall, found.similar, call.step, carried=True
+                )
                 self._install(call, layer, pattern, found.recall, exact=False)
                 reuse.masks += 1
                 reuse.recall.append(found.layer.mean_recall())

@@ -71,10 +71,8 @@ class RunState:
         self.readback = Readback(self.statistics)
         self.backends = Backends(config.block_q, config.block_k)
         self.precision = Precision(config.low_precision is not None, self.statistics.low_precision)
-        self.dense = Dense(
-            dense_choice or DenseChoice(config.dense_attention),
-            self.backends, self.precision, self.statistics, self.timer,
-        )  # fmt: skip
+        choice = dense_choice or DenseChoice(config.dense_attention)
+        self.dense = Dense(choice, self.backends, self.precision, self.statistics, self.timer)
         self.cache = Cache(config.cache, free_bytes)
         self.layers = Layers(self.cache, self.backends, self.statistics)
         self.serving = Serving(

@@ -61,12 +61,8 @@ def numbers(run) -> list[Sentence]:
     recall, worst = run.patterns.recall()
     label = run.patterns.recall_label()
     code = f"figures_{label}" if label else "figures"
-    return [
-        Sentence(
-            code, tokens=f"{run.tokens:,}", density=f"{run.patterns.density():.2f}",
-            recall=f"{recall:.2f}", worst=f"{worst:.2f}",
-        )
-    ]  # fmt: skip
+    values = {"tokens": f"{run.tokens:,}", "density": f"{run.patterns.density():.2f}"}
+    return [Sentence(code, **values, recall=f"{recall:.2f}", worst=f"{worst:.2f}")]
 
 
 def _took(run) -> list[Sentence]:

@@ -60,17 +60,16 @@ class Scene:
 
     def __init__(self, load, name: str, folder: Path):
         from sparse_attn.host.install import install
-        from sparse_attn.host.pattern_requests import save_after_run
+        from sparse_attn.host.pattern_requests import SaveRequest, save_after_run
 
         config = AdaSpaConfig(**{**BASE, **RUNS[name]})
         self.model, self.handle = install(load("wan_h64"), config, node_id="7")
         if name == "saved pattern":
             numbers = itertools.count()
-            self.model = save_after_run(
-                self.model, self.handle,
-                lambda pattern: save(pattern, folder, f"pattern {next(numbers)}"),
-                every_run=True,
-            )  # fmt: skip
+            request = SaveRequest(
+                lambda pattern: save(pattern, folder, f"pattern {next(numbers)}"), every_run=True
+            )
+            self.model = save_after_run(self.model, self.handle, request)
 
     def sample(self) -> torch.Tensor:
         return sample(self.model, SMALL, steps=STEPS, cfg=1.0)

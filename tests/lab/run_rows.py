@@ -70,7 +70,7 @@ def chosen_by(backend, call, config, lse) -> list[dict]:
     def kept(masses, scores, cell=(1, 1)):
         sizes = {"block_q": cell[0] * config.block_q, "block_k": cell[1] * config.block_k}
         with mock.patch.object(selection, "mask_blocks", lambda *_, **__: sizes):
-            chosen = selection.Selection(backend, layout, config, *lse.shape[:2], lse.device)
+            chosen = selection.Selection(backend, layout, config, lse)
         chosen.add(masses, scores)
         return chosen.settle()[0].of_blocks(layout.tokens, **config.blocks).to_dense()
 

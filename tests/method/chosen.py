@@ -13,7 +13,7 @@ TORCH = plain_torch()
 
 def select(masses, layout, config, scores=None):
     """Mask and recall of all heads at once."""
-    selection = Selection(TORCH, layout, config, *masses.shape[:2], masses.device)
+    selection = Selection(TORCH, layout, config, masses)
     selection.add(masses, scores)
     return selection.settle()
 
