@@ -216,13 +216,8 @@ def _regime(guider, x: torch.Tensor, sigma: float) -> Hashable:
                 start, end = control.timestep_range or (None, None)
                 active.append(_is_active(start, end, sigma))
                 control = control.previous_controlnet
-    return (
-        id(getattr(guider, "inner_model", None)),
-        tuple(x.shape),
-        x.dtype,
-        x.device,
-        tuple(active),
-    )
+    model = id(getattr(guider, "inner_model", None))
+    return model, tuple(x.shape), x.dtype, x.device, tuple(active)
 
 
 def _is_active(start: float | None, end: float | None, sigma: float) -> bool:

@@ -175,18 +175,11 @@ def _begin(handle: RunHandle, patcher, sigmas, work) -> RunState:
         sigmas.tolist(), progress, handle.config, keeps_pattern=keeps, begins_with_pattern=begins
     )
     device = patcher.load_device
-    on_gpu = device.type == "cuda"
-    run = RunState(
-        handle.config,
-        schedule,
-        handle.dense_choice,
-        # ComfyUI 0.35 and later record allocations per block; ours outlive it
-        getattr(comfy.model_prefetch, "pause_malloc_graph", None) or RunState.NO_CONTEXT,
-        comfy.model_management.get_free_memory(device) if on_gpu else None,
-        carried,
-        timing.PACE,
-        work,
-    )
+    free = comfy.model_management.get_free_memory(device) if device.type == "cuda" else None
+    # ComfyUI 0.35 and later record allocations per block; ours outlive it
+    outlives = getattr(comfy.model_prefetch, "pause_malloc_graph", None) or RunState.NO_CONTEXT
+    choice, pace = handle.dense_choice, timing.PACE
+    run = RunState(handle.config, schedule, choice, outlives, free, carried, pace, work)
     run.statistics.part = handle.part
     # the new run's takes its place
     handle.pattern = None

@@ -297,16 +297,13 @@ class ModelCall(Uncopied):
         if self.place is not None:
             memory.parts.add(self.place)
         size, calls = len(call.q) // len(uuids), []
+        number = layer.block.number + layer.occurrence * self.family.num_layers(self.model)
         for i, (uuid, kind) in enumerate(zip(uuids, kinds, strict=True)):
             rows = slice(i * size, (i + 1) * size)
             role = {0: "positive", 1: "negative"}.get(kind, f"conditioning {kind}")
-            part = replace(
-                call,
-                layer=layer.block.number + layer.occurrence * self.family.num_layers(self.model),
-                role=role,
-                key=(call.q.device, uuid, kind, self.place, self.layout, size, layer.key),
-                name=name_of(layer, role, self.place),
-            )
+            key = call.q.device, uuid, kind, self.place, self.layout, size, layer.key
+            name = name_of(layer, role, self.place)
+            part = replace(call, layer=number, role=role, key=key, name=name)
             if len(uuids) > 1:
                 bias = None if call.key_bias is None else call.key_bias[rows]
                 q, k, v = (x[rows] for x in (call.q, call.k, call.v))

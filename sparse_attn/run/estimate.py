@@ -82,12 +82,7 @@ class Estimate:
 
 
 def estimate(
-    work: Workload,
-    schedule: Schedule,
-    config: AdaSpaConfig,
-    *,
-    one_pass: bool,
-    carried: bool = False,
+    work: Workload, schedule: Schedule, config: AdaSpaConfig, one_pass: bool, carried: bool = False
 ) -> Estimate:
     """Count the blocks of a run, and the bytes it will hold, before it starts.
 
@@ -113,13 +108,9 @@ def estimate(
             found = True
     steps = max(len(schedule.kinds), 1)
     skipped = (1 - spent / steps) * work.sparse_calls / work.calls if work.calls else 0.0
-    return Estimate(
-        work.layout,
-        0.0 if config.recall else skipped,
-        cache_size(work, schedule, config, one_pass, carried).total,
-        config.recall,
-        work.windows,
-    )
+    skipped = 0.0 if config.recall else skipped
+    held_bytes = cache_size(work, schedule, config, one_pass, carried).total
+    return Estimate(work.layout, skipped, held_bytes, config.recall, work.windows)
 
 
 def cache_size(

@@ -204,12 +204,9 @@ class Layers(dict[Hashable, Layer]):
             first = first or like
             if like == first:
                 order = pattern.own_order
-                kept[name] = CarriedLayer(
-                    mask.bits.cpu(),
-                    tuple(pattern.density.tolist()),
-                    tuple(pattern.recall.tolist()),
-                    None if order is None else unpack(order.cpu(), layer.layout),
-                )
+                order = None if order is None else unpack(order.cpu(), layer.layout)
+                density, recall = (tuple(x.tolist()) for x in (pattern.density, pattern.recall))
+                kept[name] = CarriedLayer(mask.bits.cpu(), density, recall, order)
         if first is None:
             return None
         return CarriedPattern(family, first[0], config.block_size, kept, pooled=config.pooled)

@@ -112,11 +112,8 @@ def forecast_lines(told) -> list[Sentence]:
     """What Skip Steps did in a run; `told` is its `ForecastStatistics`."""
     why, saved = told.why_not, told.saved()
     if told.forecast:
-        values = {
-            "count": str(len(told.forecast)),
-            "total": str(told.steps),
-            "steps": ranges(told.numbers(told.forecast)),
-        }
+        count, steps = str(len(told.forecast)), ranges(told.numbers(told.forecast))
+        values = {"count": count, "total": str(told.steps), "steps": steps}
         if saved:
             text = [Sentence("skipped_saved", **values, saved=seconds(saved))]
         else:

@@ -125,13 +125,10 @@ class RunState:
         """What the run will do and hold, remembered in `estimates` by the number of videos."""
         self._begin_dense(call)
         backend, _ = self.backends.of(call.q, call.k, call.v)
-        found = self.estimates[work.batch] = estimate(
-            work,
-            self.schedule,
-            self.config,
-            one_pass=backend is not None and backend.one_pass_search,
-            carried=self.carried is not None and self.carried.layout == work.layout,
-        )
+        one_pass = backend is not None and backend.one_pass_search
+        carried = self.carried is not None and self.carried.layout == work.layout
+        found = estimate(work, self.schedule, self.config, one_pass=one_pass, carried=carried)
+        self.estimates[work.batch] = found
         return found
 
     def expected(self) -> list[Sentence]:
