@@ -136,7 +136,8 @@ def hopper_block_masses(int8: bool, has_bias: bool) -> HopperTile:
 # 510 in the same process. Dense: 128 rows, pairs of 32 keys, 4 warps, 2 stages 500, 3 stages 506, pairs of 16 keys
 # 528. Sparse at density 0.2: 102 (100; 113), with a tail 118, of which means in pairs of 32 keys 5 more; 64 rows,
 # 2 warps, pairs of 16 keys 114, of 32 112, with 4 warps 154, with a tail 129. Dense with masses 528 (522; 616).
-# As they are now, with flash at 503: 487, 101, 111, 113, 122 and 536
+# As they are now, with flash at 499: 488, 100, 110, 115, 126 and 522; heads of 64, dense, with flash at 277: 279, 3
+# stages 281, 168 registers 320, 8 warps 505, 64 rows 287 (8 heads, x3)
 # Masked keys after the main loop, by tiles as large, took registers from it: 526, 114, 121 and 598
 # two stages leave room for two programs in the 100 KB of a multiprocessor of RTX cards, or pairs of 32 keys
 # with 128 rows for one. With no more than that on the H200, 64 rows with pairs of 16 keys 105, of 32 136; 128 rows
@@ -169,9 +170,12 @@ def _amd_attention(card: str, block_q: int) -> Tile:
 # with wgmma off, 2026-11-30, quantising (1.7) included, 168 registers: dense 355, density 0.2 73, with a tail 82
 # (4 stages 357; 2 stages 399, 82 and 94; as many registers as it takes 388, 87 and 99); 128 rows, 4 warps 529, 115 and
 # 116, 2 stages 434. Blocks of 128 are two halves. What is masked, after the main loop and by tiles as large, took
-# registers from it: dense 386, 76 and 93. comfy-kitchen's int8_attention takes 365
-def quantised_attention(card: Card) -> Tile:
+# registers from it: dense 386, 76 and 93. comfy-kitchen's int8_attention takes 365. As they are now: 356, 73.6 and
+# 81.2. Heads of 64, dense: 128 registers, 2 stages 211, 3 stages 222, 168 registers 226; 128 rows 228 (8 heads, x3)
+def quantised_attention(card: Card, head_dim: int) -> Tile:
     """The tile of attention in eight bits."""
+    if head_dim == 64:
+        return Tile(64, 64, 4, 2, maxnreg=128)
     return _tuned_for(card, "quantised_attention") or Tile(64, 64, 4, 3, maxnreg=168)
 
 
@@ -266,7 +270,7 @@ def rotate(card: Card, triton: tuple[int, int]) -> Tile:
     return Tile(64, 0, 2 if card[0] in (10, 11) and triton < (3, 8) else 4, 2)
 
 
-# one warp, so that the sums of its columns wait for no other
+# all of it for INT8 with one warp, whose column sums wait for no other, 1.94, with two 2.20, four 2.84
 VALUES = Tile(64, 0, 1)
 
 

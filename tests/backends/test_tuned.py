@@ -25,7 +25,7 @@ def file(tmp_path, monkeypatch):
 
 def of_table():
     found = tiles.attention(CARD, 64, 128), tiles.attention(CARD, 128, 128)
-    return *found, tiles.block_masses(CARD, True, False), tiles.quantised_attention(CARD)
+    return *found, tiles.block_masses(CARD, True, False), tiles.quantised_attention(CARD, 128)
 
 
 def test_a_file_changes_the_tiles_of_its_card_and_is_named(file, monkeypatch):

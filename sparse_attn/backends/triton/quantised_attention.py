@@ -257,7 +257,7 @@ def quantised_attention(
         return x.out, x.lse
     if Lk == 0:
         return x.out.zero_(), x.lse.fill_(float("-inf"))
-    tile = tiles.quantised_attention(tiles.card_of(q.device))
+    tile = tiles.quantised_attention(tiles.card_of(q.device), D)
     block_q, block_k = (tile.tile_q, TILE) if mask is None else (mask.block_q, mask.block_k)
     Nq = triton.cdiv(Lq, block_q)
     log_sizes = x.pooled_tensors[2]
