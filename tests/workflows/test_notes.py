@@ -121,6 +121,22 @@ def test_note_says_what_was_measured(workflow):
     assert stack["hardware"] in notes(workflow) and not stack["errors"]
 
 
+def test_notes_of_wan_14b_say_what_the_smaller_size_gains():
+    results = json.loads((RESULTS / "runs_480_h200.json").read_text("utf-8"))
+    rows = {row["name"]: row for row in results["rows"]}
+    ours, host = rows["Balanced, int8"], rows["ComfyUI's default"]
+    assert (ours["steps"], ours["layers"], ours["tokens"]) == (20, 4, 32760)
+    assert [host[key] for key in ("steps", "layers", "tokens")] == [20, 4, 32760]
+    said = (
+        f"on an {results['hardware']}, {ours['steps']} steps of {ours['layers']} of the model's 40 "
+        f"layers took {host['seconds']:.1f} s by ComfyUI's default and {ours['seconds']:.1f} s with "
+        "*precision* int8."
+    )
+    told = [name for name in FILES if "At 832 x 480" in notes(read(FILES[name]))]
+    large = [name for name in told if "32,760 tokens: it needs less" in notes(read(FILES[name]))]
+    assert len(large) == 4 and all(said in notes(read(FILES[name])) for name in large)
+
+
 @pytest.mark.parametrize(
     ("name", "sized", "reference"),
     [
