@@ -139,7 +139,7 @@ GROUPS = {
     "tail error": TAIL_ERROR,
     "recall": [TWO.but(f"similarity, recall of {x} asked for", recall=x) for x in (0.8, 0.9)],
     "behind 20 %": BEHIND, "fifty": [PAPER, EARLIER, TWO, SOL],
-    "as timed": [AS_TIMED, of_preset("Balanced").but("Balanced, INT8", precision="int8")],
+    "as timed": [AS_TIMED, of_preset("Balanced").but("Balanced, INT8", density=None, precision="int8")],
     "presets": [of_preset(name) for name in ("Quality", "Balanced", "Fast", "Paper")],
     **QUESTIONS,
 }  # fmt: skip
