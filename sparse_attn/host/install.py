@@ -87,7 +87,7 @@ def _outer_sample(handle: RunHandle, node_id):
             sampling = Sampling(run, tuple(noise.shape), guider)
             handle.runs.append(run.statistics)
             sampling.enter()
-            told, sampling.work = sampling.listener(callback), work
+            told = sampling.listener(callback)
             clock = timing.start_clock(guider)
         except Exception as error:
             go_on_without_us(error, None if sampling is None else sampling.run)
@@ -122,7 +122,7 @@ def _end(sampling: Sampling, handle: RunHandle, node_id, out, sigmas, clock) -> 
             statistics.results.append(fingerprint(denoised))
         if clock is not None:
             statistics.took = clock.took
-            statistics.sampled = timing.with_sigmas(sampling.work, sigmas)
+            statistics.sampled = timing.with_sigmas(run.work, sigmas)
             statistics.seconds_off = timing.PACE.off.get(statistics.sampled)
         tell_the_end(node_id, statistics, len(run.schedule.kinds) - 1)
         handle.note(handle.metadata)

@@ -41,8 +41,6 @@ class Sampling(Uncopied):
     tells_entry: bool = False
     # the sampler's latest, [B, C, T, H, W]
     denoised: Any = None
-    # what decides how long a step takes
-    work: Any = None
     # another node's, which is called through ours
     _wrapper: Any = None
     _callers: Callers = field(default_factory=Callers)
