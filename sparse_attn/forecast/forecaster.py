@@ -7,7 +7,7 @@ import torch
 from ..schedule import StepCounter
 from ..sentences import Sentence
 from .plan import ForecastPlan, Level
-from .polynomial import extrapolate
+from .polynomial import damped_line, extrapolate
 from .statistics import ForecastStatistics
 
 # heun evaluates the model twice at one sigma, heunpp2 three times
@@ -61,7 +61,7 @@ class Forecaster:
             return None
         self.statistics.forecast.add(step)
         self.statistics.evaluations += 1
-        return extrapolate(self._points, sigma)
+        return self._extrapolate(sigma)
 
     def learn(self, sigma: float, prediction: torch.Tensor) -> bool:
         """Take in what the model returned at the sigma that `forecast` has just declined.
@@ -88,7 +88,7 @@ class Forecaster:
         self._point_step = self.step
         if not self.statistics.why_not:
             self._points.append((sigma, prediction.detach().clone()))
-            del self._points[: -self.level.degree - 1]
+            del self._points[: -self.level.points]
         return compared
 
     def refuse(self, reason: str) -> None:
@@ -114,6 +114,12 @@ class Forecaster:
     def _is_ready(self) -> bool:
         return len(self._points) > self.level.degree
 
+    def _extrapolate(self, sigma: float) -> torch.Tensor:
+        points = self._points
+        if self.level.damped and len(points) == self.level.points:
+            return damped_line(points, sigma)
+        return extrapolate(points[-self.level.degree - 1 :], sigma)
+
     def _turns(self, sigma: float) -> bool:
         """Whether the list of sigmas has stopped falling, or stopped rising."""
         before = [point for point, _ in self._points[-2:]]
@@ -124,7 +130,7 @@ class Forecaster:
     def _compare(self, sigma: float, prediction: torch.Tensor) -> bool:
         if not self._is_ready():
             return False
-        found = extrapolate(self._points, sigma)
+        found = self._extrapolate(sigma)
         begin, end = self.plan.sigmas[self.step : self.step + 2]
         # the step goes this share of the way to the prediction
         share = abs(begin - end) / max(begin, end, 1e-9)

@@ -7,6 +7,7 @@ import torch
 
 from sparse_attn.forecast.forecaster import MANY_EVALUATIONS, OFF_THE_LIST, Forecaster
 from sparse_attn.forecast.plan import Level, plan_forecasts
+from sparse_attn.forecast.polynomial import damped_line, extrapolate
 from sparse_attn.schedule import StepCounter
 
 EVERY_OTHER, TWO_OF_THREE = Level(1, 1, 1e-4), Level(1, 2, 1e-4)
@@ -190,3 +191,23 @@ def test_what_was_learned_is_not_changed_by_who_gets_it():
         out = sampler.at(sigma)
         torch.testing.assert_close(out, line(sigma))
         out.zero_()
+
+
+def test_a_damped_level_takes_a_third_point_as_soon_as_there_is_one():
+    def slows(sigma):
+        # after sigma 0.5 half as fast
+        return START * (sigma if sigma > 0.5 else 0.25 + sigma / 2)
+
+    sampler = Sampler(Level(1, 2, 1e9, damped=True), falling(30), slows)
+    found = dict.fromkeys(sampler.run())
+    sampler = Sampler(Level(1, 2, 1e9, damped=True), falling(30), slows)
+    points = []
+    for step, sigma in enumerate(falling(30)[:-1]):
+        value = sampler.at(sigma)
+        if step in found:
+            last = points[-3:]
+            expected = damped_line(last, sigma) if len(last) == 3 else extrapolate(last, sigma)
+            torch.testing.assert_close(value, expected)
+        else:
+            points.append((sigma, slows(sigma)))
+    assert len(found) == 16 and any(0.3 < falling(30)[step] < 0.5 for step in found)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from sparse_attn.forecast.forecaster import relative_error
-from sparse_attn.forecast.polynomial import extrapolate, weights
+from sparse_attn.forecast.polynomial import damped_line, extrapolate, weights
 
 SIGMAS = (1.0, 0.94, 0.83, 0.71)
 
@@ -20,6 +20,21 @@ def test_a_polynomial_of_the_degree_is_met_exactly(degree):
     # a fit in float64 of values that float32 has rounded
     bound = 2**-23 * sum(abs(w) for w in weights(SIGMAS[: degree + 1], 0.5)) * 8
     assert (extrapolate(points, 0.5) - truth(0.5)).abs().max() < bound
+
+
+def test_a_damped_line_goes_as_far_as_the_slope_before_it_held():
+    # channels that go on, slow down to half, turn round, begin to move, and rest
+    slopes = torch.tensor([[1.0, 2.0], [1.0, 0.5], [1.0, -1.0], [0.0, 1.0], [0.0, 0.0]])
+    ones = torch.ones(1, 1, 2, 3, 3)
+    points, value = [(1.0, slopes[:, :1].T[..., None, None, None] * 0 * ones)], 0
+    for i, (a, b) in enumerate(((1.0, 0.9), (0.9, 0.6))):
+        value = value + slopes[:, i].view(1, 5, 1, 1, 1) * (b - a) * ones
+        points.append((b, value))
+    moved = (damped_line(points, 0.4) - value) / -0.2
+    for channel, (before, slope) in enumerate(slopes.tolist()):
+        held = min(max(slope / before, 0), 1) if before else 0
+        assert moved[0, channel].flatten().tolist() == pytest.approx([held * slope] * 18, abs=1e-5)
+    assert damped_line([(s, p.bfloat16()) for s, p in points], 0.4).dtype == torch.bfloat16
 
 
 def test_weights_sum_to_one_and_pick_a_point_at_itself():
