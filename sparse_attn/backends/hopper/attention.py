@@ -5,8 +5,9 @@ keeps its 64 query rows in registers; while the tensor cores form P V of one pai
 the scores of the next. With 128-row query blocks two consumers share the stream; with 64-row ones a
 program has one, and two programs share a multiprocessor.
 
-The means of a pooled tail weigh as much as a whole block each, but for tiles where some block is
-short or has a bias; the row of the mask masks the means of the blocks that it lists.
+The means of a pooled tail weigh as much as a whole block each, but for the last, whose block may be
+short, and for tiles where some block has a bias; the row of the mask masks the means of the blocks that
+it lists.
 """
 
 import torch
@@ -21,7 +22,6 @@ from ..triton.mass_granularity import empty_masses, to_granularity
 from ..triton.operands import Operands, operands_of
 from ..triton.softmax import LN_2, LOG2_E
 from .pipeline import (
-    LOG2_TILE,
     STRIP,
     TILE,
     add_bias,
@@ -30,6 +30,7 @@ from .pipeline import (
     is_biased,
     is_listed,
     load_words,
+    log2_block,
     make_queries,
     make_ring,
     make_work,
@@ -275,20 +276,32 @@ def _consume(queries, ring, work, x, CONSUMER: gl.constexpr, D: gl.constexpr):
         num_words = 2 * gl.cdiv(x.num_pooled, TILE)
         p_words = x.words + (i_bh * x.Nq + work.i_q) * num_words
         p_sizes = x.log_sizes + work.i_b.to(gl.int64) * x.num_pooled
-        p_uneven = x.uneven_flags + work.i_b.to(gl.int64) * gl.cdiv(x.num_pooled, TILE)
+        if HAS_BIAS:
+            p_uneven = x.uneven_flags + work.i_b.to(gl.int64) * gl.cdiv(x.num_pooled, TILE)
+        last_size = work.Lk - (x.num_pooled - 1) * work.BLOCK_K
+        shorter = (gl.log2(last_size.to(gl.float32)) - log2_block(work.BLOCK_K)) / scale_log2
+        LOG2_BLOCK: gl.constexpr = log2_block(work.BLOCK_K)
         for i in range(work.num_pooled_pairs):
             n = turns + i
             k0 = 2 * i * TILE
             b_s0, b_s1, b_acc = _start_turn(b_p0, b_p1, b_acc, b_q, ring, n, D, S)
-            uneven = is_biased(p_uneven, k0, k0 + TILE, x.num_pooled)
+            weight = LOG2_BLOCK
+            if HAS_BIAS:
+                uneven = is_biased(p_uneven, k0, k0 + TILE, x.num_pooled)
+                weight = gl.where(uneven == 0, LOG2_BLOCK, 0.0)
             word0, word1, word2, word3 = load_words(p_words, i, num_words)
             b_s0, b_s1 = _wait_scores(b_s0, b_s1, ring, n)
             b_s0 = gl.where(is_listed(word0, word1, o_k)[None, :], float("-inf"), b_s0)
             b_s1 = gl.where(is_listed(word2, word3, o_k)[None, :], float("-inf"), b_s1)
-            if uneven:
-                b_s0 = add_bias(b_s0, p_sizes, k0, o_k, x.num_pooled, scale_log2)
-                b_s1 = add_bias(b_s1, p_sizes, k0 + TILE, o_k, x.num_pooled, scale_log2)
-            weight = gl.where(uneven == 0, LOG2_TILE, 0.0)
+            if HAS_BIAS:
+                if uneven:
+                    b_s0 = add_bias(b_s0, p_sizes, k0, o_k, x.num_pooled, scale_log2)
+                    b_s1 = add_bias(b_s1, p_sizes, k0 + TILE, o_k, x.num_pooled, scale_log2)
+            elif i == work.num_pooled_pairs - 1:
+                # the last block may be short
+                last_mean = x.num_pooled - 1 - k0
+                b_s0 = gl.where((o_k == last_mean)[None, :], b_s0 + shorter, b_s0)
+                b_s1 = gl.where((o_k + TILE == last_mean)[None, :], b_s1 + shorter, b_s1)
             b_top = gl.max(gl.maximum(b_s0, b_s1), 1) * scale_log2 + weight
             b_new = gl.maximum(b_max, b_top)
             # a row may have met only keys at -inf so far
@@ -372,15 +385,16 @@ def _launch(x: Operands, scale, tile: tiles.HopperTile, previous_lse=None, masse
     B, H, Lq, Lk, D = x.sizes
     Nq = triton.cdiv(Lq, tile.tile_q)
     k_mean, v_mean, log_sizes = x.pooled_tensors
+    block_k = TILE.value if x.mask is None else x.mask.block_k
     with launch.on_device(x.q):
         hopper_attention_kernel[(B * H * Nq,)](
             source(x.q), source(x.k), source(x.v), source(k_mean), source(v_mean),
             x.key_bias, bias_flags(x.key_bias), x.kv_indices, x.kv_num_blocks,
-            None if x.pooled is None else mask_words(x.bits),
-            log_sizes, uneven_flags(x.pooled, Lk), x.order, previous_lse, x.out, x.lse, masses,
+            mask_words(x),
+            log_sizes, uneven_flags(x, block_k), x.order, previous_lse, x.out, x.lse, masses,
             H, Lq, Lk, Nq, x.num_pooled, *x.order_strides, float(scale) * LOG2_E.value,
             D=D,
-            BLOCK_K=TILE.value if x.mask is None else x.mask.block_k,
+            BLOCK_K=block_k,
             **tile.options,
         )  # fmt: skip
 

@@ -12,7 +12,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from ..permuted import Pooled
+from ..triton.operands import Operands
 from ..triton.softmax import LOG2_E
 
 DTYPES = {
@@ -24,12 +24,12 @@ DTYPES = {
 
 # tokens of one tile, and query rows of one consumer
 TILE = gl.constexpr(64)
+# rows of blocks at either end of a head that are begun before the others: 512 tokens of text or more
+END = gl.constexpr(8)
 # keeps a hopelessly stale LSE from turning a whole row into inf / inf
 MAX_MASS = gl.constexpr(1e30)
 # tiles whose masses are added up over the rows at once: that takes a barrier of the warpgroup
 STRIP = gl.constexpr(8)
-# log2 of the keys that the mean of a whole block stands for
-LOG2_TILE = gl.constexpr(6.0)
 # renamed after Triton 3.6
 _tma_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 # public after Triton 3.6
@@ -89,17 +89,32 @@ class Work:
 
 
 @gluon.jit
+def _place(pid, Nq):
+    """Head and row of a program that walks lists: of every head both ends first, then the others.
+
+    Rows of text lie at an end and list every block: begun last, one would outlast all others.
+    """
+    num_ends = gl.minimum(2 * END, Nq)
+    i_inner = pid - gl.num_programs(0) // Nq * num_ends
+    num_inner = gl.maximum(Nq - num_ends, 1)
+    i_bh = gl.where(i_inner < 0, pid // num_ends, i_inner // num_inner)
+    i_q = gl.where(i_inner < 0, pid % num_ends, i_inner % num_inner + num_ends)
+    return i_bh, (i_q + Nq - num_ends // 2) % Nq
+
+
+@gluon.jit
 def make_work(
     Nq, H, Lk, kv_indices, kv_num_blocks, num_pooled, ROWS: gl.constexpr, BLOCK_K: gl.constexpr
 ):  # fmt: skip
     """The work of this program, which owns ROWS query rows: of all keys where there are no lists."""
     LISTED: gl.constexpr = kv_indices is not None
     pid = gl.program_id(0)
-    i_bh = pid // Nq
-    i_q = pid % Nq
     p_list = kv_indices
     num_tiles = gl.cdiv(Lk, TILE)
+    i_bh = pid // Nq
+    i_q = pid % Nq
     if LISTED:
+        i_bh, i_q = _place(pid, Nq)
         row = i_bh.to(gl.int64) * Nq + i_q
         p_list += row * gl.cdiv(Lk, BLOCK_K)
         num_tiles = gl.load(kv_num_blocks + row) * (BLOCK_K // TILE)
@@ -228,9 +243,15 @@ def load_words(p_words, pair, num_words):
     m_tile1 = 4 * pair + 2 < num_words
     word0 = gl.load(p_words)
     word1 = gl.load(p_words + 1)
-    word2 = gl.load(p_words + 2, mask=m_tile1, other=0)
-    word3 = gl.load(p_words + 3, mask=m_tile1, other=0)
+    word2 = gl.load(p_words + 2, mask=m_tile1, other=-1)
+    word3 = gl.load(p_words + 3, mask=m_tile1, other=-1)
     return word0, word1, word2, word3
+
+
+@gluon.constexpr_function
+def log2_block(block_k):
+    """log2 of the keys that the mean of a whole block stands for."""
+    return float(block_k.bit_length() - 1)
 
 
 @gluon.jit
@@ -282,12 +303,15 @@ def bias_flags(key_bias: torch.Tensor | None) -> torch.Tensor | None:
     return None if key_bias is None else _any_of_tile(key_bias != 0, False)
 
 
-def uneven_flags(pooled: Pooled | None, tokens: int) -> torch.Tensor | None:
-    """[B, ceil(N / 64)] bool: tiles of means of which some stand for other than 64 keys."""
-    if pooled is None:
+def uneven_flags(x: Operands, block_k: int) -> torch.Tensor | None:
+    """[B, ceil(N / 64)] bool: tiles of means of which some stand for other than `block_k` keys.
+
+    Without a key bias only the last can; None then.
+    """
+    if x.pooled is None or x.key_bias is None:
         return None
-    flags = _any_of_tile(pooled.log_sizes == float("-inf"), True)
-    if tokens % TILE.value:
+    flags = _any_of_tile(x.pooled.log_sizes == float("-inf"), True)
+    if x.k.shape[2] % block_k:
         # the last block is short
         flags[:, -1] = True
     return flags
@@ -298,9 +322,12 @@ def _any_of_tile(x: torch.Tensor, past_the_end: bool) -> torch.Tensor:
     return x.unflatten(-1, (-1, TILE.value)).any(-1)
 
 
-def mask_words(bits: torch.Tensor | None) -> torch.Tensor | None:
-    """The bits of a mask as int32, two words for every 64 key blocks or part of them."""
-    if bits is None:
+def mask_words(x: Operands) -> torch.Tensor | None:
+    """The bits of a mask beside means as int32, two words for every 64 blocks; those past N are set."""
+    if x.pooled is None:
         return None
+    words = torch.nn.functional.pad(x.mask.bits, (0, -x.mask.bits.shape[-1] % 8), value=255)
+    if x.num_pooled % 8:
+        words[..., x.num_pooled // 8] |= 256 - (1 << x.num_pooled % 8)
     # little-endian, so that bit 0 is the first block
-    return torch.nn.functional.pad(bits, (0, -bits.shape[-1] % 8)).view(torch.int32)
+    return words.view(torch.int32)

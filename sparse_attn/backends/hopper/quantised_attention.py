@@ -27,11 +27,11 @@ from ..triton.operands import operands_of
 from ..triton.quantise import quantise
 from ..triton.softmax import LN_2
 from .pipeline import (
-    LOG2_TILE,
     TILE,
     aggregate,
     bias_flags,
     load_words,
+    log2_block,
     make_queries,
     make_ring,
     make_work,
@@ -262,21 +262,24 @@ def _consume(queries, k_ring, v_ring, work, x, CONSUMER: gl.constexpr, D: gl.con
         p_scale = x.pooled_k_scale + i_bh * Np
         p_words = x.words + (i_bh * x.Nq + work.i_q) * (2 * Np)
         p_sizes = x.log_sizes + work.i_b.to(gl.int64) * x.num_pooled
-        p_uneven = x.uneven_flags + work.i_b.to(gl.int64) * Np
+        if HAS_BIAS:
+            p_uneven = x.uneven_flags + work.i_b.to(gl.int64) * Np
         scale0, scale1 = of_pair(p_scale, 0, 1, Np, 0.0)
         for i in range(work.num_pooled_pairs):
             b_factor0 = b_scale * scale0
             b_factor1 = b_scale * scale1
             scale0, scale1 = of_pair(p_scale, 2 * i + 2, 2 * i + 3, Np, 0.0)
-            flag0, flag1 = of_pair(p_uneven, 2 * i, 2 * i + 1, Np, 1)
-            uneven = flag0 | flag1
+            uneven = i == work.num_pooled_pairs - 1
+            if HAS_BIAS:
+                flag0, flag1 = of_pair(p_uneven, 2 * i, 2 * i + 1, Np, 1)
+                uneven = (flag0 | flag1) != 0
             words = load_words(p_words, i, 2 * Np)
             b_x0, b_x1, b_factor0, b_factor1, b_top = scores_with_bias(
                 b_s, b_factor0, b_factor1, uneven, p_sizes, 2 * i, 2 * i + 1, x.num_pooled, S, LANES
             )  # fmt: skip
             b_new, b_max, b_sum, b_s = take_turn(
                 b_new, b_max, b_sum, b_x0, b_x1, b_factor0, b_factor1, b_top,
-                gl.where(uneven == 0, LOG2_TILE, 0.0), words,
+                gl.where(uneven, 0.0, log2_block(work.BLOCK_K)), words,
                 q_tile, k_pairs, k_ring, v_ring, num_pairs + i, turns, D, LANES, True,
             )  # fmt: skip
 
@@ -371,6 +374,7 @@ def quantised_attention(
         return x.out.zero_(), x.lse.fill_(float("-inf"))
     tile = tiles.hopper_quantised_attention(128 if mask is None else mask.block_q)
     Nq = triton.cdiv(Lq, tile.tile_q)
+    block_k = TILE.value if mask is None else mask.block_k
     with launch.on_device(q):
         y = quantise(
             x.q, x.k, x.v, scale=float(scale), values=torch.float8_e4m3fn, key_bias=x.key_bias,
@@ -380,12 +384,12 @@ def quantised_attention(
             source(y.q), source(y.k), source(y.v, D), source(y.pooled_k), source(y.pooled_v, D),
             y.q_scale, y.q_shift, y.k_scale, y.v_scale, y.v_mean,
             x.key_bias, bias_flags(x.key_bias), x.kv_indices, x.kv_num_blocks,
-            None if x.pooled is None else mask_words(x.bits),
-            y.pooled_k_scale, x.pooled_tensors[2], uneven_flags(x.pooled, Lk), x.order,
+            mask_words(x),
+            y.pooled_k_scale, x.pooled_tensors[2], uneven_flags(x, block_k), x.order,
             x.out, x.lse,
             H, Lq, Lk, Nq, y.q.shape[2], x.num_pooled, *x.order_strides,
             D=D,
-            BLOCK_K=TILE.value if mask is None else mask.block_k,
+            BLOCK_K=block_k,
             **tile.options,
         )  # fmt: skip
     return x.out, x.lse
