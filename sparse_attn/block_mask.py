@@ -11,6 +11,8 @@ MAP_SIZE = 96
 # a mask of more pairs of blocks than this is of several blocks together, rows first: of 16 s at 720p it takes
 # half of what it would, of 24 s a quarter, and is still finer, beside the video, than one of 5 s
 MOST_PAIRS = 4096**2
+# tokens of the blocks that attention can walk, the fastest first
+WALKED = 128, 64
 
 
 def mask_blocks(tokens: int, block_q: int, block_k: int) -> dict[str, int]:
@@ -97,6 +99,13 @@ class BlockMask:
         found[..., -1] &= 0xFF >> -num_k % 8
         found = found.repeat_interleave(rows, -2)[..., : -(-tokens // block_q), :]
         return BlockMask(found.contiguous(), num_k, block_q, block_k)
+
+    def as_walked(self, tokens: int) -> "BlockMask":
+        """The same mask of a sequence of `tokens` in the largest blocks that attention can walk."""
+        sizes = (
+            next(size for size in WALKED if own % size == 0) for own in (self.block_q, self.block_k)
+        )
+        return self.of_blocks(tokens, *sizes)
 
     def with_bits(self, bits: torch.Tensor) -> "BlockMask":
         return replace(self, bits=bits)

@@ -68,6 +68,17 @@ def pairs(tokens, block_q, block_k):
     return -(-tokens // block_q) * -(-tokens // block_k)
 
 
+@pytest.mark.parametrize("size, walked", [(64, 64), (128, 128), (192, 64), (256, 128)])
+def test_attention_walks_the_largest_blocks_that_it_can(size, walked):
+    tokens = 5 * size - 1
+    keep = random_keep(-(-tokens // 64))
+    mask = BlockMask.from_dense(keep, block_q=size, block_k=64)
+    found = mask.as_walked(tokens)
+    assert (found.block_q, found.block_k) == (walked, 64)
+    rows = keep.repeat_interleave(size // walked, -2)
+    assert torch.equal(found.to_dense(), rows[..., : found.bits.shape[-2], :])
+
+
 def test_other_bits_keep_the_geometry():
     mask = BlockMask.from_dense(random_keep(9), block_q=64, block_k=128)
     other = mask.with_bits(torch.zeros_like(mask.bits))

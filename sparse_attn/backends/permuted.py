@@ -17,7 +17,7 @@ NOTHING = float("-inf")
 
 @dataclass(frozen=True)
 class Pooled:
-    """One key and one value for every block of 64 tokens; N blocks, the last may be short.
+    """One key and one value for every block of 64 tokens, or of more; N blocks, the last may be short.
 
     Args:
         k_mean, v_mean: [B, H, N, D].
@@ -28,6 +28,25 @@ class Pooled:
     k_mean: torch.Tensor
     v_mean: torch.Tensor
     log_sizes: torch.Tensor
+
+    def of_blocks(self, tokens: int, block: int) -> "Pooled":
+        """The same of a sequence of `tokens` in larger blocks, a multiple of 64 tokens each."""
+        each = block // BLOCK
+        if each == 1:
+            return self
+        pad = -self.log_sizes.shape[-1] % each
+        sizes = block_sizes(tokens, self.log_sizes.device)
+        sizes = F.pad(sizes, (0, pad)).unflatten(0, (-1, each))
+        whole = sizes.sum(1, keepdim=True)
+        shares = (sizes / whole)[:, None]
+
+        def together(means):
+            parts = F.pad(means.float(), (0, 0, 0, pad)).unflatten(2, (-1, each))
+            return (shares @ parts)[..., 0, :].to(means.dtype)
+
+        hidden = F.pad(self.log_sizes == NOTHING, (0, pad)).unflatten(1, (-1, each)).any(-1)
+        log_sizes = whole[:, 0].log().expand(len(hidden), -1).masked_fill(hidden, NOTHING)
+        return Pooled(together(self.k_mean), together(self.v_mean), log_sizes)
 
 
 @dataclass(frozen=True)

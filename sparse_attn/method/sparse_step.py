@@ -5,7 +5,6 @@ import torch
 from ..backends.choice import Backend
 from ..block_mask import BlockMask
 from ..call import Call, empty_output
-from ..config import AdaSpaConfig
 from ..head_groups import head_groups
 
 # of every pair of blocks, a number in a list
@@ -13,8 +12,7 @@ PAIR_BYTES = 4
 
 
 def sparse_step(
-    backend: Backend, call: Call, config: AdaSpaConfig, mask: BlockMask,
-    order: torch.Tensor | None, quantised: bool,
+    backend: Backend, call: Call, mask: BlockMask, order: torch.Tensor | None, quantised: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None]:  # fmt: skip
     """Attend what a mask keeps.
 
@@ -29,12 +27,11 @@ def sparse_step(
     # permuted and quantised q, k and v, and the output of a group, which is then put in its place
     copies = (0 if order is None else 3) + 1.5 * quantised + 1
     groups = list(head_groups(call, copies, PAIR_BYTES))
-    tokens, blocks = call.q.shape[2], config.blocks
     if len(groups) == 1:
-        return _attend(backend, call, mask.of_blocks(tokens, **blocks), order, quantised)
+        return _attend(backend, call, mask, order, quantised)
     out, lse = empty_output(call.v), None
     for heads, part in groups:
-        kept = mask.with_bits(mask.bits[:, heads]).of_blocks(tokens, **blocks)
+        kept = mask.with_bits(mask.bits[:, heads])
         places = None if order is None else order[:, heads]
         found, found_lse = _attend(backend, part, kept, places, quantised)
         out[:, heads] = found
@@ -49,9 +46,12 @@ def sparse_step(
 def _attend(backend, call, mask, order, quantised):
     attention = backend.quantised_attention if quantised else backend.attention
     assert attention is not None, "`why_not_quantised` says when"
+    tokens = call.q.shape[2]
+    mask = mask.as_walked(tokens)
     options = {"scale": call.scale, "key_bias": call.key_bias, "mask": mask}
     if order is None:
         return attention(call.q, call.k, call.v, **options)
     moved = backend.permute(call.q, call.k, call.v, order, call.key_bias)
-    options.update(key_bias=moved.key_bias, pooled=moved.pooled, order=order)
+    pooled = moved.pooled.of_blocks(tokens, mask.block_k)
+    options.update(key_bias=moved.key_bias, pooled=pooled, order=order)
     return attention(moved.q, moved.k, moved.v, **options)

@@ -6,6 +6,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from ..backends.choice import Backend
+from ..block_mask import BlockMask
 from ..call import Call
 from ..config import AdaSpaConfig
 from ..method.fused_online_search import fused_online_search
@@ -67,10 +68,21 @@ def rehearse(
         found = fused_online_search(backend, call, config, lse, dense)
         if quantised_attention is not None and low and not bias:
             quantised_attention(q, q, q, scale=call.scale)
-        for quantised in (low, False) if low else (False,):
-            sparse_step(backend, call, config, found.mask, found.order, quantised)
+
+        def sparse(mask):
+            for quantised in (low, False) if low else (False,):
+                sparse_step(backend, call, mask, found.order, quantised)
+
+        sparse(found.mask)
         for int8 in (low, False) if low else (False,):
             lse_cached_search(backend, call, config, lse, int8)
+        # blocks of longer videos, and their numbers
+        for block_q, block_k in {(128, config.block_k), (128, 128)} - {
+            (config.block_q, config.block_k)
+        }:
+            shape = 1, HEADS, LAYOUT.num_blocks(block_q), LAYOUT.num_blocks(block_k)
+            keep = torch.ones(shape, dtype=torch.bool, device=device)
+            sparse(BlockMask.from_dense(keep, block_q=block_q, block_k=block_k))
         for blocks in FURTHER_BLOCKS:
             scores = torch.zeros(1, 1, 1, blocks, device=device)
             sinks = torch.zeros(blocks, dtype=torch.bool, device=device)

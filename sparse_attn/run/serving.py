@@ -192,7 +192,7 @@ class Serving:
             mask, order = self.layers.fetch(layer, call.q.device)
             with self.outlives_block():
                 self.layers.prefetch_next(call.key, call.q.device)
-            return sparse_step(layer.backend, call, self.config, mask, order, quantised)
+            return sparse_step(layer.backend, call, mask, order, quantised)
         return None
 
     def _sample(self, call, layer):

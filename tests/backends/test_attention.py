@@ -215,7 +215,7 @@ def test_refuses_what_does_not_belong_together(attention, device):
             {"order": torch.arange(128, device=device)},
             "`order` must be [1, 2, 128] int32, got [128]",
         ),
-        ({"pooled": means}, "Pooled keys need a mask with key blocks of 64"),
+        ({"pooled": means}, "Pooled keys need a mask"),
     ):
         with pytest.raises(ValueError) as error:
             attention(q, k, v, scale=0.1, **wrong)
@@ -238,20 +238,22 @@ def test_every_head_puts_its_rows_where_its_order_says(attention, dense, device)
         assert lse is None or torch.equal(lse, plain_lse)
 
 
-# B, H, Lq, Lk, block_q, D
+# B, H, Lq, Lk, block_q, block_k, D
 TAILS = [
-    (2, 2, 330, 330, 64, 64),  # a ragged block and one tile of means
-    (2, 2, 330, 330, 128, 128),
-    (1, 1, 200, 64 * 66, 64, 64),  # two tiles of means, the second one short
-    (1, 1, 200, 64 * 129 + 3, 128, 64),  # three, and a ragged block
+    (2, 2, 330, 330, 64, 64, 64),  # a ragged block and one tile of means
+    (2, 2, 330, 330, 128, 64, 128),
+    (2, 2, 330, 330, 128, 128, 128),
+    (1, 1, 200, 64 * 66, 64, 64, 64),  # two tiles of means, the second one short
+    (1, 1, 200, 64 * 129 + 3, 128, 64, 64),  # three, and a ragged block
+    (1, 1, 200, 128 * 65 + 70, 128, 128, 64),
 ]
 
 
 @pytest.mark.parametrize("biased", [False, True], ids=["", "biased"])
-@pytest.mark.parametrize("case", TAILS, ids=lambda c: "B{}-H{}-Lq{}-Lk{}-q{}-D{}".format(*c))
+@pytest.mark.parametrize("case", TAILS, ids=lambda c: "B{}-H{}-Lq{}-Lk{}-{}x{}-D{}".format(*c))
 @ATTENTION
 def test_means_stand_for_what_a_row_does_not_keep(attention, case, biased, device):
-    B, H, Lq, Lk, block_q, D = case
+    B, H, Lq, Lk, block_q, block_k, D = case
     q, k, v = inputs.make(B, H, Lq, Lk, D, torch.bfloat16, device, "BLHD")
     order, key_order = (inputs.random_orders(B, H, L, device) for L in (Lq, Lk))
     bias = None
@@ -263,8 +265,9 @@ def test_means_stand_for_what_a_row_does_not_keep(attention, case, biased, devic
         bias[0, -3:] = float("-inf")
     moved = reference.permute(None, k, v, key_order, bias)
     check(
-        attention, q, moved.k, moved.v, D**-0.5, moved.key_bias, pooled=moved.pooled, order=order,
-        mask=inputs.random_mask(B, H, Lq, Lk, block_q, 64, device),
+        attention, q, moved.k, moved.v, D**-0.5, moved.key_bias, order=order,
+        pooled=moved.pooled.of_blocks(Lk, block_k),
+        mask=inputs.random_mask(B, H, Lq, Lk, block_q, block_k, device),
     )  # fmt: skip
 
 

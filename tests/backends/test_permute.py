@@ -90,3 +90,22 @@ def test_refuses_an_order_that_is_none(permute, device):
         permute(q, k, v, order[0, 0])
     with pytest.raises(ValueError, match="int64"):
         permute(q, k, v, order.long())
+
+
+@pytest.mark.parametrize("block", [64, 128, 192])
+@pytest.mark.parametrize("L", [1, 64, 129, 300, 1000])
+def test_means_of_larger_blocks(block, L):
+    _, k, v = (x.double() for x in inputs.make(2, 2, L, L, 16, torch.float32, "cpu"))
+    key_bias = torch.zeros(2, L)
+    key_bias[1, L // 2] = -1.0
+    order = torch.arange(L).expand(2, 2, L)
+    pooled = reference.permute(None, k, v, order, key_bias).pooled
+    found = pooled.of_blocks(L, block)
+    assert (found is pooled) == (block == 64)
+    for means, x in ((found.k_mean, k), (found.v_mean, v)):
+        wanted = torch.stack([part.mean(-2) for part in x.split(block, -2)], -2)
+        assert_within("means", means, wanted, 1e-6)
+    sizes = torch.tensor([len(part) for part in order[0, 0].split(block)]).log()
+    hidden = torch.arange(len(sizes)) == L // 2 // block
+    assert_within("sizes", found.log_sizes[0], sizes, 1e-6)
+    assert torch.equal(found.log_sizes[1] == float("-inf"), hidden)

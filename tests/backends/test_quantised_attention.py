@@ -151,24 +151,28 @@ def check_tail(attention, q, k, v, mask, key_bias=None, own_order=False):
     B, H, L, _ = k.shape
     order = torch.arange(L, device=k.device, dtype=torch.int32).expand(B, H, L)
     moved = reference.permute(None, k.float(), v.float(), order, key_bias)
-    means = (x.to(q.dtype) for x in (moved.pooled.k_mean, moved.pooled.v_mean))
+    pooled = moved.pooled.of_blocks(L, mask.block_k)
+    means = (x.to(q.dtype) for x in (pooled.k_mean, pooled.v_mean))
     out_order = inputs.random_orders(*q.shape[:3], q.device) if own_order else None
     return check(
         attention, q, k, v, q.shape[-1] ** -0.5, mask=mask, key_bias=key_bias,
-        pooled=Pooled(*means, moved.pooled.log_sizes), order=out_order,
+        pooled=Pooled(*means, pooled.log_sizes), order=out_order,
     )  # fmt: skip
 
 
 @pytest.mark.parametrize("biased", [False, True], ids=["", "biased"])
-@pytest.mark.parametrize("block_q, D, L", [(64, 64, 330), (128, 128, 330), (128, 64, 384)])
+@pytest.mark.parametrize(
+    "block_q, block_k, D, L",
+    [(64, 64, 64, 330), (128, 64, 128, 330), (128, 64, 64, 384), (128, 128, 128, 330)],
+)
 @QUANTISED
-def test_a_tail_stands_for_what_is_skipped(attention, block_q, D, L, biased, device):
+def test_a_tail_stands_for_what_is_skipped(attention, block_q, block_k, D, L, biased, device):
     q, k, v = inputs.make(2, 2, L, L, D, torch.bfloat16, device, "BLHD")
     bias = None
     if biased:
         bias = torch.zeros(2, L, device=device)
         bias[0, 70:80] = -2.0
-    mask = inputs.random_mask(2, 2, L, L, block_q, 64, device)
+    mask = inputs.random_mask(2, 2, L, L, block_q, block_k, device)
     # keys share an offset, so zeros lie far from them
     out, _ = check_tail(attention, q, k + 3, v, mask, bias, own_order=True)
     assert out.transpose(1, 2).is_contiguous()

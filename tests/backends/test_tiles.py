@@ -224,7 +224,7 @@ def attend(folder, q, block_q=64, block_k=64, *, name="attention", masked=True, 
     if masked:
         options["mask"] = mask_of(q, block_q, block_k)
     if tail:
-        means = torch.zeros(B, H, -(-L // 64), D, dtype=q.dtype)
+        means = torch.zeros(B, H, -(-L // block_k), D, dtype=q.dtype)
         options["pooled"] = Pooled(means, means, torch.zeros(B, means.shape[2]))
         options["order"] = torch.arange(L, dtype=torch.int32).expand(B, H, L)
     operation(folder, name)(q, q, q, **options)
@@ -304,6 +304,7 @@ def compile_all(arch, every=False, known=None):
             for name in ("attention", "quantised_attention"):
                 attend(folder, q, 64, name=name, tail=True)
                 attend(folder, q, 128, name=name, tail=True)
+                attend(folder, q, 128, 128, name=name, tail=True)
                 attend(folder, q, 128, name=name, tail=True, bias=True)
     if whole:
         order_and_select(q)

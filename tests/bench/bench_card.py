@@ -167,14 +167,10 @@ def enter_steps(contest: Contest, backend: choice.Backend, layout: TokenLayout) 
     found = lse_cached_search(backend, call, config, lse, int8=False)
     contest.enter("search", lambda: fused_online_search(backend, call, config, lse, lambda _: None))
     contest.enter("again", lambda: lse_cached_search(backend, call, config, lse, int8=False))
-    contest.enter(
-        "step", lambda: sparse_step(backend, call, config, found.mask, found.order, False)
-    )
+    contest.enter("step", lambda: sparse_step(backend, call, found.mask, found.order, False))
     if backend.quantised_attention is not None:
         contest.enter("again_8", lambda: lse_cached_search(backend, call, config, lse, int8=True))
-        contest.enter(
-            "step_8", lambda: sparse_step(backend, call, config, found.mask, found.order, True)
-        )
+        contest.enter("step_8", lambda: sparse_step(backend, call, found.mask, found.order, True))
 
 
 def measure(name: str, line: dict) -> None:

@@ -27,7 +27,7 @@ def at_density(density: float) -> Iterator[None]:
             call = replace(call, by_position=self._by_position(call))
         found = fused_online_search(layer.backend, call, config, None, self.dense.exact)
         self._keep_lse(layer, found.lse)
-        return sparse_step(layer.backend, call, config, found.mask, found.order, False)[0]
+        return sparse_step(layer.backend, call, found.mask, found.order, False)[0]
 
     if density:
         Serving._serve = serve

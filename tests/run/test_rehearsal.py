@@ -12,6 +12,7 @@ import torch
 
 pytest.importorskip("triton")
 
+from sparse_attn import block_mask
 from sparse_attn.backends import choice
 from sparse_attn.config import AdaSpaConfig
 from sparse_attn.run.rehearsal import rehearse
@@ -53,19 +54,24 @@ class Launches:
 
 
 @pytest.mark.parametrize(
-    ("settings", "bias"),
+    ("settings", "bias", "most_pairs"),
     [
-        ({"precision": "int8", "tail": "pooled", "query_stride": 4}, False),
-        ({"tail": "none", "block_size": "128", "recall": 0.7}, True),
+        ({"precision": "int8", "tail": "pooled", "query_stride": 4}, False, 25),
+        ({"precision": "int8", "tail": "pooled", "token_order": "position"}, False, 15),
+        ({"precision": "int8", "tail": "pooled", "token_order": "position"}, False, 9),
+        ({"tail": "none", "block_size": "128", "recall": 0.7}, True, 25),
     ],
-    ids=["tail", "recall"],
+    ids=["tail", "rows in twos", "blocks in twos", "recall"],
 )
-def test_a_run_launches_nothing_that_was_not_rehearsed(settings, bias, monkeypatch, device):
+def test_a_run_launches_nothing_that_was_not_rehearsed(
+    settings, bias, most_pairs, monkeypatch, device
+):
     if device.type == "cuda":
         pytest.skip("notes launches of the interpreter")
     launches, backend = Launches(monkeypatch), kernels_alone()
     rehearse(backend, AdaSpaConfig(**settings), 64, torch.bfloat16, bias)
     rehearsed, launches.met, launches.runs = launches.met, set(), True
+    monkeypatch.setattr(block_mask, "MOST_PAIRS", most_pairs)
     layout = TokenLayout(20, 3, 4, 20)
     L = layout.tokens
     qkv = torch.randn(3, 1, 1, L, 64, generator=torch.Generator().manual_seed(0)).bfloat16()

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from ...block_mask import BlockMask
-from ..permuted import BLOCK, Pooled, put_in_raster
+from ..permuted import Pooled, put_in_raster
 from .threads import each_alone
 from .unpack_mask import unpack_mask
 
@@ -147,18 +147,18 @@ def _rows_of(q, k, v, mask: BlockMask, scale, bias, pooled: Pooled | None) -> _R
         lengths = _lengths(gathered, counts, tokens, block_k)
         bias = None if bias is None else _blocks(bias[:, None], block_k)[..., 0]
         return _Rows(q, k, v, bias, None, gathered, counts, lengths)
-    k = torch.cat([k, _blocks(pooled.k_mean.float(), BLOCK)])
-    v = torch.cat([v, _blocks(pooled.v_mean.float(), BLOCK)])
+    k = torch.cat([k, _blocks(pooled.k_mean.float(), block_k)])
+    v = torch.cat([v, _blocks(pooled.v_mean.float(), block_k)])
     nothing = float("-inf")
     added = torch.full(k.shape[:2], nothing, device=k.device)
     added.view(-1)[:tokens] = 0.0 if bias is None else bias
-    first = mask.num_k * BLOCK
+    first = mask.num_k * block_k
     added.view(-1)[first : first + mask.num_k] = pooled.log_sizes
     num_pooled_blocks = len(k) - mask.num_k
-    hidden = torch.zeros(len(q), num_pooled_blocks * BLOCK, device=k.device)
+    hidden = torch.zeros(len(q), num_pooled_blocks * block_k, device=k.device)
     hidden[:, : mask.num_k].masked_fill_(mask.to_dense(), nothing)
     gathered, counts = unpack_mask(mask, num_pooled_blocks)
-    return _Rows(q, k, v, added, hidden, gathered, counts, counts * BLOCK)
+    return _Rows(q, k, v, added, hidden, gathered, counts, counts * block_k)
 
 
 def _attend_rows(head, rows: _Rows, for_each):

@@ -348,7 +348,8 @@ def attention(
     if x.out.numel():
         card, D = tiles.card_of(q.device), q.shape[3]
         if pooled is not None:
-            _launch(x, scale, tiles.attention(card, block_q, D, tail=True), block_k, tail=True)
+            tile = tiles.attention(card, block_q, D, tail=True)
+            _launch(x, scale, tile, MASS_BLOCK, tail=True)
         tile = tiles.attention(card, block_q, D)
         _launch(x, scale, tile, block_k, continues=pooled is not None)
     return x.out, x.lse

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from ...block_mask import BlockMask
-from ..permuted import BLOCK, Pooled
+from ..permuted import Pooled
 from . import launch
 from .unpack_mask import unpack_mask
 
@@ -88,8 +88,8 @@ def operands_of(
         mask = mask.with_bits(mask.bits.contiguous())
         kv_indices, kv_num_blocks = unpack_mask(mask)
     if pooled is not None:
-        if mask is None or mask.block_k != BLOCK:
-            raise ValueError(f"Pooled keys need a mask with key blocks of {BLOCK} tokens.")
+        if mask is None:
+            raise ValueError("Pooled keys need a mask.")
         means = (
             launch.checked(x, "means", (B, H, mask.num_k, D), q.dtype)
             for x in (pooled.k_mean, pooled.v_mean)
