@@ -3,8 +3,8 @@
     python tests/lab/run_rows.py --comfyui PATH --models tiny wan128 joint --out OUT/rows.json
 
 Samples until the first search, then chooses the blocks of every layer by all rows, by samples, and in cells of
-several blocks as in very long videos, and weighs each choice by the masses of all rows. Rows of text, which
-keep everything, do not count.
+several blocks as in very long videos, and weighs each choice by the masses of all rows; of blocks in twos also
+by the output, with means of 64 and of 128 tokens. Rows of text, which keep everything, do not count.
 """
 
 import argparse
@@ -24,6 +24,7 @@ from models import MODELS  # noqa: E402
 from rule import SCHEDULES  # noqa: E402
 from run_lab import latent_size  # noqa: E402
 
+from sparse_attn.block_mask import BlockMask  # noqa: E402
 from sparse_attn.method import selection  # noqa: E402
 from sparse_attn.method.query_sample import query_sample  # noqa: E402
 from sparse_attn.method.text_sink import sink_blocks  # noqa: E402
@@ -79,6 +80,19 @@ def chosen_by(backend, call, config, lse) -> list[dict]:
         weights, keep = weights[:, :, video], keep[:, :, video]
         return (weights * keep).sum((-1, -2)) / weights.sum((-1, -2))
 
+    def error(keep, size):
+        """Of the video's output beside dense attention, of a mask in blocks of `size` and their means."""
+        keep = keep[:, :, :: size // 64, :: size // 64]
+        mask = BlockMask.from_dense(keep, block_q=size, block_k=size)
+        sparse = {"mask": mask, "pooled": moved.pooled.of_blocks(layout.tokens, size)}
+        options = {"scale": call.scale, "key_bias": moved.key_bias}
+        dense, out = (
+            backend.attention(moved.q, moved.k, moved.v, **options, **some)[0].float()
+            for some in ({}, sparse)
+        )
+        apart = (out - dense)[:, :, : layout.video].norm() / dense[:, :, : layout.video].norm()
+        return apart.item()
+
     tokens = call.layout.tokens
     exact, scores = measure(torch.arange(tokens), config.block_q)
     best = kept(exact, scores)
@@ -93,6 +107,12 @@ def chosen_by(backend, call, config, lse) -> list[dict]:
             {
                 "layer": call.layer,
                 "sample": name,
+                "tokens": tokens,
+                # by tokens of a mean
+                "errors": {
+                    size: error(keep, size)
+                    for size in ((64, 128) if found[2:] == ((2, 2),) else ())
+                },
                 "recall": held(exact, best).mean().item(),
                 "less": less.mean().item(),
                 "less_worst_head": less.max().item(),
