@@ -2,7 +2,7 @@ import pytest
 
 
 @pytest.fixture
-def comfyui(tmp_path):
+def bare_comfyui(tmp_path):
     """A folder with what makes a ComfyUI recognisable."""
     root = tmp_path / "ComfyUI"
     (root / "comfy").mkdir(parents=True)

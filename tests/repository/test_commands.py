@@ -68,10 +68,10 @@ def test_the_oldest_comfyui_is_the_one_the_pack_promises():
     ],
 )
 def test_all_tests_of_a_pinned_comfyui_run_on_the_oldest_too(
-    comfyui, tmp_path, monkeypatch, wanted, extra, own, both
+    bare_comfyui, tmp_path, monkeypatch, wanted, extra, own, both
 ):
     monkeypatch.delenv("COMFYUI_PATH", raising=False)
-    root = comfyui / "custom_nodes" / "adaspa" if own else tmp_path
+    root = bare_comfyui / "custom_nodes" / "adaspa" if own else tmp_path
     options = SimpleNamespace(comfyui=wanted, long=False, root=root)
     assert commands.runs_oldest(options, extra) == both
 
@@ -121,7 +121,7 @@ def test_tools_parse_on_the_oldest_python(file):
 # the server, as far as it needs no ComfyUI
 
 
-def test_a_port_in_use_is_noticed(comfyui, tmp_path):
+def test_a_port_in_use_is_noticed(bare_comfyui, tmp_path):
     import socket
 
     with socket.socket() as s:
@@ -130,14 +130,14 @@ def test_a_port_in_use_is_noticed(comfyui, tmp_path):
         port = s.getsockname()[1]
         assert not port_is_free(port)
         with pytest.raises(ServerFailed, match=f"Port {port} is in use; .* --port"):
-            ComfyServer(comfyui, tmp_path / "base", port=port, cpu=True).start()
+            ComfyServer(bare_comfyui, tmp_path / "base", port=port, cpu=True).start()
     assert port_is_free(free_port())
 
 
-def test_a_server_that_ends_at_once_shows_its_log(comfyui, tmp_path):
-    (comfyui / "main.py").write_text("raise SystemExit('no such flag')")
+def test_a_server_that_ends_at_once_shows_its_log(bare_comfyui, tmp_path):
+    (bare_comfyui / "main.py").write_text("raise SystemExit('no such flag')")
     with pytest.raises(ServerFailed, match=r"exit code 1(.|\n)*no such flag"):
-        ComfyServer(comfyui, tmp_path / "base", cpu=True).start()
+        ComfyServer(bare_comfyui, tmp_path / "base", cpu=True).start()
 
 
 def test_a_packed_model_file_is_unpacked_and_what_was_linked_before_is_left_alone(tmp_path):

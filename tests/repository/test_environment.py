@@ -173,9 +173,9 @@ def test_known_builds_of_torch_are_the_locked_ones_and_those_pinned_beside():
 # which ComfyUI
 
 
-def test_comfyui_path_wins(comfyui, tmp_path):
+def test_comfyui_path_wins(bare_comfyui, tmp_path):
     pack = tmp_path / "other" / "custom_nodes" / "adaspa"
-    assert comfyui_source.locate(pack, {"COMFYUI_PATH": str(comfyui)}) == comfyui
+    assert comfyui_source.locate(pack, {"COMFYUI_PATH": str(bare_comfyui)}) == bare_comfyui
 
 
 def test_wrong_comfyui_path_is_refused(tmp_path):
@@ -183,24 +183,24 @@ def test_wrong_comfyui_path_is_refused(tmp_path):
         comfyui_source.locate(tmp_path, {"COMFYUI_PATH": str(tmp_path)})
 
 
-def test_finds_the_comfyui_around_the_pack(comfyui):
-    assert comfyui_source.locate(comfyui / "custom_nodes" / "adaspa", {}) == comfyui
+def test_finds_the_comfyui_around_the_pack(bare_comfyui):
+    assert comfyui_source.locate(bare_comfyui / "custom_nodes" / "adaspa", {}) == bare_comfyui
 
 
 @pytest.mark.skipif(os.name == "nt", reason="links need special rights on Windows")
-def test_finds_the_comfyui_around_a_linked_pack(comfyui, tmp_path):
+def test_finds_the_comfyui_around_a_linked_pack(bare_comfyui, tmp_path):
     (tmp_path / "pack").mkdir()
-    link = comfyui / "custom_nodes" / "adaspa"
+    link = bare_comfyui / "custom_nodes" / "adaspa"
     link.symlink_to(tmp_path / "pack")
-    assert comfyui_source.locate(link, {}) == comfyui
+    assert comfyui_source.locate(link, {}) == bare_comfyui
 
 
 def test_a_custom_nodes_folder_alone_is_no_comfyui(tmp_path):
     assert comfyui_source.locate(tmp_path / "custom_nodes" / "adaspa", {}) is None
 
 
-def test_reads_the_version(comfyui, tmp_path):
-    assert comfyui_source.version_of(comfyui) == "0.30.0"
+def test_reads_the_version(bare_comfyui, tmp_path):
+    assert comfyui_source.version_of(bare_comfyui) == "0.30.0"
     assert comfyui_source.version_of(tmp_path) == "unknown"
 
 
@@ -256,9 +256,9 @@ def test_every_pin_carries_a_whole_hash():
 # stamps
 
 
-def test_a_stamp_vouches_only_for_the_same_make(tmp_path, comfyui):
+def test_a_stamp_vouches_only_for_the_same_make(tmp_path, bare_comfyui):
     file = tmp_path / "ready" / "stamp.json"
-    env = stamps.Environment(sys.executable, "cpu", "2.13.0", str(comfyui), str(tmp_path))
+    env = stamps.Environment(sys.executable, "cpu", "2.13.0", str(bare_comfyui), str(tmp_path))
     assert stamps.read_stamp(file, {"recipe": 1}) is None
     stamps.write_stamp(file, {"recipe": 1}, env)
     assert stamps.read_stamp(file, {"recipe": 1}) == env
@@ -266,29 +266,31 @@ def test_a_stamp_vouches_only_for_the_same_make(tmp_path, comfyui):
 
 
 @pytest.mark.parametrize("gone", ["python", "comfyui", "half a stamp"])
-def test_a_stamp_does_not_vouch_for_what_is_gone(tmp_path, comfyui, gone):
+def test_a_stamp_does_not_vouch_for_what_is_gone(tmp_path, bare_comfyui, gone):
     file = tmp_path / "stamp.json"
     python = tmp_path / "python"
     python.touch()
-    stamps.write_stamp(file, {}, stamps.Environment(str(python), "cpu", "2.13.0", str(comfyui)))
+    stamps.write_stamp(
+        file, {}, stamps.Environment(str(python), "cpu", "2.13.0", str(bare_comfyui))
+    )
     assert stamps.read_stamp(file, {}) is not None
     if gone == "python":
         python.unlink()
     elif gone == "comfyui":
-        (comfyui / "main.py").unlink()
+        (bare_comfyui / "main.py").unlink()
     else:
         file.write_text(file.read_text()[:40])
     assert stamps.read_stamp(file, {}) is None
 
 
-def test_fingerprint_changes_with_machine_and_comfyui(comfyui):
-    (comfyui / "requirements.txt").write_text("numpy\n")
-    one = stamps.fingerprint(False, comfyui, None)
+def test_fingerprint_changes_with_machine_and_comfyui(bare_comfyui):
+    (bare_comfyui / "requirements.txt").write_text("numpy\n")
+    one = stamps.fingerprint(False, bare_comfyui, None)
     assert json.loads(json.dumps(one)) == one
-    assert stamps.fingerprint(True, comfyui, None) != one
-    assert stamps.fingerprint(False, comfyui, "torch==2.9.1") != one
-    (comfyui / "requirements.txt").write_text("numpy\nscipy\n")
-    assert stamps.fingerprint(False, comfyui, None) != one
+    assert stamps.fingerprint(True, bare_comfyui, None) != one
+    assert stamps.fingerprint(False, bare_comfyui, "torch==2.9.1") != one
+    (bare_comfyui / "requirements.txt").write_text("numpy\nscipy\n")
+    assert stamps.fingerprint(False, bare_comfyui, None) != one
 
 
 def test_the_recipe_covers_files_that_exist():
