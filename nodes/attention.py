@@ -5,44 +5,22 @@ from comfy_api.latest import io
 from ..sparse_attn.host.compiling import compile_ahead
 from ..sparse_attn.host.install import install, why_not
 from .own_errors import otherwise, without_adaspa
-from .settings import answer, check, config_of, describe, setting_inputs
-from .sockets import AdaSpaRun
+from .schemas import attention_schema
+from .settings import answer, check, config_of, describe
 
 
 class AdaSpaAttention(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
-            node_id="AdaSpaAttention",
-            display_name="AdaSpa",
-            category="model/patch",
-            description=(
-                "Skips the attention that hardly matters, so long videos sample sooner and look "
-                "almost the same. Finds the pattern of your video once, from every token, and reuses it."
-            ),
-            search_aliases=[
-                "sparse attention",
-                "AdaSpa",
-                "faster video",
-                "speed up",
-                "accelerate",
-                "optimize",
-                "teacache",
-                "sage",
-                "wan",
-                "hunyuan",
-            ],
-            inputs=[
-                io.Model.Input("model", tooltip="A video model, after its loader and LoRAs."),
-                *setting_inputs(),
-            ],
-            outputs=[
-                io.Model.Output(display_name="model"),
-                AdaSpaRun.Output("adaspa", display_name="adaspa"),
-            ],
-            hidden=[io.Hidden.unique_id, io.Hidden.extra_pnginfo],
-            # two nodes with equal settings must not share one handle through ComfyUI's cache
-            not_idempotent=True,
+        return attention_schema(
+            "AdaSpaAttention",
+            "AdaSpa",
+            "Skips the attention that hardly matters, so long videos sample sooner and look "
+            "almost the same. Finds the pattern of your video once, from every token, and reuses it.",
+            "sparse attention, AdaSpa, faster video, speed up, accelerate, optimize, teacache, sage, "
+            "wan, hunyuan",
+            [io.Model.Input("model", tooltip="A video model, after its loader and LoRAs.")],
+            [io.Model.Output(display_name="model")],
         )
 
     @classmethod

@@ -5,40 +5,26 @@ from comfy_api.latest import io
 from ..sparse_attn.host.compiling import compile_ahead
 from ..sparse_attn.host.install import install, why_not
 from .own_errors import otherwise, without_adaspa
-from .settings import answer, check, config_of, describe, setting_inputs
-from .sockets import AdaSpaRun
+from .schemas import attention_schema
+from .settings import answer, check, config_of, describe
 
 
 class AdaSpaAttentionPair(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
-            node_id="AdaSpaAttentionPair",
-            display_name="AdaSpa (two experts)",
-            category="model/patch",
-            description=(
-                "AdaSpa for models that come in two parts, such as Wan 2.2 14B with its "
-                "high noise and low noise experts. The second begins with the pattern that the "
-                "first has found, and looks for its own where that does not fit."
-            ),
-            search_aliases=["sparse attention", "AdaSpa", "wan 2.2", "high noise", "low noise"],
-            inputs=[
-                io.Model.Input(
-                    "model_high", tooltip="The high noise expert, after its loader and LoRAs."
-                ),
-                io.Model.Input(
-                    "model_low", tooltip="The low noise expert, after its loader and LoRAs."
-                ),
-                *setting_inputs(),
+        experts = {f"model_{noise}": f"The {noise} noise expert" for noise in ("high", "low")}
+        return attention_schema(
+            "AdaSpaAttentionPair",
+            "AdaSpa (two experts)",
+            "AdaSpa for models that come in two parts, such as Wan 2.2 14B with its high noise and "
+            "low noise experts. The second begins with the pattern that the first has found, and "
+            "looks for its own where that does not fit.",
+            "sparse attention, AdaSpa, wan 2.2, high noise, low noise",
+            [
+                io.Model.Input(name, tooltip=f"{expert}, after its loader and LoRAs.")
+                for name, expert in experts.items()
             ],
-            outputs=[
-                io.Model.Output("model_high", display_name="model_high"),
-                io.Model.Output("model_low", display_name="model_low"),
-                AdaSpaRun.Output("adaspa", display_name="adaspa"),
-            ],
-            hidden=[io.Hidden.unique_id, io.Hidden.extra_pnginfo],
-            # two nodes with equal settings must not share one handle through ComfyUI's cache
-            not_idempotent=True,
+            [io.Model.Output(name, display_name=name) for name in experts],
         )
 
     @classmethod

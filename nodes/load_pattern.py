@@ -7,7 +7,7 @@ from ..sparse_attn.patterns.file import load
 from ..sparse_attn.sentences import Sentence, UserError
 from .own_errors import otherwise
 from .pattern_files import listed
-from .pattern_schema import pattern_schema
+from .schemas import pattern_schema
 from .settings import spoken
 from .sockets import AdaSpaRun
 

@@ -8,8 +8,8 @@ from comfy_api.latest import io
 from ..sparse_attn.host.raylight import install_on
 from ..sparse_attn.run.handle import METADATA
 from .own_errors import otherwise, without_adaspa
-from .settings import answer, check, config_of, describe, setting_inputs
-from .sockets import AdaSpaRun
+from .schemas import attention_schema
+from .settings import answer, check, config_of, describe
 
 RayActors = io.Custom("RAY_ACTORS")
 
@@ -32,25 +32,14 @@ def is_installed() -> bool:
 class AdaSpaRaylight(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
-            node_id="AdaSpaRaylight",
-            display_name="AdaSpa for Raylight",
-            category="model/patch",
-            description=(
-                "AdaSpa for a video that several GPUs share. Place it between Raylight's loader "
-                "and its sampler."
-            ),
-            search_aliases=["AdaSpa several GPUs", "multi GPU", "ulysses", "raylight"],
-            inputs=[
-                RayActors.Input("ray_actors", tooltip="From Raylight's loader, after its LoRAs."),
-                *setting_inputs(),
-            ],
-            outputs=[
-                RayActors.Output("ray_actors", display_name="ray_actors"),
-                AdaSpaRun.Output("adaspa", display_name="adaspa"),
-            ],
-            hidden=[io.Hidden.unique_id, io.Hidden.extra_pnginfo],
-            not_idempotent=True,
+        return attention_schema(
+            "AdaSpaRaylight",
+            "AdaSpa for Raylight",
+            "AdaSpa for a video that several GPUs share. Place it between Raylight's loader and its "
+            "sampler.",
+            "AdaSpa several GPUs, multi GPU, ulysses, raylight",
+            [RayActors.Input("ray_actors", tooltip="From Raylight's loader, after its LoRAs.")],
+            [RayActors.Output("ray_actors", display_name="ray_actors")],
         )
 
     @classmethod

@@ -7,7 +7,7 @@ from ..sparse_attn.patterns.file import save
 from ..sparse_attn.sentences import Sentence
 from .own_errors import otherwise
 from .pattern_files import FOLDER, checked_name, folders
-from .pattern_schema import pattern_schema
+from .schemas import pattern_schema
 from .settings import spoken
 
 

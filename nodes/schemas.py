@@ -1,8 +1,31 @@
-"""The frame of the nodes that stand between AdaSpa and the sampler."""
+"""The frames of nodes that are alike: those that install AdaSpa, and those behind them."""
 
 from comfy_api.latest import io
 
+from .settings import setting_inputs
 from .sockets import AdaSpaRun
+
+
+def attention_schema(
+    node_id: str, name: str, description: str, aliases: str, inputs: list, outputs: list
+) -> io.Schema:
+    """The schema of a node that installs AdaSpa: between its own sockets lie the settings.
+
+    Args:
+        name: that people read. aliases: by which they find it, with commas between them.
+    """
+    return io.Schema(
+        node_id=node_id,
+        display_name=name,
+        category="model/patch",
+        description=description,
+        search_aliases=aliases.split(", "),
+        inputs=[*inputs, *setting_inputs()],
+        outputs=[*outputs, AdaSpaRun.Output("adaspa", display_name="adaspa")],
+        hidden=[io.Hidden.unique_id, io.Hidden.extra_pnginfo],
+        # two nodes with equal settings must not share one handle through ComfyUI's cache
+        not_idempotent=True,
+    )
 
 
 def pattern_schema(
