@@ -12,7 +12,7 @@ def at_density(density: float) -> Iterator[None]:
     That is the most such a step could give: the masses and the LSE that a later search begins with come
     from dense attention, which the step would save.
     """
-    from sparse_attn.method.fused_online_search import fused_online_search
+    from sparse_attn.method.lse_cached_search import lse_cached_search
     from sparse_attn.method.sparse_step import sparse_step
     from sparse_attn.run.serving import Serving
     from sparse_attn.schedule import StepKind
@@ -25,8 +25,9 @@ def at_density(density: float) -> Iterator[None]:
         config = replace(self.config, sparsity=1 - density)
         if config.pooled:
             call = replace(call, by_position=self._by_position(call))
-        found = fused_online_search(layer.backend, call, config, None, self.dense.exact)
-        self._keep_lse(layer, found.lse)
+        _, lse = self.dense.of_search(call)
+        found = lse_cached_search(layer.backend, call, config, lse, False)
+        self._keep_lse(layer, lse)
         return sparse_step(layer.backend, call, found.mask, found.order, False)[0]
 
     if density:

@@ -278,6 +278,15 @@ def test_the_emulation_is_compared_on_what_a_dense_step_saw(subject):
     assert found["density_ours"] == pytest.approx(0.4)  # two of five blocks
 
 
+def test_a_first_step_of_all_blocks_is_the_dense_one_and_one_of_few_is_not(comfyui):
+    subject = generation.Subject(models.MODELS["tiny"], str(comfyui), 1, (2, 16, 20))
+    rule = contestants.NOW.but("now", density=0.4)
+    dense, whole, few = (
+        subject.run(rule.but("r", first_density=share), "4").video for share in (0.0, 1.0, 0.4)
+    )
+    assert float((whole - dense).abs().max()) < 1e-3 < float((few - dense).abs().max())
+
+
 def test_a_model_that_stays_dense_is_no_result(comfyui):
     image = generation.Subject(models.MODELS["tiny"], str(comfyui), 1, (1, 16, 20))
     with pytest.raises(RuntimeError, match=r"Not every layer was sparse:\n(.|\n)*one frame"):
