@@ -3,7 +3,8 @@
 Nobody else picks. An operation has one name and one signature in `torch`, `triton` and `hopper`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib import import_module
@@ -166,8 +167,24 @@ def compiling_kernels(card: tuple[int, int], claim: Callable, done: Callable) ->
 
     For a process that does nothing else; see `triton.compiling.only_compile`.
     """
-    tiles.stand_for(card)
     compiler().only_compile(card, claim, done)
+    return _kernels_alone(card)
+
+
+@contextmanager
+def loading_kernels(card: tiles.Card) -> Iterator[Backend]:
+    """The kernels for a card, whose launches by this thread do nothing but load their binaries.
+
+    The thread does nothing else. Its tensors are of the CPU, and it takes no memory of the GPU.
+    """
+    backend = _kernels_alone(card)
+    with compiler().only_load():
+        yield backend
+
+
+def _kernels_alone(card: tiles.Card) -> Backend:
+    """The kernels for a card, for which this thread takes every device, and plain torch nowhere."""
+    tiles.stand_for(card)
     alone = {name: getattr(_kernel(name), name) for name in _asked_at_every_call()}
     return replace(triton_kernels(), **alone)
 

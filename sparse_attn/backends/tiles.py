@@ -5,6 +5,7 @@ keys, NVIDIA H200, torch 2.11, Triton 3.6, 2026-11-23 and 24, if nothing else is
 took 279 in the same process.
 """
 
+import threading
 from dataclasses import dataclass
 from functools import cache
 
@@ -303,19 +304,19 @@ def _tuned_for(card: Card, name: str) -> Tile | None:
 MEASURED = (HOPPER,)
 
 
-_stands_for: Card | None = None
+_here = threading.local()
 
 
 def stand_for(card: Card) -> None:
-    """Take every device for a card from now on, in a process that only compiles."""
-    global _stands_for
-    _stands_for = card
+    """Take every device for a card from now on, in a thread that only compiles or loads."""
+    _here.stands_for = card
 
 
 def card_of(device: torch.device | None = None) -> Card:
     """A card, by default the current one; any card where there is none."""
-    if _stands_for is not None:
-        return _stands_for
+    stands_for = getattr(_here, "stands_for", None)
+    if stands_for is not None:
+        return stands_for
     if not torch.cuda.is_available() or (device is not None and device.type != "cuda"):
         # interpreted
         return ANY_CARD

@@ -2,8 +2,8 @@
 
 A few processes of low priority rehearse the run and leave its binaries in Triton's cache. A launch
 whose binary one of them is at waits for it; one that none has begun compiles by itself, and none begins
-it any more. A thread follows them, rehearses the run on the GPU, and so loads the binaries and what
-torch loads at a first call. Nothing of this can fail a run: without it each launch compiles what it
+it any more. A thread follows them, rehearses the run too, and so loads the binaries and, where it may run
+them, what torch loads at a first call. Nothing of this can fail a run: without it each launch compiles what it
 needs.
 """
 
@@ -93,7 +93,7 @@ class Compiling:
         self._take_back = choice.before_launches(torch.device("cuda"), self._before_launch)
         at_once = workers() if choice.compiler().is_cold() else min(1, workers())
         self._begin(self._current, at_once)
-        if self._processes and self._loader is None and may_load():
+        if self._processes and self._loader is None:
             self._loader = threading.Thread(target=self._load, daemon=True)
             self._loader.start()
 
@@ -209,7 +209,7 @@ def compile_ahead(model, config: AdaSpaConfig, node_id: str) -> None:
     """
     try:
         work = work_of(model, config)
-        if work is not None and torch.cuda.is_available():
+        if work is not None and torch.cuda.is_available() and may_allocate():
             # torch loads its linear algebra once, and fails where a second thread comes in between
             torch.linalg.inv(torch.eye(1, device=work["device"]))
         COMPILING.want(node_id, work)
@@ -217,20 +217,28 @@ def compile_ahead(model, config: AdaSpaConfig, node_id: str) -> None:
         go_on_without_us(error)
 
 
-def may_load() -> bool:
-    """Whether a thread beside the sampler may use the GPU's memory.
+def may_allocate() -> bool:
+    """Whether a thread beside the sampler may take memory of the GPU.
 
-    Not where ComfyUI pages weights in and out of it (DynamicVRAM): the allocator of comfy-aimdo then moves
-    pages without a lock.
+    Not where ComfyUI pages weights in and out of it (DynamicVRAM): at every allocation comfy-aimdo may move
+    pages, without a lock.
     """
     return not getattr(sys.modules.get("comfy.memory_management"), "aimdo_enabled", False)
 
 
 def load(work: dict) -> None:
-    """Rehearse a run on the GPU, with what it will launch and what torch will load."""
+    """Rehearse a run, with what it will launch and, on the GPU, what torch will load.
+
+    Where no memory may be taken of the GPU it is rehearsed on the CPU, and launches load their binaries.
+    """
     device = torch.device(work["device"])
-    generator = torch.Generator(device).manual_seed(0)
     dtype, config = getattr(torch, work["dtype"]), AdaSpaConfig(**work["config"])
+    if not may_allocate():
+        loading = choice.loading_kernels(tuple(work["card"]))
+        with torch.no_grad(), torch.cuda.device(device), loading as backend:
+            rehearse(backend, config, work["head_dim"], dtype)
+        return
+    generator = torch.Generator(device).manual_seed(0)
     with torch.no_grad():
         q = torch.zeros(1, 1, 128, work["head_dim"], dtype=dtype, device=device)
         with suppress(RuntimeError):

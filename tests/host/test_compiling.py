@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -102,17 +103,50 @@ def test_a_thread_loads_what_the_processes_have_compiled_and_no_more(compiling, 
     assert not compiling.said and "z" not in here._kernels
 
 
-def test_nothing_is_loaded_where_comfyui_pages_weights(compiling, monkeypatch):
-    loaded, paging = [], SimpleNamespace(aimdo_enabled=True)
-    monkeypatch.setattr(compiling, "load", lambda work: loaded.append(work["keys"]))
+def test_where_comfyui_pages_weights_nothing_of_the_gpus_memory_is_taken(comfyui, monkeypatch):
+    from sparse_attn.host import compiling
+
+    seen, cards, compiler = [], [], compiling.choice.compiler()
+
+    class Kernel:
+        def run(self, *args, grid, warmup, **kwargs):
+            seen.append((args, warmup, threading.current_thread()))
+            return SimpleNamespace(run=lambda: None)
+
+    def rehearsed(backend, config, head_dim, dtype, generator=None):
+        assert generator is None, "it is of the GPU"
+        here.run(1, grid=None, warmup=False)
+        # the sampler's own launch, meanwhile
+        other = threading.Thread(target=lambda: here.run(2, grid=None, warmup=False))
+        other.start()
+        other.join()
+
+    here, other = Kernel(), Kernel()
+    monkeypatch.setattr(compiler, "kernels", lambda: [here, other])
+    monkeypatch.setattr(compiling, "rehearse", rehearsed)
+    monkeypatch.setattr(compiling.tiles, "stand_for", cards.append)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    monkeypatch.setattr(torch, "Generator", None)
+    paging = SimpleNamespace(aimdo_enabled=True)
     monkeypatch.setitem(sys.modules, "comfy.memory_management", paging)
-    here = compiling.Compiling()
-    here.want("7", {"keys": ["a"], "seconds": 0.1})
-    until(lambda: not here._processes)
-    paging.aimdo_enabled = False
-    here.want("8", {"keys": ["b"], "seconds": 0.1})
-    until(lambda: not here._processes and here._loader is None)
-    assert loaded == [["b"]]
+    compiling.load({**WORK, "device": "cuda"})
+    assert [(args, warmup) for args, warmup, _ in seen] == [((1,), True), ((2,), False)]
+    assert cards == [(8, 9)] and "run" not in vars(here) | vars(other)
+
+
+def test_a_card_that_a_thread_stands_for_is_that_of_no_other(monkeypatch):
+    from sparse_attn.backends import tiles
+
+    found = []
+
+    def in_a_thread():
+        tiles.stand_for((8, 9))
+        found.append(tiles.card_of(torch.device("cpu")))
+
+    thread = threading.Thread(target=in_a_thread)
+    thread.start()
+    thread.join()
+    assert found == [(8, 9)] and tiles.card_of(torch.device("cpu")) == tiles.ANY_CARD
 
 
 def test_what_is_loaded_is_a_run_on_the_gpu_of_the_model(comfyui, monkeypatch):

@@ -1,4 +1,4 @@
-"""Launches that only compile, for a card that need not be there, and launches that wait.
+"""Launches that only compile, for a card that need not be there, that only load, and that wait.
 
 Triton looks a binary up by the kernel's source, the types and alignment of its arguments, its
 constants and the card. A launch that only compiles is the same launch, so it leaves in Triton's cache
@@ -6,7 +6,9 @@ what the other one looks up.
 """
 
 import sys
-from collections.abc import Callable, Iterable
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -83,6 +85,34 @@ def _with_launcher(compiled) -> None:
         except Exception:
             # without a C compiler or the card's driver; then the launch itself tells
             return
+
+
+@contextmanager
+def only_load() -> Iterator[None]:
+    """Let the launches of this thread load their binary, and run nothing.
+
+    Their tensors may be of the CPU: a binary goes by types and alignment. No memory of the GPU is taken
+    by torch. Other threads launch as ever.
+    """
+    here, ours = threading.get_ident(), kernels()
+
+    def loading(run):
+        def load_it(*args, grid, warmup, **kwargs):
+            if threading.get_ident() != here:
+                return run(*args, grid=grid, warmup=warmup, **kwargs)
+            compiled = run(*args, grid=grid, warmup=True, **kwargs)
+            # what launches it, for which it is loaded
+            return getattr(compiled, "run", None)
+
+        return load_it
+
+    for kernel in ours:
+        kernel.run = loading(kernel.run)
+    try:
+        yield
+    finally:
+        for kernel in ours:
+            del kernel.run
 
 
 def launch_key(kernel, args: Iterable, kwargs: dict) -> str:
