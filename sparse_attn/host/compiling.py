@@ -2,9 +2,8 @@
 
 A few processes of low priority rehearse the run and leave its binaries in Triton's cache. A launch
 whose binary one of them is at waits for it; one that none has begun compiles by itself, and none begins
-it any more. A thread follows them, rehearses the run too, and so loads the binaries and, where it may run
-them, what torch loads at a first call. Nothing of this can fail a run: without it each launch compiles what it
-needs.
+it any more. A thread follows them, rehearses the run too, and so loads what they have compiled. Nothing of
+this can fail a run: without it each launch compiles what it needs.
 """
 
 import json
@@ -13,7 +12,6 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 
@@ -22,7 +20,6 @@ import folder_paths
 import torch
 
 from ..backends import choice, tiles, tuned
-from ..backends.cudnn import cudnn_serves, torch_cudnn
 from ..config import AdaSpaConfig
 from ..run.rehearsal import rehearse
 from ..sentences import Sentence
@@ -109,7 +106,7 @@ class Compiling:
                 loaded = self._current
             try:
                 load(json.loads(loaded))
-            except (Nothing, comfy.model_management.OOM_EXCEPTION):
+            except Nothing:
                 # what is not loaded by now is at its first launch
                 pass
             except Exception as error:
@@ -208,44 +205,21 @@ def compile_ahead(model, config: AdaSpaConfig, node_id: str) -> None:
     Raises nothing.
     """
     try:
-        work = work_of(model, config)
-        if work is not None and torch.cuda.is_available() and may_allocate():
-            # torch loads its linear algebra once, and fails where a second thread comes in between
-            torch.linalg.inv(torch.eye(1, device=work["device"]))
-        COMPILING.want(node_id, work)
+        COMPILING.want(node_id, work_of(model, config))
     except Exception as error:
         go_on_without_us(error)
 
 
-def may_allocate() -> bool:
-    """Whether a thread beside the sampler may take memory of the GPU.
-
-    Not where ComfyUI pages weights in and out of it (DynamicVRAM): at every allocation comfy-aimdo may move
-    pages, without a lock.
-    """
-    return not getattr(sys.modules.get("comfy.memory_management"), "aimdo_enabled", False)
-
-
 def load(work: dict) -> None:
-    """Rehearse a run, with what it will launch and, on the GPU, what torch will load.
+    """Load the binaries that a run will launch.
 
-    Where no memory may be taken of the GPU it is rehearsed on the CPU, and launches load their binaries.
+    Without memory of the GPU: where ComfyUI pages weights in and out of it (DynamicVRAM), comfy-aimdo may
+    move pages at every allocation, and has no lock.
     """
-    device = torch.device(work["device"])
-    dtype, config = getattr(torch, work["dtype"]), AdaSpaConfig(**work["config"])
-    if not may_allocate():
-        loading = choice.loading_kernels(tuple(work["card"]))
-        with torch.no_grad(), torch.cuda.device(device), loading as backend:
-            rehearse(backend, config, work["head_dim"], dtype)
-        return
-    generator = torch.Generator(device).manual_seed(0)
-    with torch.no_grad():
-        q = torch.zeros(1, 1, 128, work["head_dim"], dtype=dtype, device=device)
-        with suppress(RuntimeError):
-            if cudnn_serves(q):
-                torch_cudnn(q, q, q, scale=1.0)
-        backend = choice.triton_kernels(device)
-        rehearse(backend, config, work["head_dim"], dtype, generator=generator)
+    config, dtype = AdaSpaConfig(**work["config"]), getattr(torch, work["dtype"])
+    loading = choice.loading_kernels(tuple(work["card"]))
+    with torch.no_grad(), torch.cuda.device(torch.device(work["device"])), loading as backend:
+        rehearse(backend, config, work["head_dim"], dtype)
 
 
 def work_of(model, config: AdaSpaConfig) -> dict | None:

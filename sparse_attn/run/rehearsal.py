@@ -1,7 +1,5 @@
 """A run rehearsed: every operation of its steps once, for who wants its kernels compiled or loaded."""
 
-from contextlib import nullcontext
-
 import torch
 from torch.overrides import TorchFunctionMode
 
@@ -37,24 +35,18 @@ class _Zeros(TorchFunctionMode):
 
 
 def rehearse(
-    backend: Backend, config: AdaSpaConfig, head_dim: int, dtype: torch.dtype, bias: bool = False,
-    generator: torch.Generator | None = None,
-) -> None:  # fmt: skip
-    """Do what a run does, in its order: dense, search, sparse, later search.
+    backend: Backend, config: AdaSpaConfig, head_dim: int, dtype: torch.dtype, bias: bool = False
+) -> None:
+    """Do what a run does on zeros of the CPU, in its order: dense, search, sparse, later search.
 
     Args:
-        backend: whose launches do nothing but tell where there is no `generator`.
+        backend: whose launches do not run.
         bias: with a key bias, as masked text makes one.
-        generator: of q, k and v, on whose device all is done in earnest; None rehearses on zeros of
-            the CPU.
     """
-    tokens, shape = LAYOUT.tokens, (1, HEADS, LAYOUT.tokens, head_dim)
-    device = torch.device("cpu") if generator is None else generator.device
-    with _Zeros() if generator is None else nullcontext():
-        q = torch.zeros(shape, dtype=dtype)
-        if generator is not None:
-            q = torch.randn(shape, dtype=dtype, device=device, generator=generator)
-        key_bias = torch.zeros(1, tokens, device=device) if bias else None
+    tokens = LAYOUT.tokens
+    with _Zeros():
+        q = torch.zeros((1, HEADS, tokens, head_dim), dtype=dtype)
+        key_bias = torch.zeros(1, tokens) if bias else None
         by_position = serpentine_order(LAYOUT, q.device) if config.pooled else None
         scale = head_dim**-0.5
         call = Call(q, q, q, scale, LAYOUT, 0, lambda: q, key_bias, by_position=by_position)
@@ -84,7 +76,6 @@ def rehearse(
             keep = torch.ones(shape, dtype=torch.bool, device=device)
             sparse(BlockMask.from_dense(keep, block_q=block_q, block_k=block_k))
         for blocks in FURTHER_BLOCKS:
-            scores = torch.zeros(1, 1, 1, blocks, device=device)
-            sinks = torch.zeros(blocks, dtype=torch.bool, device=device)
-            budgets = torch.ones(1, 1, device=device)
+            scores, budgets = torch.zeros(1, 1, 1, blocks), torch.ones(1, 1)
+            sinks = torch.zeros(blocks, dtype=torch.bool)
             backend.row_wise_top_k(scores, scores, budgets, 1, sinks, sinks[:1])

@@ -24,6 +24,10 @@ sys.path.insert(0, str(ROOT))
 
 from tests.tools import comfy_inprocess  # noqa: E402
 
+if "--dynamic-vram" in sys.argv:
+    from comfy_aimdo import control
+
+    control.init()
 comfy_inprocess.start()
 
 import comfy.model_management  # noqa: E402

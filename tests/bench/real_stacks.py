@@ -165,13 +165,16 @@ def build(stack: Stack, device, *, small=False, seed=0, shift=0.0):
 
 
 def paged(patcher):
-    """The same model, whose weights ComfyUI pages in from the CPU's memory: DynamicVRAM, as `main.py` turns
-    it on, from now on."""
-    import comfy_aimdo.control
+    """The same model, whose weights ComfyUI pages in from the CPU's memory (DynamicVRAM) from now on.
+
+    comfy-aimdo must have been begun before anything of ComfyUI, as its `main.py` does.
+    """
+    from comfy_aimdo import control
 
     device, cpu = patcher.load_device, torch.device("cpu")
-    if not (comfy_aimdo.control.init() and comfy_aimdo.control.init_devices([device.index or 0])):
+    if not control.init_devices([device.index or 0]):
         raise RuntimeError("comfy-aimdo does not work here.")
+    control.set_log_warning()
     dynamic = comfy.model_patcher.ModelPatcherDynamic
     comfy.model_patcher.CoreModelPatcher = dynamic
     comfy.memory_management.aimdo_enabled = True

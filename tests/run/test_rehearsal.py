@@ -69,7 +69,10 @@ def test_a_run_launches_nothing_that_was_not_rehearsed(
     if device.type == "cuda":
         pytest.skip("notes launches of the interpreter")
     launches, backend = Launches(monkeypatch), kernels_alone()
+    state = torch.get_rng_state()
     rehearse(backend, AdaSpaConfig(**settings), 64, torch.bfloat16, bias)
+    # a thread rehearses beside the sampler, and the seeds of a video are not ours
+    assert torch.equal(torch.get_rng_state(), state)
     rehearsed, launches.met, launches.runs = launches.met, set(), True
     monkeypatch.setattr(block_mask, "MOST_PAIRS", most_pairs)
     layout = TokenLayout(20, 3, 4, 20)
@@ -84,18 +87,6 @@ def test_a_run_launches_nothing_that_was_not_rehearsed(
         state.attend(replace(call, scale=0.125, key_bias=key_bias))
     assert len(launches.met) >= 5
     assert launches.met <= rehearsed
-
-
-@pytest.mark.parametrize("settings", [{}, {"tail": "none", "recall": 0.7}], ids=["tail", "recall"])
-def test_a_rehearsal_in_earnest_leaves_the_seeds_of_others_alone(settings, device):
-    if device.type == "cuda":
-        backend, dtype = choice.triton_kernels(device), torch.bfloat16
-    else:
-        backend, dtype = choice.plain_torch(), torch.float32
-    generator, state = torch.Generator(device).manual_seed(0), torch.get_rng_state()
-    for bias in (False, True):
-        rehearse(backend, AdaSpaConfig(**settings), 64, dtype, bias, generator)
-    assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_what_comes_before_launches_is_taken_back(device):
