@@ -10,6 +10,7 @@ from ..config import AdaSpaConfig
 from ..method.fused_online_search import fused_online_search
 from ..method.lse_cached_search import lse_cached_search
 from ..method.sparse_step import sparse_step
+from ..orders.choice import find_order
 from ..orders.position import serpentine_order
 from ..token_layout import TokenLayout
 
@@ -37,7 +38,7 @@ class _Zeros(TorchFunctionMode):
 def rehearse(
     backend: Backend, config: AdaSpaConfig, head_dim: int, dtype: torch.dtype, bias: bool = False
 ) -> None:
-    """Do what a run does on zeros of the CPU, in its order: dense, search, sparse, later search.
+    """Do what a run does on zeros of the CPU: an order, then dense, search, sparse, later search.
 
     Args:
         backend: whose launches do not run.
@@ -50,6 +51,9 @@ def rehearse(
         by_position = serpentine_order(LAYOUT, q.device) if config.pooled else None
         scale = head_dim**-0.5
         call = Call(q, q, q, scale, LAYOUT, 0, lambda: q, key_bias, by_position=by_position)
+        if config.by_similarity:
+            # what sorts tokens takes longest to compile
+            find_order(backend, call, config)
         quantised_attention = backend.quantised_attention
         low = config.low_precision is not None and quantised_attention is not None
 

@@ -86,13 +86,14 @@ def main():
     execute = time.perf_counter() - began
     print(f"the node has executed; the runs begin in {options.wait:g} s", flush=True)
     time.sleep(options.wait)
-    at_work = len(compiling.COMPILING._processes)
+    done = [list(compiling.COMPILING._kernels.values()).count(compiling.DONE)]
     first, first_steps = sample(model, options.steps)
     told = handle.latest()
+    done.append(list(compiling.COMPILING._kernels.values()).count(compiling.DONE))
     second, second_steps = sample(install(patcher, config, "1")[0], options.steps)
     result = {
         **facts(), "cores": os.cpu_count(), "workers": min(options.workers, compiling.workers()),
-        "dynamic_vram": options.dynamic_vram, "processes_at_first_step": at_work,
+        "dynamic_vram": options.dynamic_vram, "kernels_before_and_after": done,
         "wait": options.wait, "node_seconds": round(execute, 2), "first": round(first, 2),
         "second": round(second, 2), "lost": round(first - second, 2),
         "first_steps": first_steps, "second_steps": second_steps,

@@ -164,6 +164,13 @@ def build(stack: Stack, device, *, small=False, seed=0, shift=0.0):
     return comfy.model_patcher.ModelPatcher(model, load_device=device, offload_device=device)
 
 
+def offloaded(patcher):
+    """The same model with its weights in the CPU's memory, of which ComfyUI loads what it has room for."""
+    cpu = torch.device("cpu")
+    patcher.model.to(cpu).device = cpu
+    return comfy.model_patcher.ModelPatcher(patcher.model, patcher.load_device, cpu)
+
+
 def paged(patcher):
     """The same model, whose weights ComfyUI pages in from the CPU's memory (DynamicVRAM) from now on.
 
@@ -178,7 +185,7 @@ def paged(patcher):
     dynamic = comfy.model_patcher.ModelPatcherDynamic
     comfy.model_patcher.CoreModelPatcher = dynamic
     comfy.memory_management.aimdo_enabled = True
-    patcher.model.to(cpu)
+    patcher.model.to(cpu).device = cpu
     return dynamic(patcher.model, load_device=device, offload_device=cpu)
 
 
