@@ -77,7 +77,7 @@ def rehearse(
             (config.block_q, config.block_k)
         }:
             shape = 1, HEADS, LAYOUT.num_blocks(block_q), LAYOUT.num_blocks(block_k)
-            keep = torch.ones(shape, dtype=torch.bool, device=device)
+            keep = torch.ones(shape, dtype=torch.bool)
             sparse(BlockMask.from_dense(keep, block_q=block_q, block_k=block_k))
         for blocks in FURTHER_BLOCKS:
             scores, budgets = torch.zeros(1, 1, 1, blocks), torch.ones(1, 1)

@@ -58,14 +58,14 @@ def error_of(run: LayerRun, out, dense: bool) -> float:
     if not dense:
         state = run.state
         mask, order = state.layers.fetch(state.layers["layer"], out.device)
-        mask = mask.of_blocks(tokens, **state.config.blocks)
+        mask = mask.as_walked(tokens)
     for head in (0, out.shape[1] // 2, out.shape[1] - 1):
         some, rows, pooled = slice(head, head + 1), places, None
         q, k, v = (x[:, some].double() for x in run.qkv)
         if order is not None:
             rows = order[0, head, places].long()
             moved = reference.permute(None, k, v, order[:, some])
-            k, v, pooled = moved.k, moved.v, moved.pooled
+            k, v, pooled = moved.k, moved.v, moved.pooled.of_blocks(tokens, mask.block_k)
         chosen = None
         if mask is not None:
             bits = mask.bits[:, some, places // mask.block_q]
