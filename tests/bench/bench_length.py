@@ -35,8 +35,8 @@ from sparse_attn.forecast.plan import LEVELS  # noqa: E402
 from sparse_attn.run.dense import OWN, OWN_INT8, DenseChoice  # noqa: E402
 from sparse_attn.schedule import plan  # noqa: E402
 from sparse_attn.token_layout import TokenLayout  # noqa: E402
-from tests.bench import bench_model, bench_runs  # noqa: E402
-from tests.bench.few_steps import flow, simple  # noqa: E402
+from tests.bench import bench_model  # noqa: E402
+from tests.bench.few_steps import flow, forecast_steps, simple, step_names  # noqa: E402
 from tests.bench.layer_calls import DIM, HEADS, LENGTHS, TEXT, LayerRun, inputs  # noqa: E402
 from tests.bench.record import facts, keep  # noqa: E402
 from tests.lab.plots import lines  # noqa: E402
@@ -151,9 +151,9 @@ def whole_steps(bench, frames: int) -> dict[str, float]:
 def runs_of(config, calls: dict, rest: float, times: float) -> dict[str, float]:
     """Seconds of 50 steps, without and with Skip Steps."""
     schedule = plan(simple(STEPS, SHIFT), lambda sigma: flow(sigma, SHIFT), config)
-    names, found = bench_runs.step_names(schedule), {}
+    names, found = step_names(schedule), {}
     for level in ("", *LEVELS):
-        skipped = bench_runs.forecast_steps(schedule, LEVELS[level]) if level else ()
+        skipped = forecast_steps(schedule, LEVELS[level]) if level else ()
         found[level or "all steps"] = round(
             sum(
                 rest + LAYERS * times * calls[name]

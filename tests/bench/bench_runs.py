@@ -5,7 +5,8 @@
     python tests/bench/bench_runs.py --compose --out runs_50.json
 
 Samples some layers of a model at its real width and length through ComfyUI's sampler, at cfg 1.
-Each contestant runs on one layer first, which compiles and is not counted. Sequences of any length are
+Each contestant runs on one layer first, which compiles and is not counted; the node is the same in both
+runs, as when a graph is queued again, and has measured which dense attention is fastest. Sequences of any length are
 sparse. The first runs of all on a machine, which compile, are `cold`: each in a process with an empty
 folder of compiled kernels. Random weights say nothing of quality, so `db` is empty; the lab has it.
 Rivals run where they are installed. The result is rewritten after every row. `--compose` makes runs of
@@ -14,6 +15,7 @@ Rivals run where they are installed. The result is rewritten after every row. `-
 
 import argparse
 import dataclasses
+import functools
 import json
 import os
 import subprocess
@@ -37,13 +39,12 @@ import torch  # noqa: E402
 from sparse_attn.backends.choice import choose  # noqa: E402
 from sparse_attn.backends.cudnn import cudnn_serves, torch_cudnn  # noqa: E402
 from sparse_attn.config import PRESETS  # noqa: E402
-from sparse_attn.forecast.forecaster import Forecaster  # noqa: E402
-from sparse_attn.forecast.plan import LEAST_STEPS, LEVELS, plan_forecasts  # noqa: E402
+from sparse_attn.forecast.plan import LEAST_STEPS, LEVELS  # noqa: E402
 from sparse_attn.host import forecast  # noqa: E402
 from sparse_attn.host.install import install  # noqa: E402
-from sparse_attn.schedule import Schedule, StepCounter, StepKind, plan  # noqa: E402
+from sparse_attn.schedule import plan  # noqa: E402
 from tests.bench import bench_model, real_stacks  # noqa: E402
-from tests.bench.few_steps import flow, simple  # noqa: E402
+from tests.bench.few_steps import flow, forecast_steps, simple, step_names  # noqa: E402
 from tests.bench.record import facts  # noqa: E402
 
 STEPS = (4, 8, 20)
@@ -81,14 +82,16 @@ class Contestant:
 def of_preset(preset: str, name: str, changes: dict, level: str = "") -> Contestant:
     config = dataclasses.replace(PRESETS[preset], min_tokens=0, **changes)
 
-    def model(patcher, steps):
+    @functools.cache
+    def model(patcher):
         patched, handle = install(patcher, config)
         if level:
             patched = forecast.install(patched, LEVELS[level])
         return patched, lambda: handle.latest().summary()
 
     precision = config.low_precision or "bf16"
-    return Contestant(name, precision, {"preset": preset, **changes}, model, bool(level))
+    settings = {"preset": preset, **changes}
+    return Contestant(name, precision, settings, lambda patcher, _: model(patcher), bool(level))
 
 
 def attended_by(serve) -> Callable:
@@ -274,31 +277,6 @@ def cold_rows(options) -> list[dict]:
             subprocess.run(command, env=environment, check=True)
             rows += json.loads(out.read_text())["rows"]
     return rows
-
-
-def forecast_steps(schedule: Schedule, level) -> frozenset[int]:
-    """The steps that are forecast where no forecast is off by more than the level's limit."""
-    sigmas = schedule.sigmas
-    plan_ = plan_forecasts(sigmas, schedule.first_step, schedule.total_steps, schedule)
-    never_off = dataclasses.replace(level, limit=float("inf"))
-    forecaster = Forecaster(never_off, plan_, StepCounter(sigmas))
-    for sigma in sigmas[:-1]:
-        if forecaster.forecast(sigma, None) is None:
-            forecaster.learn(sigma, torch.ones(1, 1))
-    return frozenset(forecaster.statistics.forecast)
-
-
-def step_names(schedule: Schedule) -> list[str]:
-    """What each step of a run is called by `bench_model`."""
-    names = []
-    for step, kind in enumerate(schedule.kinds):
-        name = kind.value
-        if kind is StepKind.DENSE and schedule.wants_lse(step):
-            name = "dense_with_lse"
-        if kind is StepKind.SEARCH and StepKind.SEARCH in schedule.kinds[:step]:
-            name = "search_again"
-        names.append(name)
-    return names
 
 
 def composed_rows(options):

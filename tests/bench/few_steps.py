@@ -6,14 +6,19 @@ The plans are the pack's own; milliseconds of a run are computed from those of c
 """
 
 import sys
+from dataclasses import replace
 from math import exp
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
+import torch  # noqa: E402
+
 from sparse_attn.config import PRESETS  # noqa: E402
-from sparse_attn.schedule import Schedule, StepKind, plan  # noqa: E402
+from sparse_attn.forecast.forecaster import Forecaster  # noqa: E402
+from sparse_attn.forecast.plan import plan_forecasts  # noqa: E402
+from sparse_attn.schedule import Schedule, StepCounter, StepKind, plan  # noqa: E402
 
 # ms of a call of 24 heads x 119,040 tokens x 128, bfloat16, blocks of 64, H200: dense with its LSE kept,
 # the same with masses (tiles.py), masses of all rows (README.md), an order (similarity.py); a sparse
@@ -74,6 +79,31 @@ def letters(schedule: Schedule, begun: bool) -> str:
             sparse = "S" in found or "s" in found or (schedule.sparse_search and "D" in found)
             found += "R" if sparse else "S"
     return found
+
+
+def forecast_steps(schedule: Schedule, level) -> frozenset[int]:
+    """The steps that are forecast where no forecast is off by more than the level's limit."""
+    sigmas = schedule.sigmas
+    plan_ = plan_forecasts(sigmas, schedule.first_step, schedule.total_steps, schedule)
+    never_off = replace(level, limit=float("inf"))
+    forecaster = Forecaster(never_off, plan_, StepCounter(sigmas))
+    for sigma in sigmas[:-1]:
+        if forecaster.forecast(sigma, None) is None:
+            forecaster.learn(sigma, torch.ones(1, 1))
+    return frozenset(forecaster.statistics.forecast)
+
+
+def step_names(schedule: Schedule) -> list[str]:
+    """What each step of a run is called by `bench_model`."""
+    names = []
+    for step, kind in enumerate(schedule.kinds):
+        name = kind.value
+        if kind is StepKind.DENSE and schedule.wants_lse(step):
+            name = "dense_with_lse"
+        if kind is StepKind.SEARCH and StepKind.SEARCH in schedule.kinds[:step]:
+            name = "search_again"
+        names.append(name)
+    return names
 
 
 def milliseconds(kinds: str, preset: str) -> float:
