@@ -60,7 +60,7 @@ def times():
     }
     for density in (0.2, 0.1, 0.05):
         for block_q in (128, 64):
-            mask = random_mask(density, block_q, DEVICE)
+            mask = random_mask(LAYOUT, density, HEADS, DEVICE, block_q=block_q, block_k=64)
             tail = {"mask": mask, "pooled": moved.pooled, "order": order}
             row = {
                 "density": density,
