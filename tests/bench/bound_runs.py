@@ -27,7 +27,7 @@ RUNS, LENGTH = RESULTS / "runs_h200.json", RESULTS / "length_h200.json"
 WAN, HUNYUAN = ("Wan 2.2 14B", 4), ("HunyuanVideo 13B", 60)
 # of ComfyUI's schedules for them
 SHIFTS = {WAN: 8.0, HUNYUAN: 7.0}
-PAPER = "Paper at 0.9"
+PAPER = "Paper at 0.9, 128x64"
 # of 832x480
 SMALL_TOKENS = 32760
 # model, seconds of video, preset, Skip Steps, steps, asked and what lies beyond it: seconds, or times as fast

@@ -24,6 +24,7 @@ import report  # noqa: E402
 from rule import PAPER  # noqa: E402
 
 from sparse_attn.run import verdict  # noqa: E402
+from tests.bench import bound_runs  # noqa: E402
 
 
 def test_likeness_of_equal_and_of_different_videos():
@@ -316,3 +317,20 @@ def test_the_readme_has_the_presets_as_whole_videos_had_them():
         assert len(found) == 3 and len(values) == 24
         words = f"{name} {sum(values) / len(values):.0f}"
         assert words in (TESTS.parent / "README.md").read_text(encoding="utf-8"), words
+
+
+def test_the_readme_has_whole_runs_and_their_bounds_as_they_were_recorded():
+    recorded = json.loads(bound_runs.RUNS.read_text())
+    assert recorded["bounds"] == bound_runs.bounds()
+
+    def took(name):
+        rows = bound_runs.run_rows(bound_runs.WAN, name)
+        return {row["steps"]: row["seconds"] for row in rows}
+
+    default, ours = took("ComfyUI's default"), took("Balanced, int8")
+    gain = min(default[steps] / ours[steps] for steps in (4, 8))
+    readme = (TESTS.parent / "README.md").read_text(encoding="utf-8")
+    assert f"{int(gain * 10) / 10}x ComfyUI's default" in readme
+    page = (TESTS / "bench" / "README.md").read_text(encoding="utf-8")
+    assert bound_runs.table(recorded["bounds"]) in page
+    assert all(f"{ours[steps]:.2f}" in page for steps in (4, 8, 20))
