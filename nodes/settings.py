@@ -96,9 +96,8 @@ def setting_inputs() -> list[io.Input]:
         "step and takes the fastest; host leaves them to ComfyUI's own setting.",
         "enabled": "Off leaves the model as it is, for a comparison at the same seed.",
         "precision": "Precision of the attention in sparse steps, and in dense ones where that "
-        "is fastest: int8 is faster and less exact, and a second search then measures in int8; "
-        "the first never does. fp8, of older graphs, runs as int8. bf16, and auto for now, "
-        "compute as the model does.",
+        "is fastest: int8 is faster and less exact, and searches then measure in int8, too. fp8, of "
+        "older graphs, runs as int8. bf16 computes as the model does, and so does auto.",
         "recall": "Ask for a recall instead of a sparsity: 0.95 keeps, in every head, the "
         "fewest blocks that hold 95 % of the attention. How much that skips depends on the "
         "video. 0 is off. Not with head_adaptive or the preset Paper.",
