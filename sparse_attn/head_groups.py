@@ -10,8 +10,8 @@ from dataclasses import replace
 from .call import Call
 
 # what a call may take above q, k, v, its results and what is kept of it, unless one head takes more.
-# 24 heads x 119,056 tokens x 128 at density 0.2, all heads at once 77.5 ms and 2.4 GiB, INT8 49.6 and 3.5:
-# 1 GiB 77.6 ms (INT8 53.2), half of it 80.7 (57.8), since the last wave of a group leaves the card
+# 24 heads x 119,056 tokens x 128 at density 0.2, all heads at once 69.0 ms and 2.4 GiB, INT8 48.1 and 3.5:
+# 1 GiB 72.6 ms (INT8 50.0; 1.5 GiB 49.7), since the last wave of a group leaves the card
 # idle (NVIDIA H200, torch 2.11, Triton 3.6, 2026-11-30, tests/bench/bench_memory.py)
 WORKSPACE_BYTES = 1 << 30
 
