@@ -162,8 +162,12 @@ def ranges(steps: list[int]) -> str:
 
 
 def seconds(value: float) -> str:
+    """Such as "4.6 s", "46 s", "3 min 40 s" or, from ten minutes on, "11 min"."""
     if value >= 600:
         return f"{value / 60:.0f} min"
+    if value >= 120:
+        minutes, rest = divmod(round(value), 60)
+        return f"{minutes} min {rest} s" if rest else f"{minutes} min"
     return f"{value:.0f} s" if value >= 20 else f"{value:.1f} s" if value >= 1 else f"{value:.2f} s"
 
 
