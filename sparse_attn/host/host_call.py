@@ -68,15 +68,14 @@ class HostCall:
 
     def dense(self, heads: int | None = None) -> torch.Tensor:
         """The host's attention of the first `heads`, or of all; [B, H, L, D]."""
-        if heads is None:
-            out = self.as_it_came()
-        else:
+        host = self
+        if heads is not None:
             q, k, v = (x[:, :heads] for x in self.in_heads())
-            heads = q.shape[1]
             form = {"skip_reshape": True, "skip_output_reshape": True}
-            out = self.attention(q, k, v, heads, mask=self.mask, **form, **self.named)
+            host = replace(self, q=q, k=k, v=v, heads=q.shape[1], **form)
+        out = host.as_it_came()
         # not every override knows `skip_output_reshape`
-        return out if out.ndim == 4 else to_heads(out, heads or self.heads)
+        return out if out.ndim == 4 else to_heads(out, host.heads)
 
 
 def key_bias_of(mask, batch: int, tokens: int) -> tuple[torch.Tensor | None, str]:

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from sparse_attn.host.guard import BESIDE
 from sparse_attn.host.model_call import HostCall
 from sparse_attn.host.override import attention_override
 from tests.host.host_fixtures import VIDEO, assert_same_video, calls, kept_dense, sample, sparse
@@ -322,3 +323,16 @@ def test_one_conditionings_part_of_a_call_has_the_mask_and_the_names_of_its_rows
     else:
         own = mask[1:] if len(shape) > 2 and shape[0] == 2 else mask
         assert seen["mask"].shape == own.shape and torch.equal(seen["mask"], own)
+
+
+@pytest.mark.parametrize("heads", [None, 1])
+def test_an_error_of_the_hosts_attention_is_known_as_its_own(heads):
+    """Of a call as it came, and of the few heads that tell which dense attention is fastest."""
+
+    def attention(*args, **named):
+        raise RuntimeError("no kernel image")
+
+    q = torch.randn(1, 8, 16)
+    with pytest.raises(RuntimeError) as error:
+        HostCall(attention, q, q, q, 2, None, False, False, {}).dense(heads)
+    assert hasattr(error.value, BESIDE)
