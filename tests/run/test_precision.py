@@ -4,7 +4,6 @@ import pytest
 from close import assert_within
 
 from sparse_attn.backends import reference
-from sparse_attn.run.dense import DenseChoice
 from sparse_attn.run.precision import NOT_ALLOWED, OUT_OF_MEMORY
 from tests.run.fakes import (
     SCALE,
@@ -18,26 +17,6 @@ from tests.run.fakes import (
     no_memory,
     tensors,
 )
-
-
-def fastest_of(name):
-    """A choice of dense attention: that candidate where it is one, else our own, else the host's."""
-
-    def fastest(call, candidates):
-        return next(x for x in (name, "own", "host") if x in candidates)
-
-    return fastest
-
-
-def make_fastest(run, name):
-    run.state.dense.choice.fastest = fastest_of(name)
-
-
-@pytest.fixture(autouse=True)
-def own_is_fastest(monkeypatch):
-    """Unless a test says otherwise; a clock would tell it now so, now so."""
-    fastest = fastest_of("own")
-    monkeypatch.setattr(DenseChoice, "fastest", lambda _, call, found: fastest(call, found))
 
 
 @pytest.mark.parametrize("block_size", ["64", "128x64"])
@@ -63,7 +42,7 @@ def test_sparse_steps_and_later_searches_run_in_the_precision_asked_for(block_si
 @pytest.mark.parametrize("one_pass", [False, True])
 def test_where_int8_is_fastest_the_first_search_runs_in_it(one_pass):
     run, qkv = Run("DSsSs", Backend(one_pass=one_pass), precision="int8"), tensors()
-    make_fastest(run, "own int8")
+    run.make_fastest("own int8")
     did = [run.attend(step, qkv)[1] for step in range(5)]
     search = ["int8", "int8 masses"]
     assert did == [["int8"], search, ["int8"], ["int8 masses", "int8"], ["int8"]]
@@ -71,7 +50,7 @@ def test_where_int8_is_fastest_the_first_search_runs_in_it(one_pass):
     out, _ = Run("S", Backend(), precision="int8").attend(0, qkv)
     assert_within("exact", out, dense(*qkv), 1e-5)
     run = Run("Ss", Backend(one_pass=one_pass), precision="int8")
-    make_fastest(run, "own int8")
+    run.make_fastest("own int8")
     out, did = run.attend(0, qkv)
     assert did == search and not run.pattern().recall.isnan().any()
     assert_within("out", out, dense(q, k, coarse(v)), 1e-5)
@@ -84,13 +63,13 @@ def test_where_int8_is_fastest_the_first_search_runs_in_it(one_pass):
 
 def test_a_recall_is_measured_exactly_where_int8_is_fastest():
     run = Run("DSs", Backend(), precision="int8", recall=0.9)
-    make_fastest(run, "own int8")
+    run.make_fastest("own int8")
     assert run.attend(1)[1] == ["dense", "masses"] and run.statistics.low_precision.searches == 0
 
 
 def test_out_of_memory_in_a_first_search_in_int8_searches_exactly():
     run, qkv = Run("DSs", Backend(one_pass=True), precision="int8"), tensors()
-    make_fastest(run, "own int8")
+    run.make_fastest("own int8")
     run.attend(0, qkv)
     run.backend.fails["int8 masses"] = no_memory()
     out, did = run.attend(1, qkv)
@@ -175,7 +154,7 @@ DENSE_PRECISIONS = [
 @pytest.mark.parametrize("fastest, config, served, calls", DENSE_PRECISIONS)
 def test_a_dense_step_runs_in_low_precision_where_that_is_fastest(fastest, config, served, calls):
     run, qkv = Run("DDS", **config), tensors()
-    make_fastest(run, fastest)
+    run.make_fastest(fastest)
     out, did = run.attend(0, qkv, key=None)
     statistics = run.statistics
     assert statistics.low_precision.calls == calls
@@ -190,7 +169,7 @@ def test_a_dense_step_runs_in_low_precision_where_that_is_fastest(fastest, confi
 @pytest.mark.parametrize("fastest, config, served, calls", DENSE_PRECISIONS)
 def test_the_dense_step_before_a_search_does_too(fastest, config, served, calls):
     run, qkv = Run("DS", Backend(one_pass=True), **config), tensors()
-    make_fastest(run, fastest)
+    run.make_fastest(fastest)
     run.statistics.dense_choice = "what earlier dense steps said"
     out, did = run.attend(0, qkv)
     # the host's attention keeps no LSE
@@ -210,7 +189,7 @@ def test_the_dense_step_before_a_search_does_too(fastest, config, served, calls)
 
 def test_a_dense_step_before_a_search_that_memory_cannot_quantise_is_exact():
     run, qkv = Run("DS", Backend(one_pass=True), precision="int8"), tensors()
-    make_fastest(run, "own int8")
+    run.make_fastest("own int8")
     run.backend.fails["int8"] = no_memory()
     out, did = run.attend(0, qkv)
     assert did == ["int8", "dense"]
