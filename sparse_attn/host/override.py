@@ -1,10 +1,10 @@
 """The hook in ComfyUI's attention: what is ours goes to the run, all else goes on as it came."""
 
-import re
 import sys
 import threading
 from collections.abc import Callable
 from functools import partial
+from hashlib import sha256
 from typing import Any
 
 import torch
@@ -187,8 +187,9 @@ def _attend_in_graph(
 # a CUDA graph would repeat one step; not every torch knows the tag
 _UNSAFE = getattr(torch.Tag, "cudagraph_unsafe", None)
 _TAGS: dict[str, Any] = {"tags": (_UNSAFE,)} if _UNSAFE else {}
-# the name is the process's, where two copies of the pack may be loaded; each has functions of its own
-_NAMESPACE = re.sub(r"\W", "_", f"adaspa_{__name__}")
+# The name is the process's, where two copies of the pack may be loaded; each has functions of its own.
+# ComfyUI names a pack by its path, which may have letters that no operator may.
+_NAMESPACE = f"adaspa_{sha256(__name__.encode(errors='surrogatepass')).hexdigest()[:16]}"
 _operator: Any = torch.library.custom_op(
     f"{_NAMESPACE}::attention", _attend_in_graph, mutates_args=(), **_TAGS
 )

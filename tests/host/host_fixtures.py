@@ -83,7 +83,8 @@ def comfy_server(comfyui, model_paths, tmp_path_factory):
     """One server with our pack, the tiny models and the test nodes."""
     server = ComfyServer(
         comfyui,
-        tmp_path_factory.mktemp("server"),
+        # letters that people's folders have
+        tmp_path_factory.mktemp("M\u00fcller \u89c6\u9891"),
         extra_custom_nodes=[("adaspa_host_tests", HERE / "host_nodes")],
         model_files=list(model_paths.values()),
         env={"OMP_NUM_THREADS": "1"},
