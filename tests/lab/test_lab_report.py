@@ -1,6 +1,8 @@
 """What the lab measures of videos and makes of its results: `tests/lab`."""
 
+import io
 import json
+import math
 import sys
 import xml.etree.ElementTree as ElementTree
 from itertools import pairwise
@@ -8,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 TESTS = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(TESTS / "lab"), str(TESTS / "tiny_model")]
@@ -233,22 +236,103 @@ def test_users_graph_without_our_node_is_refused():
         compare_presets.prepared(graph, set())
 
 
+def test_users_frames_are_those_of_the_video():
+    graph, link = users_graph(), ["5", 0]
+    # frames that were given, dense ones, a report's picture and a comparison's, which go with them
+    before = {
+        "a": {"class_type": "LoadImage", "inputs": {"image": "first.png"}},
+        "b": {"class_type": "SaveImage", "inputs": {"images": ["a", 0]}},
+        "c": {"class_type": "PreviewImage", "inputs": {"images": ["4", 1]}},
+        "d": {"class_type": "AdaSpaCompare", "inputs": {"dense": ["e", 0], "sparse": link}},
+        "e": {"class_type": "VAEDecode", "inputs": {"samples": ["f", 0]}},
+        "f": {"class_type": "KSampler", "inputs": {"model": ["1", 0], "seed": 7}},
+        "g": {"class_type": "SaveImage", "inputs": {"images": ["d", 0]}},
+        "h": {"class_type": "SaveImage", "inputs": {"images": ["e", 0]}},
+    }
+    outputs = {"SaveVideo", "AdaSpaReport", "SaveImage", "PreviewImage", "AdaSpaCompare"}
+    found = compare_presets.prepared({**before, **graph}, outputs)
+    assert found["adaspa_frames"]["inputs"]["images"] == link and not set("bcdgh") & set(found)
+    graph["6"]["inputs"]["images"] = ["a", 0]
+    with pytest.raises(ValueError, match='No node takes "images" of the video'):
+        compare_presets.prepared({**before, **graph}, outputs)
+
+
+def test_a_users_seed_may_be_the_number_of_a_node():
+    graph = users_graph()
+    graph["3"]["inputs"]["seed"] = ["s", 0]
+    with pytest.raises(ValueError, match="has a seed"):
+        compare_presets.prepared(graph, set())
+    graph["s"] = {"class_type": "PrimitiveInt", "inputs": {"value": 7}}
+    found = compare_presets.variant(compare_presets.prepared(graph, set()), "Fast", 3)
+    assert found["s"]["inputs"]["value"] == 3 and found["3"]["inputs"]["seed"] == ["s", 0]
+
+
+class Server:
+    """Answers with one grey frame, darker when sparse; keeps what it was asked for."""
+
+    def __init__(self):
+        self.graphs = []
+
+    def object_info(self):
+        return {"SaveVideo": {"output_node": True}, "AdaSpaReport": {"output_node": True}}
+
+    def post(self, graph, timeout):
+        self.graphs.append(graph)
+        return {"outputs": {"adaspa_frames": {"images": [graph["2"]["inputs"]["enabled"]] * 2}}}
+
+    def view(self, sparse):
+        picture = io.BytesIO()
+        Image.new("RGB", (16, 16), (100 - 20 * sparse,) * 3).save(picture, "PNG")
+        return picture.getvalue()
+
+
+def test_no_seed_that_is_compared_warms_up_and_none_is_below_0():
+    server = Server()
+    rows = compare_presets.compare(server, users_graph(), [0, 5], ["Fast", "Paper"])
+    first = next(rows)
+    assert (first["seed"], first["preset"]) == (0, "Fast"), "told before the others are sampled"
+    assert len(server.graphs) == 3 and len(list(rows)) == 3
+    asked = [(g["3"]["inputs"]["seed"], g["2"]["inputs"]["enabled"]) for g in server.graphs]
+    assert asked == [(6, True), *((seed, on) for seed in (0, 5) for on in (False, True, True))]
+    assert first["psnr"] == pytest.approx(20 * math.log10(255 / 20), abs=1e-4)
+
+
+@pytest.mark.parametrize("text, said", [
+    (None, "No such file"), ("no", "Expecting value"), ("[1]", "Export (API)"),
+    ('{"nodes": [], "links": []}', "Export (API)"), ("{}", "no AdaSpa node"),
+    (json.dumps(users_graph()), "No ComfyUI answers at http://127.0.0.1:9 "),
+])  # fmt: skip
+def test_what_cannot_be_compared_is_said_in_one_line(text, said, tmp_path, monkeypatch):
+    graph = tmp_path / "graph.json"
+    if text is not None:
+        graph.write_text(text)
+    words = [str(graph), "--server", "127.0.0.1:9", "--out", str(tmp_path / "out")]
+    monkeypatch.setattr(sys, "argv", ["compare_presets.py", *words])
+    if text == "{}":
+        monkeypatch.setattr(compare_presets, "ComfyClient", Server)
+    with pytest.raises(SystemExit) as ended:
+        compare_presets.main()
+    assert said in ended.value.code and "\n" not in ended.value.code
+
+
 def test_presets_are_summed_up_over_seeds():
     row = {"ssim": 0.9, "flicker": 1.0, "seconds": 10.0, "dense_seconds": 20.0}
     rows = [
         {"seed": seed, "preset": preset, "psnr": psnr, **row}
-        for preset, psnr in (("Fast", 20.0), ("Quality", 30.0))
-        for seed in (1, 2)
+        for preset, psnr in (("Fast", 20.0), ("Quality", 100.0))
+        for seed in (1, 2, 3)
     ]
-    rows[1]["psnr"] = 22.0
+    rows[1]["psnr"], rows[0]["seconds"] = 23.0, 70.0
     table, points = compare_presets.summary(rows)
-    assert "| Fast | 21.00 | 0.900 | 1.00 | 10.0 | 20.0 |" in table
-    assert points == {"Fast": [(10.0, 21.0)], "Quality": [(10.0, 30.0)]}
+    assert "| Fast | 21.00 ± 1.00 | 0.900 | 1.00 | 10.0 | 20.0 |" in table
+    assert "Mean of 3 seeds" in table and "Equal to dense: Quality." in table
+    assert points == {"Fast": [(10.0, 21.0)], "Quality": [(10.0, 100.0)]}
     for row in rows:
         row |= {"perceptual": 0.25, "changes": 0.125}
-    table, _ = compare_presets.summary(rows)
+    table, _ = compare_presets.summary(rows[:1])
     assert "| PSNR dB | SSIM | perceptual | changes | flicker, 1/255 | seconds |" in table
-    assert "| Fast | 21.00 | 0.900 | 0.2500 | 0.1250 | 1.00 | 10.0 | 20.0 |" in table
+    assert "| Fast | 20.00 | 0.900 | 0.2500 | 0.1250 | 1.00 | 70.0 | 20.0 |" in table
+    assert "Equal" not in table
 
 
 def test_words_of_the_verdict_begin_where_the_lab_says():
