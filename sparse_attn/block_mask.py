@@ -3,6 +3,7 @@
 from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F
 
 # byte i of an integer, 0 or 1, times this is bit i of the highest byte
 GATHER = 0x0102040810204080
@@ -125,6 +126,13 @@ def _cells(blocks: int, device) -> torch.Tensor:
     first = torch.arange(cells, device=device)[:, None] * blocks
     block = torch.arange(blocks, device=device)
     return (block >= first // cells) & (block * cells < first + blocks)
+
+
+def sum_pool(x: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
+    """Sums of `rows` x `columns` neighbouring blocks of a map [B, H, Nq, Nk]; the last may be of fewer."""
+    if rows == columns == 1:
+        return x
+    return F.avg_pool2d(x, (rows, columns), ceil_mode=True, divisor_override=1)
 
 
 def recall(masses: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:

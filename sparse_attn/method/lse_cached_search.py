@@ -38,5 +38,9 @@ def lse_cached_search(
         drift = (counts / total).where(total > 0, 1.0)
         return Masses(masses.mul_(drift), some, block_q, drift)
 
-    mask, recall, order, similar = search_mask(backend, call, config, measure, stride=stride)
+    # q and k in INT8, for which the rows that are no sample leave room
+    copies = int(int8 and stride == 1)
+    mask, recall, order, similar = search_mask(
+        backend, call, config, measure, stride=stride, copies=copies
+    )
     return Found(mask, recall, False, order, similar)

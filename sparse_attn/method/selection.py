@@ -1,10 +1,9 @@
 """From block masses and scores to a block mask: text sink, budgets or a recall, row-wise top-k."""
 
 import torch
-import torch.nn.functional as F
 
 from ..backends.choice import Backend
-from ..block_mask import BlockMask, mask_blocks, recall
+from ..block_mask import BlockMask, mask_blocks, recall, sum_pool
 from ..config import AdaSpaConfig
 from ..token_layout import TokenLayout
 from .head_adaptive import budget_shift, moved_heads
@@ -63,10 +62,9 @@ class Selection:
 
     def _together(self, x):
         """Sums over the blocks of `config` in each block of the mask."""
-        cell = tuple(self.blocks[name] // size for name, size in self.config.blocks.items())
-        if cell == (1, 1):
-            return x
-        return F.avg_pool2d(x, cell, ceil_mode=True, divisor_override=1)
+        return sum_pool(
+            x, *(self.blocks[name] // size for name, size in self.config.blocks.items())
+        )
 
     def _choose(self, masses, scores, budget):
         """(keep [B, h, Nq, Nk] bool, recall [B, h])."""

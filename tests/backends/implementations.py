@@ -1,11 +1,14 @@
 """The implementations of an operation, as parameters of a test; the reference has its truth."""
 
+from dataclasses import replace
 from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
 
 import pytest
 import torch
+
+from sparse_attn.backends import choice
 
 FILES = {
     "attention_with_masses": "attention",
@@ -41,3 +44,10 @@ def implementations(operation, *folders):
         )
         for folder in folders
     ]
+
+
+def kernels_alone() -> choice.Backend:
+    """The kernels, also for what plain torch does where there is no GPU."""
+    names = ("tail_error", "row_wise_top_k", "features", "pca_tree")
+    alone = {name: getattr(choice._kernel(name), name) for name in names}
+    return replace(choice.triton_kernels(), **alone)

@@ -17,16 +17,10 @@ from sparse_attn.backends import choice
 from sparse_attn.config import AdaSpaConfig
 from sparse_attn.run.rehearsal import rehearse
 from sparse_attn.token_layout import TokenLayout
+from tests.backends.implementations import kernels_alone
 from tests.run.fakes import Run, call_of
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
-def kernels_alone() -> choice.Backend:
-    """The kernels, also for what plain torch does where there is no GPU."""
-    names = ("tail_error", "row_wise_top_k", "features", "pca_tree")
-    alone = {name: getattr(choice._kernel(name), name) for name in names}
-    return replace(choice.triton_kernels(), **alone)
 
 
 class Launches:

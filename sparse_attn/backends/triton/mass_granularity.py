@@ -3,6 +3,8 @@
 import torch
 import triton
 
+from ...block_mask import sum_pool
+
 # query rows: what a warp owns of a tile, and a whole block
 SMALL, WHOLE = 16, 64
 
@@ -22,15 +24,6 @@ def to_granularity(masses, Lq: int, found, wanted, renormalise: bool) -> torch.T
     """Masses of blocks of the size `found` as those of blocks of `wanted`, (block_q, block_k)."""
     masses = sum_pool(masses, wanted[0] // found[0], wanted[1] // found[1])
     return renormalised(masses, Lq, wanted[0]) if renormalise else masses
-
-
-def sum_pool(masses: torch.Tensor, rows: int, cols: int) -> torch.Tensor:
-    """Sums of rows x cols neighbouring blocks."""
-    if rows == cols == 1:
-        return masses
-    pad = (0, -masses.shape[-1] % cols, 0, -masses.shape[-2] % rows)
-    masses = torch.nn.functional.pad(masses, pad)
-    return masses.unflatten(-1, (-1, cols)).unflatten(-3, (-1, rows)).sum((-1, -3))
 
 
 def renormalised(masses: torch.Tensor, Lq: int, block_q: int) -> torch.Tensor:
