@@ -48,6 +48,7 @@ ENGLISH = {
     "slower": "Slower: sampling took {took}; about {dense} without AdaSpa.",
     "slower_measured": "Slower: sampling took {took}; {dense} with AdaSpa off, same size and steps.",
     "untimed": "No dense step was timed, so what AdaSpa saved is not known.",
+    "by_search": "About {dense} without AdaSpa, by its searches' dense pass: no dense step was timed.",
     "too_small": "Too small: a sparse call takes {sparse}, a dense one {dense}. Try a larger or longer "
     "video, or leave AdaSpa off.",
     "too_few_steps": "Too few steps: searching cost more than the sparse steps saved. Try more steps, "

@@ -98,7 +98,7 @@ class Pace:
         steps = sum(kind is StepKind.DENSE for kind, _ in statistics.steps)
         known = self.dense_steps.get(work)
         if work is not None and (known is None or took < known[0]):
-            self.dense_steps[work] = took, sum(dense) / steps
+            self.dense_steps[work] = took, sum(dense) / steps if dense else None
 
     def expect(self, work: Hashable, steps: int, skipped: float | None) -> list[Sentence]:
         """About how long `steps` steps take, where a dense one is known.

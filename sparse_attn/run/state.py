@@ -181,7 +181,9 @@ class RunState:
         # another node may stand in for the blocks of a model that is entered
         stood_in = bool(self._attended) and step not in self._attended
         if step >= 0 and not stood_in and not self.statistics.was_skipped(step):
-            kind, took = self.schedule.kind(step), now - self._step_began
+            ours, took = step in self._attended, now - self._step_began
+            # whatever was planned, the host ran what was declined
+            kind = self.schedule.kind(step) if ours else StepKind.DENSE
             self.statistics.steps.append((kind, took))
             if kind is StepKind.DENSE:
                 self.pace.note_dense_step(self.work, took, self.statistics)
@@ -235,6 +237,7 @@ class RunState:
             The run's masks on the CPU if `keep_pattern`, and there are any.
         """
         self._leave_step(self.step)
+        self.statistics.dense_step, _ = self.pace.dense_steps.get(self.work, (None, None))
         pattern = None
         if keep_pattern:
             pattern = self.layers.as_pattern(self.statistics.model, self.config)

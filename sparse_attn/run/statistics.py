@@ -172,6 +172,7 @@ class RunStatistics:
         sampled: what decides how long the run takes, its settings aside.
         took: seconds from the first call of the model to the end of the sampler, or None.
         seconds_off: what an equal run with AdaSpa off took, or None.
+        dense_step: seconds of a dense step of what it samples, or None.
         speed: of sparse calls beside dense ones, or None where that is not known.
         dense_from: step of this run, from 0, from which `why_dense` made it dense, or None.
         steps: kind and seconds of each finished step of the whole model.
@@ -198,6 +199,7 @@ class RunStatistics:
     sampled: Hashable = None
     took: float | None = None
     seconds_off: float | None = None
+    dense_step: float | None = None
     speed: Speed | None = None
     dense_from: int | None = None
     why_dense: str = ""
@@ -254,9 +256,18 @@ class RunStatistics:
         return {kind: median(took) for kind, took in times.items()}
 
     def seconds_dense(self) -> float | None:
-        """About what the run would have taken dense, by its own dense steps; None without any."""
-        saved = self.timing.saved() if self.timing.dense else None
-        return None if saved is None or self.took is None else self.took + saved
+        """About what the run would have taken dense; None where that is not known.
+
+        By its own dense calls, else by dense steps of earlier runs of what it samples.
+        """
+        if self.took is None or not self.patterns:
+            return None
+        if self.timing.dense:
+            saved = self.timing.saved()
+            return None if saved is None else self.took + saved
+        if self.dense_step is None or self.skipped() or self.forecast.forecast:
+            return None
+        return self.dense_step * len(self.schedule.kinds)
 
     def verdict(self) -> list[Sentence]:
         """What people want to know first: seconds, closeness, and what to do."""

@@ -12,6 +12,7 @@ from sparse_attn.backends import reference
 from sparse_attn.block_mask import recall
 from sparse_attn.config import BLOCK_SIZES
 from sparse_attn.run import state as run_state
+from sparse_attn.run.pace import Pace
 from sparse_attn.schedule import StepKind
 from tests.method.chosen import chosen
 from tests.run.fakes import (
@@ -144,21 +145,44 @@ def test_layers_and_conditionings_do_not_share_masks():
         assert_best_choice(run, *tensors(seed)[:2], key=key)
 
 
-def test_a_new_step_is_noticed_once(monkeypatch):
-    run = Run("DSs").state
+@pytest.mark.parametrize("declined", [(), (0,), (0, 1, 2)], ids=str)
+def test_a_new_step_is_noticed_once(declined, monkeypatch):
+    run = Run("DSs")
     clock = SimpleNamespace(now=100.0)
     clock.perf_counter = lambda: clock.now
     monkeypatch.setattr(run_state, "time", clock)
     entered = []
     for step in (0, 0, 1, 1, 2):
-        entered.append(run.enter_step(step))
+        entered.append(run.state.enter_step(step))
+        if step not in declined:
+            run.attend(step)
         clock.now += 1.0
-    run.end()
+    run.state.end()
     assert entered == [True, False, True, False, True]
-    assert run.statistics.steps == [
-        (StepKind.DENSE, 2.0), (StepKind.SEARCH, 2.0), (StepKind.SPARSE, 1.0),
-    ]  # fmt: skip
+    # the host runs what is declined, whatever was planned
+    kinds = StepKind.DENSE, StepKind.SEARCH, StepKind.SPARSE
+    kinds = 3 * [StepKind.DENSE] if 2 in declined else kinds
+    assert run.statistics.steps == list(zip(kinds, (2.0, 2.0, 1.0), strict=True))
     assert run.statistics.finished
+
+
+def test_a_step_that_was_declined_tells_what_a_dense_one_takes(monkeypatch):
+    run = Run("sSs")
+    run.state.pace, run.state.work = Pace(), "work"
+    clock = SimpleNamespace(now=100.0)
+    clock.perf_counter = lambda: clock.now
+    monkeypatch.setattr(run_state, "time", clock)
+    for step in range(3):
+        run.state.enter_step(step)
+        if step:
+            run.attend(step)
+        clock.now += 5.0 - step
+    run.state.end()
+    run.statistics.took = 12.0
+    assert run.statistics.steps[0] == (StepKind.DENSE, 5.0)
+    # its attention was not ours to time
+    assert run.state.pace.dense_steps == {"work": (5.0, None)}
+    assert run.statistics.seconds_dense() == 15.0
 
 
 def test_without_a_backend_every_call_runs_on_the_host():

@@ -41,14 +41,30 @@ def test_a_run_with_adaspa_off_counts_more_than_an_estimate():
     assert run.verdict()[0].startswith("Slower: sampling took 46 s; 40 s with AdaSpa off,")
 
 
-def test_without_a_dense_step_nothing_is_guessed():
+def test_without_a_dense_step_the_next_best_is_said_for_what_it_is():
     run = a_run()
-    run.timing = Timing(search=[4.0], search_dense=[3.0], sparse=17 * [1.5])
+    run.timing = Timing(sparse=17 * [1.5])
     assert run.verdict()[:2] == [
         "Sampling took 46 s.", "No dense step was timed, so what AdaSpa saved is not known."
     ]  # fmt: skip
+    run.timing = Timing(search=[4.0], search_dense=[3.0], sparse=17 * [1.5])
+    assert run.verdict()[:2] == [
+        "Sampling took 46 s.",
+        "About 70 s without AdaSpa, by its searches' dense pass: no dense step was timed.",
+    ]
+    # of an earlier run, as one with AdaSpa off and other steps
+    run.dense_step = 4.0
+    assert run.verdict()[0] == "Sampling took 46 s; about 80 s without AdaSpa (1.7x)."
+    run.entered = set(range(19))
+    assert run.verdict()[1].code == "by_search", "a cache would have skipped a dense step, too"
     run.took = None
     assert run.verdict() == ["Very close to dense."]
+
+
+def test_nothing_is_missed_where_no_call_was_sparse():
+    run = RunStatistics(AdaSpaConfig(), schedule("DDDD"), took=46.0, finished=True)
+    run.timing, run.dense_from, run.why_dense = Timing(dense=4 * [3.0]), 0, Sentence("pinned_dense")
+    assert [said.code for said in run.verdict()] == ["took", "dense_all"]
 
 
 def test_a_loss_says_why_and_what_to_do():

@@ -46,6 +46,7 @@ def pattern_of(**fields):
 
 
 SLOW = Speed(3.0, 2.9, 640)
+SEARCHED = Timing(search=[4.0], search_dense=[3.0], sparse=[1.0])
 FROM_5 = {"dense_from": 5, "why_dense": Sentence("pinned_dense")}
 FEW = took(46.0, dense=[3.0], search=[9.0], sparse=[2.0])
 OFF = RunStatistics(AdaSpaConfig(enabled=False), schedule("DD"), took=41.2, finished=True)
@@ -63,7 +64,8 @@ RUNS = {
     "even": (took(46.0, dense=[3.0], search=[3.0], sparse=[3.0]), a_run()),
     "slower": (FEW, a_run()),
     "slower_measured": (took(46.0, off=40.0), took(46.0, off=92.0)),
-    "untimed": (run_with(timing=Timing(sparse=[1.0])), a_run()),
+    "untimed": (run_with(timing=Timing(sparse=[1.0])), run_with(timing=SEARCHED)),
+    "by_search": (run_with(timing=SEARCHED), a_run()),
     "too_small": (
         took(46.0, dense=[3.0], search=[4.0], sparse=17 * [4.0]),
         FEW,

@@ -63,6 +63,7 @@ export default {
   "slower": "遅くなりました: サンプリング時間 {took}。AdaSpa なしでは約 {dense}。",
   "slower_measured": "遅くなりました: サンプリング時間 {took}。AdaSpa オフでは {dense}、同じサイズとステップ数。",
   "untimed": "フル計算のステップの時間が測れなかったため、AdaSpa の短縮時間は不明です。",
+  "by_search": "AdaSpa なしでは約 {dense}（探索の中のフル計算から推定）。フル計算のステップの時間は測れませんでした。",
   "too_small": "小さすぎます: スパースの呼び出しは {sparse}、フル計算は {dense}。より大きいか長い動画を試すか、AdaSpa をオフにしてください。",
   "too_few_steps": "ステップが少なすぎます: 探索の時間がスパースステップの短縮を上回りました。ステップを増やすか、AdaSpa をオフにしてください。",
   "very_close": "フル計算の結果に非常に近いです。",

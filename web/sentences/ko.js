@@ -63,6 +63,7 @@ export default {
   "slower": "더 느림: 샘플링 시간 {took}; AdaSpa 없이는 약 {dense}.",
   "slower_measured": "더 느림: 샘플링 시간 {took}; AdaSpa를 끄면 {dense}, 같은 크기와 스텝 수.",
   "untimed": "전체 계산 스텝의 시간을 재지 못해 AdaSpa가 얼마나 절약했는지 알 수 없습니다.",
+  "by_search": "AdaSpa 없이는 약 {dense}(탐색 속의 전체 계산으로 추정): 전체 계산 스텝의 시간을 재지 못했습니다.",
   "too_small": "너무 작음: 희소 호출은 {sparse}, 전체 계산 호출은 {dense}입니다. 더 크거나 긴 비디오를 시도하거나 AdaSpa를 꺼 두세요.",
   "too_few_steps": "스텝이 너무 적음: 탐색에 든 시간이 희소 스텝이 절약한 시간보다 많았습니다. 스텝을 늘리거나 AdaSpa를 꺼 두세요.",
   "very_close": "전체 계산 결과와 매우 가깝습니다.",

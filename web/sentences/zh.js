@@ -63,6 +63,7 @@ export default {
   "slower": "更慢：采样用时 {took}；不用 AdaSpa 约 {dense}。",
   "slower_measured": "更慢：采样用时 {took}；关闭 AdaSpa 时为 {dense}，尺寸和步数相同。",
   "untimed": "没有测到完整计算的步的用时，因此不知道 AdaSpa 节省了多少。",
+  "by_search": "不用 AdaSpa 时约需 {dense}，按其搜索中的完整计算估计：没有测到完整计算的步的用时。",
   "too_small": "视频太小：一次稀疏调用用时 {sparse}，一次完整计算用时 {dense}。请尝试更大或更长的视频，或关闭 AdaSpa。",
   "too_few_steps": "步数太少：搜索的开销超过了稀疏步骤节省的时间。请增加步数，或关闭 AdaSpa。",
   "very_close": "与完整计算的结果非常接近。",
