@@ -25,8 +25,8 @@ from .model_call import CAPTURED, CONTEXT, Declined, ModelCall, captured
 from .override import attention_override, this_thread
 from .sampling import SAMPLING, WRAPPED, Sampling
 from .sigmas import progress_of
+from .timing import KEY
 
-KEY = "adaspa"
 # the list of entries of a call of the model, in its options
 ENTERED = "adaspa_entered"
 OVERRIDE = "optimized_attention_override"

@@ -14,6 +14,8 @@ from .travelling import Uncopied
 
 # kept until ComfyUI restarts
 PACE = Pace()
+# under this key AdaSpa's wrappers lie on a model
+KEY = "adaspa"
 # under this key a clock travels through transformer_options
 CLOCK = "adaspa_clock"
 
@@ -56,11 +58,40 @@ def time_sampler(executor, guider, sigmas, extra_args, *args, **kwargs):
 
 
 def work_of(guider, sampler, noise) -> Hashable:
-    """What decides how long a step takes: the model, the latent, the guidance, the sampler."""
-    model = guider.model_patcher.get_model_object("diffusion_model")
+    """What decides how long a step takes: the model and its nodes, latent, guidance and sampler."""
+    patcher = guider.model_patcher
+    model = patcher.get_model_object("diffusion_model")
     method = getattr(getattr(sampler, "sampler_function", None), "__name__", "")
-    prompts = len(getattr(guider, "conds", ()))
-    return type(model).__name__, tuple(noise.shape), getattr(guider, "cfg", None), prompts, method
+    prompts = tuple(len(conds or ()) for conds in getattr(guider, "conds", {}).values())
+    what = type(model).__name__, patcher.model_size(), tuple(noise.shape), method
+    return *what, getattr(guider, "cfg", None), prompts, _nodes_on(patcher)
+
+
+def _nodes_on(patcher) -> frozenset:
+    """What other nodes have put on a model, as far as names and numbers tell them apart."""
+    options = {**patcher.model_options}
+    options.update(options.pop("transformer_options", {}))
+    wrappers = {
+        (kind, key)
+        for kind, found in patcher.wrappers.items()
+        for key in found
+        if found[key] and key != KEY
+    }
+    return frozenset(wrappers | {(name, _told_apart(value)) for name, value in options.items()})
+
+
+def _told_apart(made) -> Hashable:
+    """What tells a function, an object of a node, or several, from others."""
+    if isinstance(made, bool | int | float | str):
+        return made
+    if isinstance(made, list | tuple | dict):
+        parts = sorted(made.items(), key=str) if isinstance(made, dict) else made
+        return tuple(map(_told_apart, parts))
+    if (name := getattr(made, "__qualname__", None)) is not None:
+        return name
+    public = {name: x for name, x in getattr(made, "__dict__", {}).items() if name[0] != "_"}
+    numbers = {name: x for name, x in public.items() if isinstance(x, bool | int | float | str)}
+    return type(made).__qualname__, frozenset(numbers.items())
 
 
 def with_sigmas(work: Hashable, sigmas: torch.Tensor) -> Hashable:

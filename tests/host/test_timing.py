@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from tests.host import family_models
 from tests.host.host_fixtures import calls, sample, sparse
 
 pytestmark = pytest.mark.any_comfyui
@@ -35,6 +36,40 @@ def test_a_run_with_adaspa_off_is_timed_and_left_alone(load, pace):
     for other in ({"cfg": 1.0}, {"shape": (1, 16, 4, 16, 24)}):
         sample(model, *other.pop("shape", []) and [(1, 16, 4, 16, 24)], **other)
         assert on.latest().sampled != run.sampled
+
+
+def test_a_run_is_measured_against_its_like_alone(load, pace, monkeypatch):
+    """Of one class, latent and guidance, but larger, or with a node that skips or adds work."""
+    from comfy_extras.nodes_easycache import EasyCacheNode, LazyCacheNode
+    from comfy_extras.nodes_pag import PerturbedAttentionGuidance
+
+    kind, settings = family_models.MODELS["wan"]
+    monkeypatch.setitem(family_models.MODELS, "wan", (kind, {**settings, "num_layers": 3}))
+
+    def skipping(model, threshold=0.1):
+        return EasyCacheNode.execute(model, threshold, 0.15, 0.95, False).args[0]
+
+    def latest(model, steps=2, **fields):
+        model, handle = sparse(model, **fields)
+        sample(model, steps=steps, cfg=1.0)
+        return handle.latest()
+
+    plain, cached = (
+        latest(model, enabled=False) for model in (load("wan_h64"), skipping(load("wan_h64")))
+    )
+    others = (
+        family_models.build("wan"),
+        skipping(load("wan_h64"), 0.2),
+        LazyCacheNode.execute(load("wan_h64"), 0.1, 0.15, 0.95, False).args[0],
+        PerturbedAttentionGuidance.execute(load("wan_h64"), 2.0).args[0],
+    )  # fmt: skip
+    for other in others:
+        run = latest(other)
+        assert run.seconds_off is None and run.dense_step is None
+    assert latest(load("wan_h64")).seconds_off == plain.took
+    assert latest(skipping(load("wan_h64"))).seconds_off == cached.took
+    # of another number of steps, it still tells what a dense one takes
+    assert latest(load("wan_h64"), steps=3).seconds_dense() == pytest.approx(3 * plain.took / 2)
 
 
 def test_no_clock_stays_in_the_options(load, pace):
