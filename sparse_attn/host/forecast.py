@@ -206,11 +206,14 @@ class Forecasting(Uncopied):
 
 
 def _regime(guider, x: torch.Tensor, sigma: float) -> Hashable:
-    """What the guided prediction depends on beside x and sigma: the model, the size, the prompts."""
+    """What the guided prediction depends on beside x and sigma: model, size, prompts and hooks."""
     active = []
     for conds in getattr(guider, "conds", {}).values():
         for cond in conds or ():
             active.append(_is_active(cond.get("timestep_start"), cond.get("timestep_end"), sigma))
+            # a LoRA whose strength has a schedule of its own
+            for hook in getattr(cond.get("hooks"), "hooks", ()):
+                active += [sigma <= key.start_t for key in hook.hook_keyframe.keyframes]
             control = cond.get("control")
             while control is not None:
                 start, end = control.timestep_range or (None, None)

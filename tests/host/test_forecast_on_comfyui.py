@@ -178,6 +178,23 @@ def test_prompts_that_take_turns_begin_anew_without_a_surprise(load, told):
     assert run.forecast and not run.withheld and max(run.errors.values()) < QUADRATIC.limit
 
 
+def test_a_scheduled_lora_begins_anew_without_a_surprise(load, told):
+    import comfy.hooks
+
+    group = comfy.hooks.create_hook_lora({}, 1.0, 0.0)
+    keys = comfy.hooks.HookKeyframeGroup()
+    for strength, start in ((1.0, 0.0), (0.2, 0.45)):
+        keys.add(comfy.hooks.HookKeyframe(strength, start))
+    group.set_keyframes_on_hooks(keys)
+    sampling = load("wan_h64").get_model_object("model_sampling")
+    found, expected, run = run_both(
+        load, told, jump=float(sampling.percent_to_sigma(0.45)),
+        positive=conditioning(7, 0, hooks=group),
+    )  # fmt: skip
+    assert_same_trace(found, expected)
+    assert run.forecast and not run.withheld and max(run.errors.values()) < QUADRATIC.limit
+
+
 def test_a_mask_is_laid_over_a_forecast_too(load, told):
     mask = torch.zeros(1, 1, 16, 24)
     mask[..., 8:, :] = 1
