@@ -95,7 +95,7 @@ ENGLISH = {
     "loaded": "{model}, {layout}, density {density}, recall {recall} when it was found.",
     # two videos
     "timed": "Off {off}, {preset} {on}: {gain}, same size and steps.",
-    "not_alike": "Off {off}, {preset} {on}; size or steps differ.",
+    "not_alike": "Off {off}, {preset} {on}; the runs differ in more than AdaSpa.",
     "equal": "Equal in every pixel.",
     "hard_to_see": "Differences are hard to see: PSNR {psnr} dB, SSIM {ssim}.",
     "small": "Small differences: PSNR {psnr} dB, SSIM {ssim}.",

@@ -104,7 +104,7 @@ export default {
   "saved": "{file} を保存しました、{size}。",
   "loaded": "{model}、{layout}、密度 {density}、発見時の再現率 {recall}。",
   "timed": "オフ {off}、{preset} {on}: {gain}、同じサイズとステップ数。",
-  "not_alike": "オフ {off}、{preset} {on}。サイズまたはステップ数が異なります。",
+  "not_alike": "オフ {off}、{preset} {on}。両者は AdaSpa 以外の点でも異なります。",
   "equal": "すべての画素が同じです。",
   "hard_to_see": "違いはほとんど見えません: PSNR {psnr} dB、SSIM {ssim}。",
   "small": "小さな違いがあります: PSNR {psnr} dB、SSIM {ssim}。",

@@ -104,7 +104,7 @@ export default {
   "saved": "{file} 저장됨, {size}.",
   "loaded": "{model}, {layout}, 밀도 {density}, 찾았을 때 재현율 {recall}.",
   "timed": "끔 {off}, {preset} {on}: {gain}, 같은 크기와 스텝 수.",
-  "not_alike": "끔 {off}, {preset} {on}; 크기나 스텝 수가 다릅니다.",
+  "not_alike": "끔 {off}, {preset} {on}; 두 실행은 AdaSpa 외에도 다릅니다.",
   "equal": "모든 픽셀이 같습니다.",
   "hard_to_see": "차이가 거의 보이지 않습니다: PSNR {psnr} dB, SSIM {ssim}.",
   "small": "작은 차이: PSNR {psnr} dB, SSIM {ssim}.",

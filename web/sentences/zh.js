@@ -104,7 +104,7 @@ export default {
   "saved": "已保存 {file}，{size}。",
   "loaded": "{model}，{layout}，密度 {density}，找到时召回率 {recall}。",
   "timed": "关闭 {off}，{preset} {on}：{gain}，尺寸和步数相同。",
-  "not_alike": "关闭 {off}，{preset} {on}；尺寸或步数不同。",
+  "not_alike": "关闭 {off}，{preset} {on}；两次运行的差别不只在 AdaSpa。",
   "equal": "每个像素都相同。",
   "hard_to_see": "差异很难看出：PSNR {psnr} dB，SSIM {ssim}。",
   "small": "差异较小：PSNR {psnr} dB，SSIM {ssim}。",
