@@ -180,12 +180,6 @@ def quantised_attention(card: Card, head_dim: int) -> Tile:
     return _tuned_for(card, "quantised_attention") or Tile(64, 64, 4, 3, maxnreg=168)
 
 
-# of a product with ones that adds up the weights of rows: the narrowest that the compiler takes
-def sum_columns(card: Card) -> int:
-    """Columns, all alike, of a sum over rows."""
-    return 16 if card[0] in (10, 11) else 8
-
-
 # with wgmma off, bfloat16: 256 rows, 4 warps, 3 stages 249 to 264, 128 rows with 2 stages and 128 registers 251; with
 # no more than 100 KB of a multiprocessor, as on RTX cards, 323 and 396 (8 heads, x3). INT8: 256 rows, 3 stages 149,
 # 2 stages 170; 128 rows, 2 warps, 3 stages 156, with 4 warps and 128 registers 176, 2 stages 197

@@ -20,7 +20,7 @@ from sparse_attn.backends.triton.quantise import COLS, TILE, rotation  # noqa: E
 from tests.bench.record import facts  # noqa: E402
 
 KEYS, ROWS, D, SEEDS = 32768, 64, 128, 4
-NOW = SimpleNamespace(q=True, k="tile", v="halves", cancel=True, steps=127)
+NOW = SimpleNamespace(q=True, k="tile", v="halves", cancel=True, steps=127, total="before")
 VARIANTS = {
     "as the kernels are": {},
     "queries exact": {"q": False},
@@ -32,6 +32,7 @@ VARIANTS = {
     "a scale for each channel of a tile of values": {"v": "channel"},
     "a scale for each key": {"k": "key"},
     "weights of 255 steps": {"steps": 255},
+    "weights added up as they are rounded": {"total": "rounded"},
 }
 
 
@@ -41,7 +42,7 @@ def rounded(x, largest):
 
 
 def values_of(v, how):
-    """Values [KEYS, D] as the kernel has them."""
+    """Values [KEYS, D] as the kernel has them, relative to their mean [D], and that."""
     high, low = v.amax(0), v.amin(0)
     step = 2 ** torch.maximum(high, -low).log2().floor() / 128
     mean = torch.floor(v.mean(0) / step + 0.5) * step
@@ -58,7 +59,7 @@ def values_of(v, how):
         found = torch.round(steps + off).sum(1, keepdim=True)
         off += torch.where(found < steps.sum(1, keepdim=True), 1.0, -1.0) / (16 << i)
     found = torch.round(steps + off) * (largest / 127)
-    return found.view(-1, D) * torch.maximum(high - mean, mean - low) + mean
+    return found.view(-1, D) * torch.maximum(high - mean, mean - low), mean
 
 
 def error(seed, changes):
@@ -75,13 +76,13 @@ def error(seed, changes):
         k = rounded(k, k.abs().amax(2 if how.k == "key" else (1, 2), keepdim=True))
     scores = (q @ k.flatten(0, 1).T * D**-1.5).view(ROWS, -1, TILE)
     top = scores.amax(2, keepdim=True)
-    weights = (scores - top).exp()
-    if how.steps:
-        weights = torch.round(weights * how.steps) / how.steps
-    weights = (weights * (top - top.amax(1, keepdim=True)).exp()).flatten(1)
-    if how.v:
-        v = values_of(v, how)
-    out = (weights @ v / weights.sum(1, keepdim=True)).bfloat16().float()
+    before = (scores - top).exp()
+    weights = torch.round(before * how.steps) / how.steps if how.steps else before
+    of_tile = (top - top.amax(1, keepdim=True)).exp()
+    weights, before = ((x * of_tile).flatten(1) for x in (weights, before))
+    total = (before if how.total == "before" else weights).sum(1, keepdim=True)
+    v, mean = values_of(v, how) if how.v else (v - v.mean(0), v.mean(0))
+    out = ((weights @ v + mean * total) / total).bfloat16().float()
     return ((out - exact).norm() / exact.norm()).item()
 
 

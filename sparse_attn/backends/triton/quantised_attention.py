@@ -1,9 +1,10 @@
 """Attention in eight bits, sparse or dense: scores and values in INT8.
 
 A tile's weights are rounded to 127 steps of its own largest one, row by row: scaled by the running
-maximum, a flat row would have few steps left. Integer sums of one tile are merged in float32, and the
-denominator adds up the rounded weights, so that their rounding does not scale the row (after
-SageAttention's kernels in comfy-kitchen). The quantisation is part of every call.
+maximum, a flat row would have few steps left. Integer sums of one tile are merged in float32 (after
+SageAttention's kernels in comfy-kitchen). The denominator adds up the weights as they were before: the
+many small ones that round to nothing then stand for the mean of the values, which these are relative
+to, and not for more of what is large. The quantisation is part of every call.
 """
 
 import torch
@@ -72,7 +73,7 @@ def _attend_tile(
     b_acc0, b_acc1, b_max, b_sum, b_q, b_scale, p_k, p_k_scale, p_v, p_v_scale, key_bias, bits,
     first, L,
     D: tl.constexpr, TILE: tl.constexpr, KEYS: tl.constexpr, TILE_Q: tl.constexpr,
-    COLS: tl.constexpr, SUM_COLS: tl.constexpr,
+    COLS: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_BITS: tl.constexpr, RAGGED: tl.constexpr,
 ):  # fmt: skip
     """Online softmax over KEYS keys of one tile, from `first` on."""
@@ -97,16 +98,16 @@ def _attend_tile(
     else:
         b_zero = tl.full([TILE_Q, KEYS], MAGIC_BITS, tl.int32)
         b_s = int8_matmul(b_q, tl.trans(b_k), b_zero)
-        b_top = (tl.max(b_s, 1) - MAGIC) * b_factor
-        # two steps less than MAGIC, or rounding could lift a weight past 127
-        b_shift = -(b_top - STEPS) - b_factor * (MAGIC + 2.0)
+        # two steps above the largest, or rounding could lift a weight past 127
+        b_top = (tl.max(b_s, 1) - (MAGIC - 2.0)) * b_factor
+        b_shift = -(b_top - STEPS) - b_factor * MAGIC
         b_p = tl.exp2(tl.fma(b_s, b_factor[:, None], b_shift[:, None]))
         b_next = tl.maximum(b_max, b_top)
         b_pivot = b_next
     b_old = tl.exp2(b_max - b_pivot)
     b_new = tl.exp2(b_top - b_pivot)
+    b_sum = tl.fma(b_sum, b_old, tl.sum(b_p, 1) * b_new)
     b_p = _to_operand(b_p, TILE_Q, KEYS)
-    b_sum = _merge(b_sum, b_p, tl.full([KEYS, SUM_COLS], 1, tl.int8), b_old, b_new)
     p_v_scale += tile * (D // COLS)
     p_v += tl.full([], tile, tl.int64) * (TILE * D) + (o_c[:, None] * TILE + o_t[None, :])
     if KEYS < TILE:
@@ -148,7 +149,6 @@ def _quantised_attention_kernel(
     TILE_Q: tl.constexpr,
     TILE: tl.constexpr,
     COLS: tl.constexpr,
-    SUM_COLS: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr,
     LISTED: tl.constexpr,
@@ -193,7 +193,7 @@ def _quantised_attention_kernel(
     b_acc0 = tl.zeros([TILE_Q, COLS], dtype=tl.float32)
     b_acc1 = tl.zeros([TILE_Q, COLS], dtype=tl.float32)
     b_max = tl.full([TILE_Q], float("-inf"), dtype=tl.float32)
-    b_sum = tl.zeros([TILE_Q, SUM_COLS], dtype=tl.float32)
+    b_sum = tl.zeros([TILE_Q], dtype=tl.float32)
     # first what is masked, by smaller tiles: the loop that matters gets all registers
     EDGE: tl.constexpr = 32
     if HAS_POOLED:
@@ -209,12 +209,12 @@ def _quantised_attention_kernel(
             b_acc0, b_acc1, b_max, b_sum = _attend_tile(
                 b_acc0, b_acc1, b_max, b_sum, b_q, b_scale, pooled_k, pooled_k_scale, pooled_v,
                 pooled_v_tile_scale, p_sizes, p_bits, first, num_pooled,
-                D, TILE, TILE, TILE_Q, COLS, SUM_COLS, True, True, False,
+                D, TILE, TILE, TILE_Q, COLS, True, True, False,
             )  # fmt: skip
     for first in tl.range(first_edge, past_edge, EDGE, num_stages=1):
         b_acc0, b_acc1, b_max, b_sum = _attend_tile(
             b_acc0, b_acc1, b_max, b_sum, b_q, b_scale, p_k, p_k_scale, p_v, p_v_scale, p_bias, bits,
-            first, Lk, D, TILE, EDGE, TILE_Q, COLS, SUM_COLS, HAS_BIAS, False, True,
+            first, Lk, D, TILE, EDGE, TILE_Q, COLS, HAS_BIAS, False, True,
         )  # fmt: skip
     # known a turn ahead, or no load of keys could run ahead of the turn that uses them
     following = _tile(p_list, 0, num_blocks, BLOCK_K, TILE, LISTED)
@@ -223,11 +223,9 @@ def _quantised_attention_kernel(
         following = _tile(p_list, t + 1, num_blocks, BLOCK_K, TILE, LISTED)
         b_acc0, b_acc1, b_max, b_sum = _attend_tile(
             b_acc0, b_acc1, b_max, b_sum, b_q, b_scale, p_k, p_k_scale, p_v, p_v_scale, p_bias, bits,
-            tile * TILE, Lk, D, TILE, TILE, TILE_Q, COLS, SUM_COLS, HAS_BIAS, False, False,
+            tile * TILE, Lk, D, TILE, TILE, TILE_Q, COLS, HAS_BIAS, False, False,
         )  # fmt: skip
 
-    # the columns are alike
-    b_sum = tl.max(b_sum, 1)
     if HAS_ORDER:
         order += i_b.to(tl.int64) * stride_ob + i_h.to(tl.int64) * stride_oh
     o_c = tl.arange(0, COLS)
@@ -279,7 +277,6 @@ def quantised_attention(
             TILE_Q=tile.tile_q,
             TILE=TILE,
             COLS=COLS,
-            SUM_COLS=tiles.sum_columns(tiles.card_of(q.device)),
             BLOCK_Q=block_q,
             BLOCK_K=block_k,
             LISTED=mask is not None,
