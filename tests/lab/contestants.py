@@ -80,6 +80,9 @@ FIRST_STEP = [
     NOW.but("1 step at density 0.5, then a search", first_density=0.5),
     NOW.but("no dense step, then a search", warmup=0.0),
 ]
+RECALL = [TWO.but(f"similarity, recall of {x} asked for", recall=x) for x in (0.8, 0.9)]
+# and the same blocks for every video
+RECALL += [TWO.but(f"as dense as: {rule.name}", as_dense_as=rule.name) for rule in RECALL]
 BEHIND = [
     TWO.but("similarity, 20 % dense", warmup=0.2),
     EARLIER.but("similarity, 20 % dense, second search at 0.45", warmup=0.2),
@@ -131,14 +134,16 @@ QUESTIONS = {
 }
 GROUPS = {
     "decide": [PAPER, SOL, POSITION, TWO, THREE, WIDE], "rivals": RIVALS, "sol_op": OP,
+    "own op": [EARLIER, *OP[1:]],
     "eight": EIGHT, "eight first": EIGHT_FIRST, "one": [ONE], "low": [TWO, THREE, PAPER, SOL],
     "long": [PAPER, TWO, THREE, SOL], "earlier": [EARLIER], "lead": [PAPER, EARLIER], "sol": [SOL],
     "front 4": FRONT_4, "front 6": FRONT_6, "front 8": FRONT_8, "front 20": FRONT_20,
     "front 50": FRONT_50,
     "first step": FIRST_STEP,
     "tail error": TAIL_ERROR,
-    "recall": [TWO.but(f"similarity, recall of {x} asked for", recall=x) for x in (0.8, 0.9)],
+    "recall": RECALL,
     "behind 20 %": BEHIND, "fifty": [PAPER, EARLIER, TWO, SOL],
+    "second search": [EARLIER, TWO],
     "as timed": [AS_TIMED, of_preset("Balanced").but("Balanced, INT8", density=None, precision="int8")],
     "presets": [of_preset(name) for name in ("Quality", "Balanced", "Fast", "Paper")],
     **QUESTIONS,

@@ -62,6 +62,8 @@ def call_ms(rule, extras: dict[str, float]) -> float | None:
     """
     if rule.score in OP_SCORES:
         return op_times().get(rule.density)
+    if rule.recall or rule.as_dense_as:
+        return None  # its density is found on the way
     points = kernel_times().get(rule.block_q)
     if points is None or rule.block_k != 64 or rule.precision not in ("auto", "bf16"):
         return None

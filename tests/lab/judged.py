@@ -17,7 +17,18 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parents[1]), str(HERE)]
 
-from contestants import EARLIER, FIRST_STEP, GROUPS, OP, SOL, TAIL_ERROR, THREE, TWO, WIDE  # noqa: E402
+from contestants import (  # noqa: E402
+    EARLIER,
+    FIRST_STEP,
+    GROUPS,
+    OP,
+    RECALL,
+    SOL,
+    TAIL_ERROR,
+    THREE,
+    TWO,
+    WIDE,
+)  # fmt: skip
 from paired import load, paired  # noqa: E402
 from rule import PAPER, SCHEDULES  # noqa: E402
 
@@ -114,9 +125,13 @@ CLAIMS = (
     Claim("the preset's rule over sol_attn by a threshold, its own op", EARLIER.name, OP[1].name, (LOW, HALF)),
     Claim("the preset's rule over sol_attn by top-k, its own op", EARLIER.name, OP[2].name, (LOW, HALF)),
     Claim("blocks by the tail's error over blocks by mass", TAIL_ERROR[1].name, TAIL_ERROR[0].name, (LOW,)),
+    *(Claim(f"a recall of {rule.recall} over the density that it took, for every video", rule.name,
+            fixed.name, (LOW,)) for rule, fixed in zip(RECALL[:2], RECALL[2:], strict=True)),
     Claim("a first step of all blocks over one of half", FIRST_STEP[0].name, FIRST_STEP[1].name,
           (LOW, EIGHT, FOUR)),
     Claim("a first step of half the blocks over none", FIRST_STEP[1].name, FIRST_STEP[2].name,
+          (LOW, EIGHT, FOUR)),
+    Claim("a dense step before the first search over none", FIRST_STEP[0].name, FIRST_STEP[2].name,
           (LOW, EIGHT, FOUR)),
     *(Claim(f"of {steps} steps {more} dense over {less}", dense(steps, more), dense(steps, less),
             ((str(steps), 0.2),))

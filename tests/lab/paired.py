@@ -9,13 +9,20 @@ from rule import Rule
 
 
 def load(paths) -> dict:
-    """{(schedule, density, rule name): {model: row}} and everything else of the last file."""
+    """{(schedule, density, rule name): {model: row}} and everything else of the last file.
+
+    Raises:
+        ValueError: a model was sampled at two sizes.
+    """
     files = [json.loads(Path(path).read_text()) for path in paths]
     weights = {name: tag for data in files for name, tag in data.get("weights", {}).items()}
-    found, dense = {}, []
+    found, dense, sizes = {}, [], {}
     for data in files:
         tags = data.get("weights", {})
         stale = {name for name, tag in weights.items() if tags.get(name) != tag}
+        for name, size in data.get("layouts", {}).items():
+            if name not in stale and sizes.setdefault(name, size) != size:
+                raise ValueError(f"{name} was sampled at {sizes[name]} and at {size}.")
         for row in data["rows"]:
             key = row["schedule"], row["density"], row["rule"]
             if row["model"] not in stale:

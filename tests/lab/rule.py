@@ -25,6 +25,7 @@ class Rule:
         head_adaptive, precision, search_gap, query_stride, recall: as in `AdaSpaConfig`.
         again: shares of the schedule at which the pack searches again.
         first_density: of the very first step, which would be dense, by `first_step.py`; 0 leaves it dense.
+        as_dense_as: name of a rule whose mean density on the same model is taken in place of `density`.
         warmup: share of the steps before the first search, None for the schedule's own; of a preset
             as its user sets it, by which the pack decides on few steps.
     """
@@ -44,6 +45,7 @@ class Rule:
     query_stride: int = 1
     first_density: float = 0.0
     recall: float = 0.0
+    as_dense_as: str = ""
 
     def but(self, name: str, **changes) -> "Rule":
         return replace(self, name=name, **changes)

@@ -7,6 +7,7 @@ A job is SCHEDULE:DENSITY:GROUP, or SCHEDULE:DENSITY:GROUP:MODEL,MODEL; see SCHE
 `contestants.GROUPS`. Every contestant samples the same prompts and seeds as the dense generation
 that it is compared with: the pack as its node installs it, a rival through the same attention
 override. The result is rewritten after every row; `report.py` makes tables and plots of it.
+A contestant that fails costs the others nothing: it is named in the result and at the end.
 """
 
 import argparse
@@ -43,7 +44,7 @@ class Lab:
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self.subjects, self.videos, self.weights = {}, {}, {}
         self.rows, self.dense = [], {}
-        self.done = set()
+        self.done, self.failed = set(), []
 
     def seconds(self) -> float:
         return time.perf_counter() - self.began
@@ -84,11 +85,12 @@ class Lab:
                 continue
             dense, began = self.dense_videos(name, schedule), self.seconds()
             try:
-                run = self.subject(name).run(rule, schedule)
+                run = self.subject(name).run(self.settled(name, schedule, rule), schedule)
                 row = self.row(name, schedule, rule, dense, run)
             except Exception as error:
                 # one contestant must not cost the others their turn
-                print(f"{name} {schedule} {rule.name}: {error}", flush=True)
+                self.failed.append(f"{name} {schedule} {rule.name}: {error!r}")
+                print(self.failed[-1], flush=True)
                 continue
             row["seconds"] = round(self.seconds() - began, 2)
             self.done.add((name, schedule, rule))
@@ -100,6 +102,20 @@ class Lab:
                 flush=True,
             )
             self.write()
+
+    def settled(self, name, schedule, rule):
+        """The rule, at the density that another one has kept where it asks for that.
+
+        Raises:
+            LookupError: the other one was not sampled.
+        """
+        if not rule.as_dense_as:
+            return rule
+        asked = name, schedule, rule.as_dense_as, rule.density
+        for row in self.rows:
+            if (row["model"], row["schedule"], row["rule"], row["density"]) == asked:
+                return rule.but(rule.name, density=row["density_kept"])
+        raise LookupError(f"{rule.as_dense_as!r} was not sampled before.")
 
     def row(self, name, schedule, rule, dense, run) -> dict:
         held = {layer: round(x, 4) for layer, x in run.recall.items()}
@@ -137,6 +153,7 @@ class Lab:
             "dense": [settled(row) for row in self.dense.values()],
             "prompts": {name: subject.prompts for name, subject in self.subjects.items()},
             "layouts": {name: s.layout.describe() for name, s in self.subjects.items()},
+            "failed": self.failed,
             "seconds": round(self.seconds(), 1),
             **facts(),
         }
@@ -175,6 +192,8 @@ def main():
         if lab.readers:
             lab.readers.close()
     print(f"{len(lab.rows)} rows in {lab.seconds():.0f} s", flush=True)
+    if lab.failed:
+        sys.exit("\n".join(["Not sampled:", *lab.failed]))
 
 
 if __name__ == "__main__":

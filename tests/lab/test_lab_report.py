@@ -121,6 +121,16 @@ def test_later_files_replace_rows_and_other_weights_do_not_count(tmp_path):
     assert report.load([second, untold])["rows"][key]["a"]["psnr"] == [21.0]
 
 
+def test_videos_of_two_sizes_are_not_put_together(tmp_path):
+    files = [lab_file(tmp_path / n, {"a": tag}, 0.0) for n, tag in zip("123", "xyy", strict=True)]
+    for path, size in zip(files, ("8 tokens", "9 tokens", "9 tokens"), strict=True):
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"layouts": {"a": size}}))
+    assert report.load(files)["rows"]  # the first is of other weights, and does not count
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"layouts": {"a": "8 tokens"}}))
+    with pytest.raises(ValueError, match="a was sampled at 9 tokens and at 8 tokens"):
+        report.load(files)
+
+
 def test_differences_count_wins_and_leave_out_what_was_not_measured():
     gain = report.paired(
         {"a": {"psnr": [2.0, 1.0]}, "b": {"psnr": None}, "c": {"psnr": [9.0]}},
