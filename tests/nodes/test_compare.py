@@ -185,8 +185,16 @@ class Node:
 
 TIMES = [
     (Node(41, False), Node(20.4, True), "Off 41 s, Balanced 20 s: 2.0x, same size and steps."),
-    (Node(41, False), Node(20.4, True, "others"), "Off 41 s, Balanced 20 s; the runs differ in more than AdaSpa."),
-    (Node(41, True), Node(20.4, True), "Off 41 s, Balanced 20 s; the runs differ in more than AdaSpa."),
+    (
+        Node(41, False),
+        Node(20.4, True, "others"),
+        "Off 41 s, Balanced 20 s; the runs differ in more than AdaSpa.",
+    ),
+    (
+        Node(41, True),
+        Node(20.4, True),
+        "Off 41 s, Balanced 20 s; the runs differ in more than AdaSpa.",
+    ),
     (Node(41, False), Node(None, True), "Equal in every pixel."),
     (None, Node(20.4, True), "Equal in every pixel."),
 ]
