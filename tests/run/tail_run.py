@@ -14,8 +14,7 @@ from tests.run.fakes import (
     Run,
 )
 
-# grids that rods of 4 x 4 do not divide, text on both sides, a last block that is not full
-
+# a grid that rods of 4 x 4 do not divide, text on both sides, a last block that is not full
 LAYOUT = TokenLayout(30, 5, 6, 21, 40)
 H, D = 2, 16
 PERMUTED = video_first(LAYOUT)

@@ -30,8 +30,6 @@ from tests.run.tail_run import (
     with_tail,
 )
 
-# grids that rods of 4 x 4 do not divide, text on both sides, a last block that is not full
-
 SEQUENCES = [
     ("Sss", False, [["dense", "permute", "masses", "pooled masses"],
                     ["permute", "sparse"], ["permute", "sparse"]]),

@@ -28,8 +28,6 @@ from tests.run.tail_run import (
     with_tail,
 )
 
-# grids that rods of 4 x 4 do not divide, text on both sides, a last block that is not full
-
 
 @pytest.mark.parametrize("one_pass", [False, True], ids=["two passes", "one pass"])
 @BOTH_ORDERS
