@@ -4,8 +4,8 @@ import torch
 
 from ..backends.choice import Backend
 from ..block_mask import BlockMask
-from ..call import Call, empty_output
-from ..head_groups import head_groups
+from ..call import Call
+from ..head_groups import attend_in_groups
 
 # of every pair of blocks, a number in a list
 PAIR_BYTES = 4
@@ -24,23 +24,15 @@ def sparse_step(
     Returns:
         out: [B, H, L, D]. lse: [B, H, L] float32, or None where the backend does not tell it.
     """
-    # permuted and quantised q, k and v, and the output of a group, which is then put in its place
-    copies = (0 if order is None else 3) + 1.5 * quantised + 1
-    groups = list(head_groups(call, copies, PAIR_BYTES))
-    if len(groups) == 1:
-        return _attend(backend, call, mask, order, quantised)
-    out, lse = empty_output(call.v), None
-    for heads, part in groups:
-        kept = mask.with_bits(mask.bits[:, heads])
+    # permuted and quantised q, k and v
+    copies = (0 if order is None else 3) + 1.5 * quantised
+
+    def attend(part, heads):
         places = None if order is None else order[:, heads]
-        found, found_lse = _attend(backend, part, kept, places, quantised)
-        out[:, heads] = found
-        if found_lse is not None:
-            lse = found_lse.new_empty(call.q.shape[:3]) if lse is None else lse
-            lse[:, heads] = found_lse
-        # not beside those of the next heads
-        del found
-    return out, lse
+        kept = mask.with_bits(mask.bits[:, heads])
+        return _attend(backend, part, kept, places, quantised)
+
+    return attend_in_groups(call, copies, PAIR_BYTES, attend)
 
 
 def _attend(backend, call, mask, order, quantised):

@@ -6,7 +6,7 @@ asked for it.
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -14,6 +14,7 @@ import torch
 from ..backends.choice import Backends
 from ..backends.cudnn import cudnn_serves, torch_cudnn
 from ..call import Call
+from ..head_groups import attend_in_groups
 from ..sentences import Sentence
 from .memory import until_out_of_memory
 from .precision import Precision
@@ -166,7 +167,7 @@ class Dense:
             found[OWN] = partial(backend.attention, scale=call.scale, key_bias=call.key_bias)
             quantised = backend.quantised_attention
             if not exact and self.precision.serves(backend, call) and quantised is not None:
-                found[OWN_INT8] = partial(quantised, scale=call.scale)
+                found[OWN_INT8] = partial(_in_int8, quantised, call)
         return found
 
     def _say(self, call: Call, name: str) -> None:
@@ -189,6 +190,15 @@ class Dense:
         elif found is None:
             self.statistics.warn(HOST_SERVED)
         return found
+
+
+def _in_int8(quantised: Callable, call: Call, q, k, v):
+    """(out, lse) of `quantised` attention, whose copies of q, k and v are of a few heads at a time."""
+
+    def attend(part, _):
+        return quantised(part.q, part.k, part.v, scale=part.scale)
+
+    return attend_in_groups(replace(call, q=q, k=k, v=v), 1.5, 0, attend)
 
 
 def _time(run: Callable, args) -> float:

@@ -85,7 +85,7 @@ def test_groups_of_heads_change_no_bit(monkeypatch, config):
         counts = whole["first mask"].float().mean((-1, -2))
         assert len({*counts[0].tolist()}) > 1, "no head gave a block"
     for size in (5, 4, 1):
-        for module in (choice, mask_search, sparse_step):
+        for module in (choice, mask_search, groups_module):
             monkeypatch.setattr(module, "head_groups", groups_of(size))
         for name, x in results(call, config).items():
             y = whole[name]
@@ -116,7 +116,7 @@ def test_a_mask_of_larger_blocks_is_that_of_the_small_ones_in_them(monkeypatch, 
         mask=mask.as_walked(call.layout.tokens), **options,
     )[0]  # fmt: skip
     for size in (call.q.shape[1], 1):
-        monkeypatch.setattr(sparse_step, "head_groups", groups_of(size))
+        monkeypatch.setattr(groups_module, "head_groups", groups_of(size))
         out, _ = sparse_step.sparse_step(TORCH, call, mask, order, False)
         torch.testing.assert_close(out.double(), wanted, rtol=0, atol=1e-5)
     # what it holds is what its blocks hold
@@ -148,7 +148,7 @@ def test_as_many_heads_as_the_workspace_has_room_for(tokens, heads, batch):
 @pytest.mark.parametrize("int8", [False, True])
 def test_no_call_takes_more_than_the_workspace(monkeypatch, config, int8):
     room = 64 << 20
-    for module in (choice, mask_search, sparse_step):
+    for module in (choice, mask_search):
         assert module.head_groups is head_groups
     monkeypatch.setattr(groups_module, "WORKSPACE_BYTES", room)
     monkeypatch.setattr(similarity, "WORKSPACE_BYTES", room)
