@@ -27,6 +27,11 @@ def mask_blocks(tokens: int, block_q: int, block_k: int) -> dict[str, int]:
     return {"block_q": rows, "block_k": columns}
 
 
+def walked(block: int) -> int:
+    """Tokens of the largest blocks that attention can walk, of which a mask's of `block` are multiples."""
+    return next(size for size in WALKED if block % size == 0)
+
+
 @dataclass(frozen=True)
 class BlockMask:
     """A compact block mask.
@@ -103,10 +108,7 @@ class BlockMask:
 
     def as_walked(self, tokens: int) -> "BlockMask":
         """The same mask of a sequence of `tokens` in the largest blocks that attention can walk."""
-        sizes = (
-            next(size for size in WALKED if own % size == 0) for own in (self.block_q, self.block_k)
-        )
-        return self.of_blocks(tokens, *sizes)
+        return self.of_blocks(tokens, walked(self.block_q), walked(self.block_k))
 
     def with_bits(self, bits: torch.Tensor) -> "BlockMask":
         return replace(self, bits=bits)

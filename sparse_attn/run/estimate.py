@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from ..backends.permuted import BLOCK
-from ..block_mask import mask_blocks
+from ..block_mask import mask_blocks, walked
 from ..config import AdaSpaConfig
 from ..method.selection import row_budget
 from ..method.text_sink import count_sinks
@@ -167,6 +167,6 @@ def kept_share(layout: TokenLayout, config: AdaSpaConfig) -> float:
     rows, blocks = layout.num_blocks(block_q), layout.num_blocks(block_k)
     whole = count_sinks(layout, block_q)
     budget = row_budget(config.density, blocks, count_sinks(layout, block_k))
-    means = -(-layout.num_blocks(BLOCK) // BLOCK) * BLOCK / block_k if config.pooled else 0
-    kept = (rows - whole) * min(budget + means, blocks) + whole * blocks
+    means = -(-layout.num_blocks(walked(block_k)) // BLOCK) * BLOCK if config.pooled else 0
+    kept = (rows - whole) * min(budget + means / block_k, blocks) + whole * blocks
     return kept / (rows * blocks)

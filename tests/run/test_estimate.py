@@ -80,6 +80,10 @@ def test_averages_of_skipped_blocks_count_as_blocks():
     assert kept_share(WAN_720P, AdaSpaConfig()) == pytest.approx((236 + 19) / 1182)
     assert kept_share(WAN_720P, AdaSpaConfig(block_size="128")) == pytest.approx(118 / 591)
     assert kept_share(layout, AdaSpaConfig(sparsity=0.0)) == 1
+    # 24 s: 810 of 4,050 blocks of 128 tokens, and 64 tiles of 64 averages, each of 128 tokens
+    assert kept_share(TokenLayout(0, 144, 45, 80), AdaSpaConfig()) == pytest.approx(
+        (810 + 32) / 4050
+    )
 
 
 def test_memory_is_that_of_the_sparse_layers():
