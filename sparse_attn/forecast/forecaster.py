@@ -28,12 +28,15 @@ class Forecaster:
     Args:
         counter: tells which step an evaluation belongs to; AdaSpa's own, where it is beside.
         parts: sizes of the parts of a flat pack of latents, such as video and sound; each counts.
+        channels: sizes of all their channels.
     """
 
     def __init__(
-        self, level: Level, plan: ForecastPlan, counter: StepCounter, parts: Sequence[int] = ()
-    ):
-        self.level, self.plan, self.counter, self.parts = level, plan, counter, parts
+        self, level: Level, plan: ForecastPlan, counter: StepCounter, parts: Sequence[int] = (),
+        channels: Sequence[int] = (),
+    ):  # fmt: skip
+        self.level, self.plan, self.counter = level, plan, counter
+        self.parts, self.channels = parts, channels
         self.statistics = ForecastStatistics(
             len(plan.sigmas) - 1, plan.first_step, why_not=plan.why_not
         )
@@ -117,7 +120,7 @@ class Forecaster:
     def _extrapolate(self, sigma: float) -> torch.Tensor:
         points = self._points
         if self.level.damped and len(points) == self.level.points:
-            return damped_line(points, sigma)
+            return damped_line(points, sigma, self.channels)
         return extrapolate(points[-self.level.degree - 1 :], sigma)
 
     def _turns(self, sigma: float) -> bool:

@@ -132,7 +132,9 @@ class Forecasting(Uncopied):
             where = place(tuple(self.sigmas), lambda sigma: progress_of(found, sigma))
         plan = plan_forecasts(self.sigmas, *where, schedule)
         parts = [prod(shape[1:]) for shape in self.shapes]
-        self.forecaster = Forecaster(self.level, plan, counter, parts)
+        packed = self.shapes if len(self.shapes) > 1 else ()
+        channels = [prod(shape[2:]) for shape in packed for _ in range(shape[1])]
+        self.forecaster = Forecaster(self.level, plan, counter, parts, channels)
         if self.run is not None:
             self.run.statistics.forecast = self.forecaster.statistics
         for key, name in SKIPPERS.items():

@@ -37,6 +37,20 @@ def test_a_damped_line_goes_as_far_as_the_slope_before_it_held():
     assert damped_line([(s, p.bfloat16()) for s, p in points], 0.4).dtype == torch.bfloat16
 
 
+def test_a_flat_pack_is_damped_by_the_channels_of_its_latents():
+    # video and sound
+    shapes = (2, 3, 2, 2, 2), (2, 2, 4)
+    latents = [[torch.randn(shape) for shape in shapes] for _ in range(3)]
+    sigmas = (1.0, 0.9, 0.7)
+    packs = [torch.cat([x.reshape(2, 1, -1) for x in parts], -1) for parts in latents]
+    found = damped_line(list(zip(sigmas, packs, strict=True)), 0.4, [8, 8, 8, 4, 4])
+    alone = [
+        damped_line(list(zip(sigmas, x, strict=True)), 0.4) for x in zip(*latents, strict=True)
+    ]
+    expected = torch.cat([x.reshape(2, 1, -1) for x in alone], -1)
+    assert torch.allclose(found, expected, atol=1e-5)
+
+
 def test_weights_sum_to_one_and_pick_a_point_at_itself():
     assert sum(weights(SIGMAS, 0.3)) == pytest.approx(1)
     assert weights(SIGMAS, SIGMAS[2]) == pytest.approx([0, 0, 1, 0])
