@@ -4,6 +4,7 @@ import pytest
 import torch
 from close import assert_within
 
+from sparse_attn.backends import reference
 from tests.backends import inputs
 from tests.backends.implementations import implementations
 
@@ -156,15 +157,28 @@ def test_a_stale_lse_is_renormalised(block_masses, device):
     assert_within("masses", masses, exact, MASS_TOLERANCE)
 
 
-@KERNELS
-def test_hopelessly_stale_and_empty_rows_stay_finite(block_masses, device):
+@pytest.mark.parametrize("stale", [slice(5, 6), slice(0, 64)], ids=["a row", "a block"])
+@MASSES
+def test_hopelessly_stale_and_empty_rows_stay_finite(block_masses, stale, device):
     q, k, v = inputs.make(1, 1, 128, 128, 64, torch.bfloat16, device)
     _, lse = inputs.exact_attention(q, k, v, 0.125)
     lse = lse.float()
-    lse[0, 0, 5] = -300.0
+    lse[0, 0, stale] = -300.0
     lse[0, 0, 64:] = float("-inf")
     masses = block_masses(q, k, lse, block_q=64, block_k=64, scale=0.125)
-    assert torch.isfinite(masses).all() and (masses[0, 0, 1] == 0).all()
+    assert_within("rows", masses.sum(-1), torch.tensor([[[64.0, 0.0]]], device=device), 1e-3)
+
+
+@MASSES
+def test_a_row_without_a_key_takes_no_mass_from_its_block(block_masses, device):
+    q, k, v = inputs.make(1, 1, 128, 200, 64, torch.bfloat16, device)
+    _, lse = inputs.exact_attention(q, k, v, 0.125)
+    lse[0, 0, 20:40] = float("-inf")
+    for renormalise in (False, True):
+        options = {"block_q": 64, "block_k": 64, "scale": 0.125, "renormalise": renormalise}
+        masses = block_masses(q, k, lse.float(), **options)
+        exact = reference.block_masses(q.double(), k.double(), lse, **options)
+        assert_within("masses", masses, exact, MASS_TOLERANCE)
 
 
 @KERNELS

@@ -53,7 +53,7 @@ def test_is_at_most_the_exact_mass(pooled_masses, device):
     assert (pooled[..., 1:] < 0.9 * exact[..., 1:]).all()
 
 
-@pytest.mark.parametrize("pooled_masses", implementations("pooled_masses", "triton"))
+@POOLED
 def test_a_row_without_a_key_has_no_mass(pooled_masses, device):
     q, k_mean, _ = inputs.make(1, 1, 64, 8, 64, torch.bfloat16, device)
     lse = torch.full((1, 1, 64), float("-inf"), device=device)

@@ -97,6 +97,15 @@ def test_nan_changes_no_count_and_shows_in_its_heads_recall(row_wise_top_k, devi
     assert recall.isnan().tolist() == [[False, True, False]]
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@TOP_K
+def test_nothing_goes_before_a_sink(row_wise_top_k, value, device):
+    scores = scores_of((1, 1, 4, 40))
+    scores[..., 5:20] = value
+    keep, _ = chosen(row_wise_top_k, scores, [[6]], [0, 39], device=device)
+    assert (keep.sum(-1) == 6).all() and keep[..., [0, 39]].all() and keep[..., 5:20].any()
+
+
 @TOP_K
 def test_reads_scores_that_do_not_lie_in_order(row_wise_top_k, device):
     scores = scores_of((1, 2, 60, 60))

@@ -138,6 +138,19 @@ def with_tail(q, k, v, block_q):
     }  # fmt: skip
 
 
+def test_other_devices_answer_rows_without_a_key_with_zero(monkeypatch):
+    q, k, v, bias, mask = inputs.a_row_without_keys("cpu")
+    monkeypatch.setattr(module, "_attend_rows", module._attend_batches)
+    out, _ = attention(q, k, v, scale=0.125, key_bias=bias, mask=mask)
+    exact, _ = inputs.exact_attention(q, k, v, 0.125, bias, mask)
+    # half a step of bfloat16 at 4
+    assert_within("out", out, exact, 2.0**-7)
+    assert (out[:, :, :64] == 0).all()
+    hidden = torch.full_like(bias, float("-inf"))
+    out, lse = module._dense_by_products(q, k, v, 0.125, hidden)
+    assert (out == 0).all() and (lse == float("-inf")).all()
+
+
 @pytest.mark.parametrize("room", [1, 2 * 64 * 4 * 512, module.BATCH_BYTES])
 @pytest.mark.parametrize("block_q", [64, 128])
 def test_batches_of_rows_agree_with_single_rows(block_q, room, monkeypatch):

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from ...block_mask import BlockMask
-from ..permuted import Pooled, put_in_raster
+from ..permuted import NOTHING, Pooled, put_in_raster
 from .threads import each_alone
 from .unpack_mask import unpack_mask
 
@@ -44,8 +44,8 @@ def attention(q, k, v, *, scale, key_bias=None, mask=None, pooled=None, order=No
         order: [B, H, Lq] int32, the token at every place of q; `out` is in the order of the tokens.
 
     Returns:
-        out: [B, H, Lq, D], 0 where a row keeps no block. lse: [B, H, Lq] float32 in the order of q;
-        None with a mask, where it would cost a fifth more time.
+        out: [B, H, Lq, D], 0 where a row sees no key. lse: [B, H, Lq] float32 in the order of q, -inf
+        there; None with a mask, where it would cost a fifth more time.
     """
     if mask is None:
         out, lse = dense_attention(q, k, v, scale=scale, key_bias=key_bias)
@@ -83,14 +83,21 @@ def dense_attention(q, k, v, *, scale, key_bias=None):
 def _dense_on_cpu(q, k, v, scale, key_bias):
     # the operator takes the numbers of a row to lie side by side, and does not look
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
-    mask = None
+    bias = mask = None
     if key_bias is not None:
         bias = key_bias.to(q.dtype).contiguous()
         mask = bias[:, None, None].expand(-1, 1, q.shape[-2], -1)
     # the public function does not return the LSE
-    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         q, k, v, 0.0, False, attn_mask=mask, scale=scale
     )
+    # of rows without a key the operator says 0
+    return out, lse if bias is None else lse.masked_fill(_hidden(bias)[:, None], NOTHING)
+
+
+def _hidden(added):
+    """Whether what is added to the logits of rows [..., K] hides all their keys, [..., 1] bool."""
+    return (added == NOTHING).all(-1, keepdim=True)
 
 
 def _dense_by_products(q, k, v, scale, key_bias):
@@ -107,7 +114,10 @@ def _dense_by_products(q, k, v, scale, key_bias):
                 if key_bias is not None:
                     logits += key_bias[b]
                 lse[b, h, rows] = logits.logsumexp(-1)
-                out[b, h, rows] = logits.softmax(-1) @ values
+                found = logits.softmax(-1) @ values
+                if key_bias is not None:
+                    found.masked_fill_(_hidden(key_bias[b]), 0.0)
+                out[b, h, rows] = found
     return out, lse
 
 
@@ -132,6 +142,14 @@ class _Rows:
     counts: torch.Tensor
     lengths: torch.Tensor
 
+    def added(self, some, gathered, length: int):
+        """[n, length], what is added to the logits of rows that gather these blocks [n, K]."""
+        assert self.bias is not None
+        added = self.bias[gathered].view(len(gathered), -1)[:, :length]
+        if self.hidden is not None:
+            added[:, -self.hidden.shape[1] :] += self.hidden[some]
+        return added
+
 
 def _of_head(pooled: Pooled, b: int, h: int) -> Pooled:
     return Pooled(pooled.k_mean[b, h], pooled.v_mean[b, h], pooled.log_sizes[b])
@@ -149,14 +167,13 @@ def _rows_of(q, k, v, mask: BlockMask, scale, bias, pooled: Pooled | None) -> _R
         return _Rows(q, k, v, bias, None, gathered, counts, lengths)
     k = torch.cat([k, _blocks(pooled.k_mean.float(), block_k)])
     v = torch.cat([v, _blocks(pooled.v_mean.float(), block_k)])
-    nothing = float("-inf")
-    added = torch.full(k.shape[:2], nothing, device=k.device)
+    added = torch.full(k.shape[:2], NOTHING, device=k.device)
     added.view(-1)[:tokens] = 0.0 if bias is None else bias
     first = mask.num_k * block_k
     added.view(-1)[first : first + mask.num_k] = pooled.log_sizes
     num_pooled_blocks = len(k) - mask.num_k
     hidden = torch.zeros(len(q), num_pooled_blocks * block_k, device=k.device)
-    hidden[:, : mask.num_k].masked_fill_(mask.to_dense(), nothing)
+    hidden[:, : mask.num_k].masked_fill_(mask.to_dense(), NOTHING)
     gathered, counts = unpack_mask(mask, num_pooled_blocks)
     return _Rows(q, k, v, added, hidden, gathered, counts, counts * block_k)
 
@@ -173,9 +190,10 @@ def _attend_rows(head, rows: _Rows, for_each):
         torch.index_select(rows.k, 0, gathered, out=blocks)
         torch.mm(q_rows[i], keys.t(), out=logits)
         if rows.bias is not None:
-            logits += rows.bias[gathered].view(1, -1)[:, :length]
-        if rows.hidden is not None:
-            logits[:, -rows.hidden.shape[1] :] += rows.hidden[i]
+            added = rows.added(i, gathered[None], length)
+            if _hidden(added):
+                return
+            logits += added
         torch.softmax(logits, -1, out=logits)
         # the values take the place of the keys
         torch.index_select(rows.v, 0, gathered, out=blocks)
@@ -218,11 +236,12 @@ def _attend_batches(head, rows: _Rows, _):
             gathered = rows.gathered[some, :blocks].long()
             keys, values = (x[gathered].flatten(1, 2)[:, :length] for x in (rows.k, rows.v))
             logits = rows.q[some] @ keys.mT
-            if rows.bias is not None:
-                logits += rows.bias[gathered].view(len(some), 1, -1)[..., :length]
-            if rows.hidden is not None:
-                logits[..., -rows.hidden.shape[1] :] += rows.hidden[some][:, None]
-            head[some] = logits.softmax(-1) @ values
+            if rows.bias is None:
+                head[some] = logits.softmax(-1) @ values
+            else:
+                added = rows.added(some, gathered, length)[:, None]
+                found = (logits + added).softmax(-1) @ values
+                head[some] = found.masked_fill_(_hidden(added), 0.0)
 
 
 def _lengths(kv_indices, kv_num_blocks, Lk, block_k):

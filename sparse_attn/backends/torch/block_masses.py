@@ -9,8 +9,10 @@ from .threads import each_alone
 TILE_BYTES = 2 << 20
 # the same on other devices: enough work for a GPU, little of its memory
 BATCH_BYTES = 256 << 20
-# exponents above this leave float32; reached only when an earlier LSE is useless
-LARGEST_EXPONENT = 80.0
+# reached only when an earlier LSE is useless; float32 holds a row of blocks of what comes of it
+LARGEST_EXPONENT = 60.0
+# added to a score, it hides a key
+HIDDEN = -1e30
 
 
 def block_masses(
@@ -48,16 +50,19 @@ def block_masses(
 
     with each_alone(q.device) as for_each:
         for b in range(B):
-            keys[:, D] = -1e30
-            keys[:Lk, D] = 0.0 if key_bias is None else key_bias[b].clamp(min=-1e30)
+            keys[:, D] = HIDDEN
+            keys[:Lk, D] = 0.0 if key_bias is None else key_bias[b].clamp(min=HIDDEN)
             keys[:, D + 1] = -1.0
             for h in range(H):
                 keys[:Lk, :D] = k[b, h]
                 queries[:, :D] = q[b, h].float() * scale
-                queries[:, D + 1] = lse[b, h]
+                # a row without a key weighs none
+                queries[:, D + 1] = lse[b, h].masked_fill(lse[b, h] < HIDDEN, float("inf"))
                 for_each(sum_rows, range(0, Lq, step))
     if renormalise:
-        masses *= block_sizes(Lq, q.device, block_q)[:, None] / masses.sum(-1, keepdim=True)
+        total = masses.sum(-1, keepdim=True)
+        rows = block_sizes(Lq, q.device, block_q)[:, None]
+        masses *= torch.where(total == 0, 1.0, rows / total)
     return masses
 
 

@@ -9,6 +9,7 @@ import torch
 from ...block_mask import recall
 
 WORKSPACE_BYTES = 256 << 20
+LARGEST = torch.finfo(torch.float32).max
 
 
 def row_wise_top_k(
@@ -39,7 +40,8 @@ def row_wise_top_k(
     step = max(1, WORKSPACE_BYTES // (20 * B * Nq * Nk))
     for start in range(0, H, step):
         heads = slice(start, start + step)
-        ranked = scores[:, heads].masked_fill(sink_k, float("inf"))
+        # what is not finite may not go before a sink
+        ranked = scores[:, heads].nan_to_num(LARGEST, LARGEST).masked_fill_(sink_k, float("inf"))
         best = ranked.topk(largest_budget, dim=-1, sorted=True).indices
         within = slots < budgets[:, heads, None, None]
         keep[:, heads].scatter_(-1, best, within.expand(best.shape))
