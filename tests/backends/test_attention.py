@@ -171,6 +171,15 @@ def test_copies_rows_that_lie_too_far_apart():
     assert aligned(near) is near
 
 
+def test_copies_what_lies_in_order_but_begins_off_16_bytes():
+    pytest.importorskip("triton")
+    from sparse_attn.backends.triton.launch import aligned
+
+    x = torch.arange(2 * 3 * 8 * 64 + 1, dtype=torch.float32).half()[1:].view(2, 3, 8, 64)
+    assert x.is_contiguous() and x.data_ptr() % 16
+    assert aligned(x).data_ptr() % 16 == 0 and torch.equal(aligned(x), x)
+
+
 @KERNELS
 def test_reads_nothing_beside_its_tensors(attention, device):
     whole = [torch.full((1, 2, 400, 64), float("nan"), device=device) for _ in range(3)]

@@ -77,7 +77,8 @@ def aligned(x: torch.Tensor) -> torch.Tensor:
     fits = x.stride(-1) == 1 and x.data_ptr() % 16 == 0 and all(s % 8 == 0 for s in strides)
     # a tile's rows, 128 or 256, lie within 2^31 elements of its first
     fits = fits and x.stride(2) < FARTHEST_ROW
-    return x if fits else x.contiguous()
+    # contiguous() would leave a view that begins off 16 bytes as it is
+    return x if fits else x.clone(memory_format=torch.contiguous_format)
 
 
 def row_strides(x: torch.Tensor) -> tuple[int, int, int]:

@@ -91,7 +91,7 @@ def operands_of(
         if mask is None:
             raise ValueError("Pooled keys need a mask.")
         means = (
-            launch.checked(x, "means", (B, H, mask.num_k, D), q.dtype)
+            launch.aligned(launch.checked(x, "means", (B, H, mask.num_k, D), q.dtype))
             for x in (pooled.k_mean, pooled.v_mean)
         )
         log_sizes = launch.checked(pooled.log_sizes, "log_sizes", (B, mask.num_k))
