@@ -237,10 +237,12 @@ def parse_numbers(text: str, kind: type, name: str) -> tuple:
     Raises:
         UserError: an entry is not a number of that kind, or commas stand where points should.
     """
-    entries = [entry.strip() for entry in text.split(",") if entry.strip()]
+    # the commas of Chinese and Japanese, and semicolons
+    plain = re.sub("[\uff0c\u3001\uff1b;]", ",", text)
+    entries = [entry.strip() for entry in plain.split(",") if entry.strip()]
     # "0,45" would be the numbers 0 and 45
-    if kind is float and COMMA_SHARES.fullmatch(text):
-        meant = [share.replace(",", ".") for share in re.findall(r"[01],\d+", text)]
+    if kind is float and COMMA_SHARES.fullmatch(plain):
+        meant = [share.replace(",", ".") for share in re.findall(r"[01],\d+", plain)]
         raise UserError(
             f"`{name}` must have points in its numbers, not commas, got {text!r}. "
             f"Write {', '.join(meant)}."

@@ -182,6 +182,9 @@ def test_an_unknown_preset_is_refused():
 def test_numbers_are_read_with_any_spacing():
     assert parse_numbers("0.3,0.6 , ", float, "search_points") == (0.3, 0.6)
     assert parse_numbers("0, 1,-1", int, "dense_layers") == (0, 1, -1)
+    # as keyboards for Chinese and Japanese write them
+    assert parse_numbers("\uff10\uff0c1; -1", int, "dense_layers") == (0, 1, -1)
+    assert parse_numbers("0.4\u3001\uff10.7", float, "search_points") == (0.4, 0.7)
     assert parse_numbers("  ", float, "search_points") == ()
 
 
