@@ -15,7 +15,6 @@ from .sockets import AdaSpaRun
 class AdaSpaLoadPattern(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        files = list(listed())
         return pattern_schema(
             "Load",
             "The run begins with a saved pattern and needs no search. Where the pattern does not "
@@ -23,9 +22,7 @@ class AdaSpaLoadPattern(io.ComfyNode):
             "why.",
             io.Combo.Input(
                 "file",
-                options=files,
-                # of an empty list the interface would show "undefined"
-                default=next(iter(files), ""),
+                options=list(listed()),
                 tooltip="A pattern in the folder adaspa of ComfyUI's output or input folder. "
                 "It decides how much is skipped, whatever sparsity is set to.",
             ),

@@ -89,6 +89,8 @@ function addVideos(node) {
 function write(node, view, text) {
   // our own messages bring the same text, and how to say it in other languages
   if (text === view.text()) return;
+  // a node with this id in another tab's workflow
+  if (running && running !== workflowId()) return;
   const said = text ? [{ text }] : [];
   view.setSaid(said);
   const id = idOf(node);
@@ -191,6 +193,8 @@ app.registerExtension({
 
   nodeCreated(node) {
     if (!(node.comfyClass in HINTS)) return;
+    // of an empty list, which the interface would show as "undefined"
+    for (const widget of node.widgets ?? []) widget.value ??= "";
     if (PATCHES.has(node.comfyClass)) {
       const changed = (widget) => {
         if (widget) presetNews.delete(node);

@@ -79,6 +79,14 @@ def test_preset_enabled_and_status_are_all_that_is_shown(graph, kind):
     assert values == ["Balanced", 0.8, "64", 0.12]
 
 
+def test_an_empty_list_of_patterns_shows_nothing(graph):
+    graph.evaluate("() => { window.node = make('AdaSpaLoadPattern') }")
+    assert graph.evaluate("() => widget(node, 'file').options.values") == []
+    assert graph.evaluate("() => widget(node, 'file').value") == ""
+    if not graph.vue:
+        assert graph.evaluate("() => widget(node, 'file')._displayValue") == ""
+
+
 def test_custom_gives_back_what_the_user_had_set(graph):
     graph.evaluate(
         """() => { window.node = make("AdaSpaAttention", { preset: "Custom", sparsity: 0.85 });

@@ -115,3 +115,20 @@ def test_a_status_outlives_the_page_and_tells_of_an_error(graph):
     assert "`start_percent` must be at least 0" in said(graph)
     assert "The run ended with an error before its turn." in said(graph, "report")
     assert "288 tokens" not in said(graph)
+
+
+def test_a_run_is_not_told_on_another_tab_s_node(graph):
+    """Its workflow may have a node of the same id, which the interface tells of any run."""
+    saying = "(node) => { widget(node, '$$node-text-preview').value = 'Step 1 of 3: dense.' }"
+    graph.evaluate("() => app.api.dispatchCustomEvent('execution_start', { prompt_id: 'one' })")
+    graph.evaluate(f"() => ({saying})(first)")
+    assert "Step 1 of 3" in said(graph)
+    graph.evaluate(
+        f"""async () => {{
+            await app.loadGraphData({{ ...app.graph.serialize(), id: crypto.randomUUID() }});
+            window.first = app.graph.nodes.find(({{ type }}) => type === "AdaSpaAttention");
+            ({saying})(first);
+        }}"""
+    )
+    assert "Step 1 of 3" not in said(graph)
+    graph.evaluate("() => app.api.dispatchCustomEvent('execution_success', { prompt_id: 'one' })")
