@@ -13,7 +13,9 @@ def take_python(argv):
     path, rest = os.environ.get("ADASPA_PYTHON"), []
     i = 0
     while i < len(argv):
-        if argv[i] == "--python" and i + 1 < len(argv):
+        if argv[i] == "--python":
+            if i + 1 == len(argv):
+                sys.exit("--python needs the path of a Python behind it.")
             path = argv[i + 1]
             i += 1
         elif argv[i].startswith("--python="):

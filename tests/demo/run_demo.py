@@ -27,13 +27,26 @@ from tools.comfy_server import ComfyServer, ServerFailed  # noqa: E402
 from sparse_attn.config import PRESET_FIELDS, PRESETS  # noqa: E402
 
 
+def from_to(least: int, most: int):
+    """What reads a number of the command line, within the bounds of ComfyUI's sampler."""
+
+    def read(text: str) -> int:
+        if not least <= int(text) <= most:
+            raise argparse.ArgumentTypeError(f"{text} is not from {least} to {most}")
+        return int(text)
+
+    # argparse names it where a text is no number
+    read.__name__ = "whole number"
+    return read
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
         "--preset", default="Balanced", choices=["Quality", "Balanced", "Fast", "Paper"]
     )
-    parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--steps", type=from_to(1, 10_000), default=20)
+    parser.add_argument("--seed", type=from_to(0, (1 << 64) - 1), default=1)
     parser.add_argument("--prompt", default=PROMPT)
     parser.add_argument("--out", type=Path, default=ROOT / "demo_output")
     options = parser.parse_args()

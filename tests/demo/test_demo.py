@@ -1,15 +1,17 @@
 """What the demo draws and says of its two runs."""
 
+import argparse
 import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 
 from drawings import AMPLIFIED, COLOURS, GAP, HEAD, kinds, race, side_by_side, timelines
-from run_demo import recorded_on_a_gpu, table
+from run_demo import from_to, recorded_on_a_gpu, table
 
 NUMBERS = {
     "preset": "Balanced",
@@ -30,6 +32,13 @@ NUMBERS = {
 }
 LEFT = np.full((20, 120, 3), 100, np.uint8)
 RIGHT = np.full((20, 120, 3), 103, np.uint8)
+
+
+@pytest.mark.parametrize("text", ["0", "10001", "x"])
+def test_what_the_sampler_refuses_is_refused_before_it_starts(text):
+    assert from_to(1, 10_000)("20") == 20
+    with pytest.raises((argparse.ArgumentTypeError, ValueError)):
+        from_to(1, 10_000)(text)
 
 
 def test_each_run_of_the_race_takes_its_own_time():

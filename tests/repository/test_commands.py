@@ -53,6 +53,19 @@ def test_unknown_commands_and_versions_are_one_line(capsys, monkeypatch):
     assert "no pinned ComfyUI 9.9" in capsys.readouterr().out
 
 
+def test_wrong_arguments_are_told_at_once(capsys):
+    assert commands.main(["doctor", "--nope"], ROOT) == 2
+    assert "doctor knows no --nope" in capsys.readouterr().out
+    for port in ("0", "99999"):
+        with pytest.raises(SystemExit):
+            commands.main(["serve", "--port", port], ROOT)
+        assert f"{port} is no port; choose one from 1 to 65535" in capsys.readouterr().err
+    called = [sys.executable, ROOT / "run.py", "demo", "--python"]
+    ended = subprocess.run(called, capture_output=True, text=True, check=False)
+    assert (ended.returncode, ended.stdout) == (1, "")
+    assert ended.stderr == "--python needs the path of a Python behind it.\n"
+
+
 def test_the_oldest_comfyui_is_the_one_the_pack_promises():
     assert f'requires-comfyui = ">={pins.OLDEST_COMFYUI}"' in (ROOT / "pyproject.toml").read_text()
     assert pins.OLDEST_COMFYUI in pins.COMFYUI and pins.DEFAULT_COMFYUI in pins.COMFYUI

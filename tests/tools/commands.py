@@ -365,11 +365,17 @@ def _driver() -> str:
 COMMANDS = {"demo": demo, "test": test, "serve": serve, "bench": bench, "doctor": doctor}
 
 
+def _port(text: str) -> int:
+    if not 0 < int(text) < 1 << 16:
+        raise argparse.ArgumentTypeError(f"{text} is no port; choose one from 1 to 65535")
+    return int(text)
+
+
 def _parse(argv: list[str]):
     parser = argparse.ArgumentParser(prog="run.py", add_help=False, allow_abbrev=False)
     parser.add_argument("--comfyui")
     if argv[0] == "serve":
-        parser.add_argument("--port", type=int, default=8188)
+        parser.add_argument("--port", type=_port, default=8188)
         parser.add_argument("--listen", default="127.0.0.1")
     if argv[0] == "test":
         parser.add_argument("--long", action="store_true")
@@ -394,6 +400,9 @@ def main(argv: list[str], root: Path) -> int:
         say(_help())
         return 0
     options, extra = _parse(argv)
+    if extra and argv[0] == "doctor":
+        say(f"doctor knows no {' '.join(extra)}; see --help.")
+        return 2
     options.root = root
     try:
         return COMMANDS[argv[0]](options, extra)
