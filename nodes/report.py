@@ -5,7 +5,8 @@ import torch
 from comfy_api.latest import io, ui
 
 from ..sparse_attn.host.install import fingerprint
-from ..sparse_attn.run.verdict import named
+from ..sparse_attn.run.report import seconds
+from ..sparse_attn.run.verdict import named, numbers
 from ..sparse_attn.sentences import Sentence
 from .own_errors import blank, otherwise
 from .report_picture import draw
@@ -54,7 +55,7 @@ class AdaSpaReport(io.ComfyNode):
             runs, told = adaspa.runs_behind(fingerprint(samples["samples"]))
         off = adaspa is not None and not adaspa.config.enabled
         lines = [line for run in runs for line in run.lines()]
-        said = [line for run in runs for line in (*named(run), *run.lines()[1:])]
+        said = [line for run in runs for line in _said(run)]
         if not runs:
             failed = None if adaspa is None else adaspa.failed
             lines = said = [failed or Sentence("off" if off else "not_run")]
@@ -72,3 +73,17 @@ class AdaSpaReport(io.ComfyNode):
             adaspa.note(cls.hidden.extra_pnginfo)
             shown["adaspa"] = [run.as_dict() for run in runs]
         return io.NodeOutput(samples, image, text, ui=shown)
+
+
+def _said(run) -> list[str]:
+    """The lines of a run that have other languages: its figures, too, which the text has in one line."""
+    verdict, rest = named(run), run.lines()[1:]
+    if not run.patterns:
+        return [*verdict, *rest]
+    steps = run.schedule.until(run.stopped_at).describe().split(" ", 1)[1]
+    figures = [*numbers(run), Sentence("line_steps", steps=steps)]
+    saved = run.timing.saved()
+    if saved is not None:
+        code = "line_saved" if saved >= 0 else "line_lost"
+        figures.append(Sentence(code, time=seconds(abs(saved))))
+    return [*verdict, *figures, *rest[1:]]

@@ -259,7 +259,12 @@ def test_report_of_a_run_shows_text_and_patterns(load, attention, report):
         search_points="", verdict="sparse",
     ).args  # fmt: skip
     latent = {"samples": sample(model)}
-    image, text = assert_picture(report(latent, handle))
+    output = report(latent, handle)
+    image, text = assert_picture(output)
+    # every line has other languages, those of the run's figures as well
+    (said,) = output.ui["said"]
+    assert [line["text"] for line in said if "code" not in line] == []
+    assert "Steps: 1 search, 2-4 sparse" in [line["text"] for line in said]
     assert text == "\n".join(handle.latest().lines())
     assert "295 tokens, steps 1 search, 2-4 sparse" in text or "297 tokens" in text
     assert "Not the video's self-attention: 8 calls" in text
