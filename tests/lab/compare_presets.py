@@ -46,7 +46,11 @@ def read(path: Path) -> dict:
         OSError: the file cannot be read.
         ValueError: it holds no such graph.
     """
-    graph = json.loads(path.read_text(encoding="utf-8"))
+    text = path.read_bytes()
+    try:
+        graph = json.loads(text)
+    except ValueError:
+        graph = None
     nodes = graph.values() if isinstance(graph, dict) else [None]
     if not all(isinstance(node, dict) and "class_type" in node for node in nodes):
         raise ValueError(f'{path.name} is no graph for the server: export it with "Export (API)".')
@@ -174,12 +178,15 @@ def summary(rows: list[dict]) -> tuple[str, dict[str, list]]:
             cells[0] += f" ± {error:.2f}"
         lines.append(f"| {preset} | {' | '.join(cells)} |")
         points[preset] = [(middle["seconds"], middle["psnr"])]
-        equal += [preset] if middle["psnr"] >= EQUAL_DB else []
-    lines += ["", f"Mean of {len(mine)} seeds, ± its standard error; of times the median."]
+        if alike := sum(row["psnr"] >= EQUAL_DB for row in mine):
+            equal.append(f"{preset} {alike} of {len(mine)}")
+    if len(mine) > 1:
+        lines += ["", f"Mean of {len(mine)} seeds, ± its standard error; of times the median."]
     if equal:
-        lines.append(
-            f"Equal to dense: {', '.join(equal)}. The AdaSpa node says why nothing was sparse."
-        )
+        lines += [
+            "",
+            f"Videos that equal dense ones: {', '.join(equal)}. Nothing was sparse there; the node says why.",
+        ]
     return "\n".join(lines) + "\n", points
 
 
