@@ -45,10 +45,10 @@ def measured(setting, length, step):
     ]  # fmt: skip
 
 
-def rows_of(page, first):
+def rows_of(text, first):
     """The cells of every row of a table that follow the first one, by that."""
-    start = page.index(first)
-    lines = page[start:].split("\n\n")[0].splitlines()
+    start = text.index(first)
+    lines = text[start:].split("\n\n")[0].splitlines()
     cells = [[cell.strip() for cell in line.strip().strip("|").split("|")] for line in lines]
     return {first: rest for first, *rest in cells}
 
