@@ -7,32 +7,11 @@ from probe_parts import MAGIC, block_sums, dot8, lanes, place
 
 @triton.jit(do_not_specialize=["L", "NK", "MAXK"])
 def bf16(
-    Q,
-    K,
-    V,
-    O,
-    LSE,
-    PREV,
-    M,
-    IDX,
-    CNT,
-    scale,
-    L,
-    NK,
-    MAXK,
-    TM: tl.constexpr,
-    TN: tl.constexpr,
-    D: tl.constexpr,
-    LISTED: tl.constexpr,
-    VD: tl.constexpr,
-    SUM: tl.constexpr,
-    PAIR: tl.constexpr,
-    PARTS: tl.constexpr,
-    SKEW: tl.constexpr,
-    MASS: tl.constexpr,
-    WARPS: tl.constexpr,
-    HALF: tl.constexpr = 1,
-):
+    Q, K, V, O, LSE, PREV, M, IDX, CNT, scale, L, NK, MAXK, TM: tl.constexpr, TN: tl.constexpr,
+    D: tl.constexpr, LISTED: tl.constexpr, VD: tl.constexpr, SUM: tl.constexpr,
+    PAIR: tl.constexpr, PARTS: tl.constexpr, SKEW: tl.constexpr, MASS: tl.constexpr,
+    WARPS: tl.constexpr, HALF: tl.constexpr = 1,
+):  # fmt: skip
     qb = tl.program_id(0)
     h = tl.program_id(1)
     nq = tl.num_programs(0)
@@ -135,22 +114,9 @@ def bf16(
 
 @triton.jit(do_not_specialize=["L", "NK"])
 def masses(
-    Q,
-    K,
-    QS,
-    KS,
-    LSE,
-    M,
-    scale,
-    L,
-    NK,
-    TM: tl.constexpr,
-    TN: tl.constexpr,
-    D: tl.constexpr,
-    INT8: tl.constexpr,
-    FORCE: tl.constexpr,
-    WARPS: tl.constexpr,
-):
+    Q, K, QS, KS, LSE, M, scale, L, NK, TM: tl.constexpr, TN: tl.constexpr, D: tl.constexpr,
+    INT8: tl.constexpr, FORCE: tl.constexpr, WARPS: tl.constexpr,
+):  # fmt: skip
     qb = tl.program_id(0)
     h = tl.program_id(1)
     rm = qb * TM + place(TM, WARPS)

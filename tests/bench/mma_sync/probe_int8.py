@@ -19,37 +19,11 @@ def _add(acc, p8, pv, pc, be, al, TM: tl.constexpr, DS: tl.constexpr, CS: tl.con
 
 @triton.jit(do_not_specialize=["L", "NK", "MAXK"])
 def int8(
-    Q,
-    K,
-    V,
-    O,
-    LSE,
-    PREV,
-    M,
-    QS,
-    KS,
-    VS,
-    CSUM,
-    IDX,
-    CNT,
-    L,
-    NK,
-    MAXK,
-    TM: tl.constexpr,
-    TN: tl.constexpr,
-    D: tl.constexpr,
-    LISTED: tl.constexpr,
-    VD: tl.constexpr,
-    SUM: tl.constexpr,
-    VT: tl.constexpr,
-    CS: tl.constexpr,
-    PK: tl.constexpr,
-    FORCE: tl.constexpr,
-    SKEW: tl.constexpr,
-    MASS: tl.constexpr,
-    WARPS: tl.constexpr,
-    HALF: tl.constexpr = 1,
-):
+    Q, K, V, O, LSE, PREV, M, QS, KS, VS, CSUM, IDX, CNT, L, NK, MAXK, TM: tl.constexpr,
+    TN: tl.constexpr, D: tl.constexpr, LISTED: tl.constexpr, VD: tl.constexpr, SUM: tl.constexpr,
+    VT: tl.constexpr, CS: tl.constexpr, PK: tl.constexpr, FORCE: tl.constexpr, SKEW: tl.constexpr,
+    MASS: tl.constexpr, WARPS: tl.constexpr, HALF: tl.constexpr = 1,
+):  # fmt: skip
     qb = tl.program_id(0)
     h = tl.program_id(1)
     nq = tl.num_programs(0)

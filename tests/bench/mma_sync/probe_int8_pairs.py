@@ -34,33 +34,10 @@ def _add2(
 
 @triton.jit(do_not_specialize=["L", "NK", "MAXK"])
 def int8p(
-    Q,
-    K,
-    V,
-    O,
-    LSE,
-    PREV,
-    M,
-    QS,
-    KS,
-    VS,
-    CSUM,
-    IDX,
-    CNT,
-    L,
-    NK,
-    MAXK,
-    TM: tl.constexpr,
-    TN: tl.constexpr,
-    D: tl.constexpr,
-    LISTED: tl.constexpr,
-    VD: tl.constexpr,
-    CS: tl.constexpr,
-    PK: tl.constexpr,
-    MASS: tl.constexpr,
-    WARPS: tl.constexpr,
-    HALF: tl.constexpr = 1,
-):
+    Q, K, V, O, LSE, PREV, M, QS, KS, VS, CSUM, IDX, CNT, L, NK, MAXK, TM: tl.constexpr,
+    TN: tl.constexpr, D: tl.constexpr, LISTED: tl.constexpr, VD: tl.constexpr, CS: tl.constexpr,
+    PK: tl.constexpr, MASS: tl.constexpr, WARPS: tl.constexpr, HALF: tl.constexpr = 1,
+):  # fmt: skip
     """Two tiles a turn, which share a maximum and a rescale."""
     qb = tl.program_id(0)
     h = tl.program_id(1)
