@@ -102,6 +102,13 @@ def block_sizes(
     return (tokens - torch.arange(0, tokens, block, device=device)).clamp(max=block).float()
 
 
+def row_scales(masses: torch.Tensor, tokens: int, block_q: int) -> torch.Tensor:
+    """What makes each row of masses [B, H, Nq, Nk] sum to its query rows, [B, H, Nq, 1]; 1 if it is empty."""
+    total = masses.sum(-1, keepdim=True)
+    sizes = block_sizes(tokens, masses.device, block_q)[:, None]
+    return (sizes / total).where(total > 0, 1.0)
+
+
 def log_sizes(batch: int, tokens: int, key_bias: torch.Tensor | None, device) -> torch.Tensor:
     """[batch, N] `log_sizes` of `Pooled` for tokens with a `key_bias` [batch, tokens] or None."""
     sizes = block_sizes(tokens, device).log().expand(batch, -1)

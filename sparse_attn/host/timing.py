@@ -105,8 +105,8 @@ def off_run(
     """The statistics of a run with AdaSpa off; the process remembers its seconds."""
     steps = len(sigmas) - 1
     schedule = Schedule((StepKind.DENSE,) * steps, 0, steps, tuple(sigmas.tolist()))
-    if took is not None and steps > 0:
-        PACE.off[with_sigmas(work, sigmas)] = took
-        PACE.dense_steps.setdefault(work, (took / steps, None))
     sampled = with_sigmas(work, sigmas)
+    if took is not None and steps > 0:
+        PACE.off[sampled] = took
+        PACE.dense_steps.setdefault(work, (took / steps, None))
     return RunStatistics(config, schedule, sampled=sampled, took=took, finished=True)

@@ -7,7 +7,7 @@ search stands in for today's; the masses are renormalised by row, which mends it
 import torch
 
 from ..backends.choice import Backend
-from ..backends.permuted import block_sizes
+from ..backends.permuted import row_scales
 from ..call import Call
 from ..config import AdaSpaConfig
 from .mask_search import Found, Masses, search_mask
@@ -33,9 +33,7 @@ def lse_cached_search(
             call.q, call.k, some, block_q=block_q, int8=int8, renormalise=False, **options
         )
         # the drift of the LSE is the same for the masses of keys and of pooled keys
-        total = masses.sum(-1, keepdim=True)
-        counts = block_sizes(call.q.shape[2], total.device, block_q)[:, None]
-        drift = (counts / total).where(total > 0, 1.0)
+        drift = row_scales(masses, call.q.shape[2], block_q)
         return Masses(masses.mul_(drift), some, block_q, drift)
 
     # q and k in INT8, for which the rows that are no sample leave room

@@ -56,6 +56,7 @@ def rehearse(
             find_order(backend, call, config)
         quantised_attention = backend.quantised_attention
         low = config.low_precision is not None and quantised_attention is not None
+        precisions = (True, False) if low else (False,)
 
         def dense(call):
             return backend.attention(call.q, call.k, call.v, scale=call.scale, key_bias=key_bias)
@@ -66,11 +67,11 @@ def rehearse(
             quantised_attention(q, q, q, scale=call.scale)
 
         def sparse(mask):
-            for quantised in (low, False) if low else (False,):
+            for quantised in precisions:
                 sparse_step(backend, call, mask, found.order, quantised)
 
         sparse(found.mask)
-        for int8 in (low, False) if low else (False,):
+        for int8 in precisions:
             lse_cached_search(backend, call, config, lse, int8)
         # blocks of longer videos, and their numbers
         for block_q, block_k in {(128, config.block_k), (128, 128)} - {

@@ -2,7 +2,7 @@
 
 import torch
 
-from ..permuted import block_sizes
+from ..permuted import row_scales
 from .threads import each_alone
 
 # bytes of a tile of weights: about what the cache of a CPU's core holds
@@ -60,9 +60,7 @@ def block_masses(
                 queries[:, D + 1] = lse[b, h].masked_fill(lse[b, h] < HIDDEN, float("inf"))
                 for_each(sum_rows, range(0, Lq, step))
     if renormalise:
-        total = masses.sum(-1, keepdim=True)
-        rows = block_sizes(Lq, q.device, block_q)[:, None]
-        masses *= torch.where(total == 0, 1.0, rows / total)
+        masses *= row_scales(masses, Lq, block_q)
     return masses
 
 

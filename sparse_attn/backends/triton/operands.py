@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from ...block_mask import BlockMask
+from ...call import empty_output
 from ..permuted import Pooled
 from . import launch
 from .unpack_mask import unpack_mask
@@ -96,7 +97,6 @@ def operands_of(
         )
         log_sizes = launch.checked(pooled.log_sizes, "log_sizes", (B, mask.num_k))
         pooled = Pooled(*means, log_sizes)
-    out = torch.empty((B, Lq, H, D), device=q.device, dtype=q.dtype).transpose(1, 2)
     return Operands(
         *(launch.aligned(x) for x in (q, k, v)),
         key_bias=launch.checked(key_bias, "key_bias", (B, Lk)),
@@ -105,6 +105,6 @@ def operands_of(
         kv_num_blocks=kv_num_blocks,
         pooled=pooled,
         order=None if order is None else launch.checked_order(order, q),
-        out=out,
+        out=empty_output(q),
         lse=torch.empty((B, H, Lq), device=q.device, dtype=torch.float32),
     )
