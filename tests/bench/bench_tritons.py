@@ -16,6 +16,7 @@ import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timezone
+from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -26,31 +27,36 @@ from tests.backends.test_tiles import ARCHS, NO_PRODUCTS, STACK_LIMIT  # noqa: E
 COMPILE = """
 import json, sys
 from tests.backends import test_tiles
-arch = int(sys.argv[1])
-if sys.argv[2] == "all":
-    found = test_tiles.compile_all(arch, every=True)
-else:
-    stands = test_tiles.compile_only(arch)
-    test_tiles.order_and_select(test_tiles.tensors(1, 2, 300, 128))
-    found = test_tiles.resources(stands)
-print(json.dumps(found))
+arch, *names = sys.argv[1:]
+launch = test_tiles.Compiled.__getitem__
+
+def launch_some(self, grid):
+    wanted = not names or self.kernel.fn.__name__.strip("_") in names
+    return launch(self, grid) if wanted else lambda *args, **kwargs: None
+
+test_tiles.Compiled.__getitem__ = launch_some
+print(json.dumps(test_tiles.compile_all(int(arch), every=True)))
 """
 
 
-def ask(folder: Path, arch: int, part: str) -> dict:
-    """What the kernels of one architecture take of a program's resources, by one release."""
+def ask(folder: Path, arch: int, names: list[str]) -> dict:
+    """What kernels of one architecture take of a program's resources, by one release."""
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     start = time.monotonic()
     with tempfile.TemporaryDirectory() as cache:
         env |= {"TRITON_CACHE_DIR": cache, "PYTHONPATH": f"{folder}{os.pathsep}{ROOT}"}
         run = subprocess.run(
-            [sys.executable, "-c", COMPILE, str(arch), part],
+            [sys.executable, "-c", COMPILE, str(arch), *names],
             env=env, capture_output=True, text=True, check=False,
         )  # fmt: skip
-    found = {"arch": arch, "seconds": round(time.monotonic() - start, 1)}
+    seconds = round(time.monotonic() - start, 1)
+    found = {"arch": arch, "commit": commit(), "seconds": seconds}
     if run.returncode:
         return {**found, "failed": run.stderr.strip().splitlines()[-1:]}
     kernels = json.loads(run.stdout.splitlines()[-1])
+    for kernel in kernels:
+        # tells it from others of that process only
+        del kernel["key"]
     return {**found, "kernels": sorted(kernels, key=lambda kernel: str(kernel.values()))}
 
 
@@ -65,6 +71,13 @@ def faults(kernels: list[dict]) -> list[str]:
     return said
 
 
+@cache
+def commit() -> str:
+    """Of the kernels that are compiled."""
+    asked = ["git", "-C", str(ROOT), "rev-parse", "--short=8", "HEAD"]
+    return subprocess.run(asked, capture_output=True, text=True, check=True).stdout.strip()
+
+
 def version_of(folder: Path) -> str:
     """The release that a folder holds."""
     (found,) = folder.glob("triton*.dist-info")
@@ -76,13 +89,13 @@ def main() -> None:
     parser.add_argument("folders", nargs="+", type=Path)
     parser.add_argument("--archs", nargs="+", type=int, default=list(ARCHS))
     parser.add_argument("--at-a-time", type=int, default=1)
-    parser.add_argument("--part", choices=("all", "order"), default="all", help="which kernels")
+    parser.add_argument("--kernels", nargs="+", default=[], help="those that have changed, or all")
     parser.add_argument("--out", type=Path, required=True, help="what it holds of others stays")
     args = parser.parse_args()
     releases = json.loads(args.out.read_text())["releases"] if args.out.exists() else {}
     with ThreadPoolExecutor(args.at_a_time) as pool:
         asked = [
-            (version_of(folder), pool.submit(ask, folder.resolve(), arch, args.part))
+            (version_of(folder), pool.submit(ask, folder.resolve(), arch, args.kernels))
             for folder in args.folders
             for arch in args.archs
         ]

@@ -7,7 +7,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from tests.backends.test_tiles import ARCHS
 from tests.bench import bench_card
+from tests.bench.bench_tritons import faults
 from tests.tools import commands
 
 LINE = (bench_card.ROOT / "tests" / "bench" / "cards.md").read_text("utf-8")
@@ -113,11 +115,20 @@ def test_the_page_tells_of_every_fault_of_a_release_of_triton():
     file = bench_card.ROOT / "tests" / "bench" / "results" / "tritons.json"
     releases = json.loads(file.read_text("utf-8"))["releases"]
     assert {version.rpartition(".")[0] for version in releases} >= {"3.6", "3.7", "3.8", "3.9"}
+    # all of it is of one state of the kernels, which the page names
+    (commit,) = {answer["commit"] for answers in releases.values() for answer in answers}
+    assert f"commit {commit}" in LINE
+    # and every release was asked for the same
+    asked = [
+        {answer["arch"]: sorted(x["kernel"] for x in answer["kernels"]) for answer in answers}
+        for answers in releases.values()
+    ]
+    assert all(kernels == asked[0] and set(kernels) == set(ARCHS) for kernels in asked)
     rows = [line for line in LINE.splitlines() if line.startswith("| 3.")]
     for version, answers in releases.items():
         (row,) = (row for row in rows if row.startswith(f"| {version} |"))
         for answer in answers:
             assert f"sm_{answer['arch']}" in row and not answer.get("failed")
-            for fault in answer["faults"]:
+            for fault in faults(answer["kernels"]):
                 name, _, what = fault.partition(": ")
                 assert f"`{name}`" in row and what.split()[0] in row, f"{version}: {fault}"
