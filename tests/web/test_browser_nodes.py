@@ -80,7 +80,13 @@ def test_preset_enabled_and_status_are_all_that_is_shown(graph, kind):
 
 
 def test_an_empty_list_of_patterns_shows_nothing(graph):
-    graph.evaluate("() => { window.node = make('AdaSpaLoadPattern') }")
+    # other tests may have saved patterns
+    graph.evaluate(
+        """() => { const { nodeData } = LiteGraph.registered_node_types.AdaSpaLoadPattern;
+            nodeData.input.required.file[1].options = [];
+            nodeData.inputs.file.options = [];
+            window.node = make("AdaSpaLoadPattern"); }"""
+    )
     assert graph.evaluate("() => widget(node, 'file').options.values") == []
     assert graph.evaluate("() => widget(node, 'file').value") == ""
     if not graph.vue:
