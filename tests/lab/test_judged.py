@@ -101,3 +101,29 @@ def test_what_does_not_hold_on_the_judges_is_no_default(claim):
     assert all(getattr(PRESETS[preset], field) == value for preset in claim.presets)
     said = [row["verdict"] for row in JUDGED["rows"] if row["claim"] == claim.text]
     assert said and "fails" not in said
+
+
+def test_the_first_step_judged_on_a_cpu_is_that_of_its_videos():
+    told = json.loads((judged.RESULTS / "first_step_judged_cpu.json").read_text())
+    (row,) = told["rows"]
+    mine, base = (
+        {
+            model: {
+                column: [
+                    v[column] for v in told["videos"] if (v["model"], v["rule"]) == (model, rule)
+                ]
+                for column in ("psnr", "perceptual")
+            }
+            for model in judged.SPLIT[1]
+        }
+        for rule in (row["rule"], row["base"])
+    )
+    found = judged.side(mine, base, judged.SPLIT[1])
+    assert found == row["judging"] | {
+        "perceptual": pytest.approx(row["judging"]["perceptual"], abs=1e-4)
+    }
+    assert judged.verdict(found) == row["verdict"]
+    page = (LAB / "README.md").read_text(encoding="utf-8")
+    assert (
+        f"{found['gain_db']:+.2f} ± {found['stderr']:.2f} dB ({found['wins']} of 16 videos" in page
+    )
