@@ -114,7 +114,13 @@ def _end(sampling: Sampling, handle: RunHandle, node_id, out, sigmas, clock) -> 
             run.stop()
             tell_the_end(node_id, statistics, max(run.step, 0))
             return
-        pattern_requests.end(run, guider.model_patcher, handle)
+        try:
+            pattern_requests.end(run, guider.model_patcher, handle)
+        except Exception as error:
+            # the video is whole, and what is known of it is told all the same
+            go_on_without_us(error)
+            statistics.warn(f"an error in AdaSpa after the last step, {error!r}")
+            statistics.finished = True
         statistics.results.append(fingerprint(out))
         if sampling.denoised is not None:
             # as the sampler's second output has it

@@ -69,7 +69,7 @@ def _with(model, socket: RunHandle | None, key: str, request):
 
 
 def end(run, patcher, handle: RunHandle) -> None:
-    """End a run, and keep and save its pattern where that was asked for. Raises nothing."""
+    """End a run, and keep and save its pattern where that was asked for."""
     request = patcher.get_attachment(SAVE)
     saves = request is not None and request.begin(status.prompt_id())
     kept = run.end(keep_pattern=handle.keeps_pattern or saves)

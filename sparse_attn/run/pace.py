@@ -59,8 +59,8 @@ class Pace:
     Args:
         verdicts: by shape of a call and settings.
         dense_calls: seconds of a dense call by shape.
-        dense_steps: seconds of a dense step and of the attention in it (None where it was not
-            ours), by what is sampled.
+        dense_steps: seconds of the fastest dense step and of the attention in it (None while ours
+            ran none), by what is sampled.
         off: seconds of the latest run with AdaSpa off, by what is sampled and its noise levels.
     """
 
@@ -96,9 +96,14 @@ class Pace:
         """Note a dense step of the whole model; the first one of a run also pays for what is set up."""
         dense = statistics.timing.dense
         steps = sum(kind is StepKind.DENSE for kind, _ in statistics.steps)
-        known = self.dense_steps.get(work)
-        if work is not None and (known is None or took < known[0]):
-            self.dense_steps[work] = took, sum(dense) / steps if dense else None
+        attention = sum(dense) / steps if dense else None
+        known, its_attention = self.dense_steps.get(work, (float("inf"), None))
+        if took >= known:
+            attention = attention if its_attention is None else its_attention
+        elif attention is None:
+            attention = its_attention
+        if work is not None:
+            self.dense_steps[work] = min(took, known), attention
 
     def expect(self, work: Hashable, steps: int, skipped: float | None) -> list[Sentence]:
         """About how long `steps` steps take, where a dense one is known.

@@ -114,6 +114,31 @@ def test_an_error_inside_an_attention_call_leaves_the_rest_to_the_host(load, wat
     assert_same_video(sample(model), sample(sparse(load("hunyuan"))[0]))
 
 
+@pytest.mark.parametrize("where", ["leave_step", "as_pattern"])
+def test_an_error_after_the_last_step_is_told_beside_the_verdict(load, watched, monkeypatch, where):
+    from sparse_attn.host import install, status
+
+    def fails(*args, **kwargs):
+        raise RuntimeError("too late")
+
+    told = []
+    monkeypatch.setattr(status.log, "disabled", True)
+    monkeypatch.setattr(install, "tell_the_end", lambda *args: told.append(args))
+    model, handle = sparse(load("wan_h64"), search_points=(0.5,))
+    handle.keeps_pattern = True
+
+    def callback(step, denoised, x, total):
+        if step == total - 1:
+            monkeypatch.setattr(watched.runs[-1].layers, where, fails)
+
+    video = sample(model, callback=callback)
+    assert torch.equal(video, sample(sparse(load("wan_h64"), search_points=(0.5,))[0]))
+    assert_nothing_stays(watched, handle)
+    run = handle.latest()
+    assert run.finished and len(told) == 2 and len(run.results) == 2
+    assert run.warnings == ["an error in AdaSpa after the last step, RuntimeError('too late')"]
+
+
 def test_finished_run_leaves_nothing(load, watched):
     model, handle = sparse(load("wan_h64"), search_points=(0.5,), cache="cpu")
     sample(model)

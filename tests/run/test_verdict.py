@@ -115,6 +115,12 @@ def test_seconds_are_told_beforehand_once_a_dense_step_is_known():
     assert pace.expect("work", 20, 0.5) == ["About 50 s in all; about 80 s without AdaSpa."]
     assert pace.expect("work", 20, 0.0) == ["About 80 s without AdaSpa."]
     assert pace.expect("other work", 20, 0.5) == []
+    # a step whose attention was another's is timed as a whole, before or after such a one
+    other = RunStatistics(AdaSpaConfig(), schedule("D"), steps=[(StepKind.DENSE, 3.5)])
+    for work, runs in (("work", [(3.5, other)]), ("later", [(3.5, other), (4.0, run)])):
+        for took, timed in runs:
+            pace.note_dense_step(work, took, timed)
+        assert pace.dense_steps[work] == (3.5, 3.0)
 
 
 def test_a_sentence_is_its_english_and_travels_with_its_code():
