@@ -20,6 +20,7 @@ from tests.host.host_fixtures import (
     load,  # noqa: F401
     loaded_models,  # noqa: F401
     model_paths,  # noqa: F401
+    pace,  # noqa: F401
 )
 
 pytest_plugins = ["tests.tools.long_tests"]

@@ -66,7 +66,18 @@ def loaded_models():
 
 
 @pytest.fixture
-def load(loaded_models, model_paths):
+def pace(comfyui, monkeypatch):
+    """What a process that has just started knows of speed: no test tells another what it measured."""
+    from sparse_attn.host import timing
+    from sparse_attn.run.pace import Pace
+
+    fresh = Pace()
+    monkeypatch.setattr(timing, "PACE", fresh)
+    return fresh
+
+
+@pytest.fixture
+def load(loaded_models, model_paths, pace):
     """load(name) -> a fresh clone of a tiny model's ModelPatcher; the weights are shared."""
     import comfy.sd
 

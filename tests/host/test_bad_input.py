@@ -40,8 +40,8 @@ def test_values_out_of_range_are_refused(fields, words):
 
 
 def test_text_that_is_no_list_of_numbers_is_refused():
-    with pytest.raises(ValueError, match=r"`search_points` must be numbers .* got '0\.3; 0\.6'"):
-        parse_numbers("0.3; 0.6", float, "search_points")
+    with pytest.raises(ValueError, match=r"`search_points` must be numbers .* got '0\.3 0\.6'"):
+        parse_numbers("0.3 0.6", float, "search_points")
     with pytest.raises(ValueError, match=r"Example: 0, 1, -1"):
         parse_numbers("first", int, "dense_layers")
     assert parse_numbers(" 0.3, 0.6 ,", float, "search_points") == (0.3, 0.6)

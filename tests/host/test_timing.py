@@ -9,17 +9,6 @@ from tests.host.host_fixtures import calls, sample, sparse
 pytestmark = pytest.mark.any_comfyui
 
 
-@pytest.fixture
-def pace(comfyui, monkeypatch):
-    """What a process that has just started knows."""
-    from sparse_attn.host import timing
-    from sparse_attn.run.pace import Pace
-
-    fresh = Pace()
-    monkeypatch.setattr(timing, "PACE", fresh)
-    return fresh
-
-
 def test_a_run_with_adaspa_off_is_timed_and_left_alone(load, pace):
     model, handle = sparse(load("wan_h64"), enabled=False)
     assert torch.equal(sample(model), sample(load("wan_h64")))
