@@ -1,6 +1,7 @@
 """Two experts: shared settings, one report, and the first's pattern in the second."""
 
 import inspect
+import re
 
 import pytest
 import torch
@@ -107,7 +108,8 @@ def test_the_report_of_either_run_is_on_one_socket(pair, load, nodes):
     text = node.execute({"samples": out}, 0, 0, handle).args[2]
     high_noise, low_noise = (run.lines() for run in handle.runs)
     assert text.split("\n") == high_noise + low_noise
-    assert text.startswith("High noise: Sampling took ")
+    # on so small a video it may have been slower
+    assert re.match(r"High noise: (Slower: s|S)ampling took ", text)
     assert (
         "\n288 tokens, steps 1 search, 2 sparse" in text and "\n288 tokens, steps 3 search" in text
     )
