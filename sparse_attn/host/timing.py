@@ -84,9 +84,11 @@ def _told_apart(made) -> Hashable:
     """What tells a function, an object of a node, or several, from others."""
     if isinstance(made, bool | int | float | str):
         return made
-    if isinstance(made, list | tuple | dict):
-        parts = sorted(made.items(), key=str) if isinstance(made, dict) else made
-        return tuple(map(_told_apart, parts))
+    if isinstance(made, dict):
+        # by names alone: to print a tensor waits for the GPU
+        made = sorted(made.items(), key=lambda part: str(part[0]))
+    if isinstance(made, list | tuple):
+        return tuple(map(_told_apart, made))
     if (name := getattr(made, "__qualname__", None)) is not None:
         return name
     public = {name: x for name, x in getattr(made, "__dict__", {}).items() if name[0] != "_"}

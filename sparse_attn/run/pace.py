@@ -7,7 +7,6 @@ from statistics import median
 import torch
 
 from ..config import AdaSpaConfig
-from ..schedule import StepKind
 from ..sentences import Sentence
 from .report import seconds
 from .timer import Timing, shape_of
@@ -92,18 +91,19 @@ class Pace:
                 found[shape] = known
         return found
 
-    def note_dense_step(self, work: Hashable, took: float, statistics) -> None:
-        """Note a dense step of the whole model; the first one of a run also pays for what is set up."""
-        dense = statistics.timing.dense
-        steps = sum(kind is StepKind.DENSE for kind, _ in statistics.steps)
-        attention = sum(dense) / steps if dense else None
+    def note_dense_step(self, work: Hashable, took: float, attention: float | None) -> None:
+        """Note a dense step of the whole model; the first one of a run also pays for what is set up.
+
+        Args:
+            took: its seconds. attention: those of the attention in it, None where it was not ours.
+        """
+        if work is None:
+            return
         known, its_attention = self.dense_steps.get(work, (float("inf"), None))
+        first, second = attention, its_attention
         if took >= known:
-            attention = attention if its_attention is None else its_attention
-        elif attention is None:
-            attention = its_attention
-        if work is not None:
-            self.dense_steps[work] = min(took, known), attention
+            first, second = second, first
+        self.dense_steps[work] = min(took, known), second if first is None else first
 
     def expect(self, work: Hashable, steps: int, skipped: float | None) -> list[Sentence]:
         """About how long `steps` steps take, where a dense one is known.

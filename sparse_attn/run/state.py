@@ -84,6 +84,8 @@ class RunState:
         self.steps = StepCounter(schedule.sigmas)
         self._dense_layers: dict[int, frozenset[int]] = {}
         self._attended: set[int] = set()
+        # seconds of dense calls in the steps before this one
+        self._dense_before = 0.0
         self.step = -1
         # why the rest of the run is dense, or an empty string
         self.given_up = ""
@@ -186,8 +188,9 @@ class RunState:
             kind = self.schedule.kind(step) if ours else StepKind.DENSE
             self.statistics.steps.append((kind, took))
             if kind is StepKind.DENSE:
-                self.pace.note_dense_step(self.work, took, self.statistics)
-        self._step_began = now
+                attention = sum(self.statistics.timing.dense) - self._dense_before
+                self.pace.note_dense_step(self.work, took, attention if ours else None)
+        self._step_began, self._dense_before = now, sum(self.statistics.timing.dense)
         self._judge(step + 1)
 
     def _begin_dense(self, call: Call) -> None:

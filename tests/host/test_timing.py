@@ -123,3 +123,14 @@ def test_settings_and_verdicts_are_written_into_metadata(load, pace):
     other.node, other.metadata = "8", metadata
     sample(model)
     assert [record["node"] for record in metadata["adaspa"]] == ["7", "8"]
+
+
+def test_what_another_node_keeps_on_the_model_is_not_printed(load, pace):
+    class Large:
+        def __repr__(self):
+            raise AssertionError("printed")
+
+    model, handle = sparse(load("wan_h64"), warmup=0.25)
+    model.model_options["transformer_options"]["another_node"] = {"grid": Large(), "mask": Large()}
+    sample(model)
+    assert handle.latest().patterns and pace.dense_steps

@@ -185,6 +185,23 @@ def test_a_step_that_was_declined_tells_what_a_dense_one_takes(monkeypatch):
     assert run.statistics.seconds_dense() == 15.0
 
 
+def test_a_declined_step_thins_no_attention_that_was_timed(monkeypatch):
+    run = Run("DDDS")
+    run.state.pace, run.state.work = Pace(), "work"
+    clock = SimpleNamespace(now=100.0)
+    clock.perf_counter = lambda: clock.now
+    monkeypatch.setattr(run_state, "time", clock)
+    for step, took in enumerate((5.0, 9.0, 4.0)):
+        run.state.enter_step(step)
+        if step != 1:
+            run.attend(step)
+            run.statistics.timing.dense.append(took - 1)
+        clock.now += took
+    run.state.enter_step(3)
+    took, attention = run.state.pace.dense_steps["work"]
+    assert took == 4.0 and attention == pytest.approx(3.0, abs=0.3)
+
+
 def test_without_a_backend_every_call_runs_on_the_host():
     run = Run("DSs")
     run.state.backends.of = lambda q, k, v: (None, "no backend")

@@ -7,7 +7,6 @@ from sparse_attn.config import AdaSpaConfig
 from sparse_attn.run.pace import Pace
 from sparse_attn.run.statistics import Pattern, RunStatistics
 from sparse_attn.run.timer import Timing
-from sparse_attn.schedule import StepKind
 from sparse_attn.sentences import ENGLISH, Sentence, told
 from tests.run.fakes import schedule
 
@@ -106,20 +105,17 @@ def test_a_run_that_was_stopped_or_off_says_only_that():
 def test_seconds_are_told_beforehand_once_a_dense_step_is_known():
     pace = Pace()
     assert pace.expect("work", 20, 0.5) == []
-    run = a_run()
-    run.steps = [(StepKind.DENSE, 5.0), (StepKind.DENSE, 4.0)]
-    for _, took in run.steps:
-        pace.note_dense_step("work", took, run)
+    for took in (5.0, 4.0):
+        pace.note_dense_step("work", took, took - 1.0)
     # 4 s a step, of which 3 s are attention
     assert pace.dense_steps["work"] == (4.0, 3.0)
     assert pace.expect("work", 20, 0.5) == ["About 50 s in all; about 80 s without AdaSpa."]
     assert pace.expect("work", 20, 0.0) == ["About 80 s without AdaSpa."]
     assert pace.expect("other work", 20, 0.5) == []
     # a step whose attention was another's is timed as a whole, before or after such a one
-    other = RunStatistics(AdaSpaConfig(), schedule("D"), steps=[(StepKind.DENSE, 3.5)])
-    for work, runs in (("work", [(3.5, other)]), ("later", [(3.5, other), (4.0, run)])):
-        for took, timed in runs:
-            pace.note_dense_step(work, took, timed)
+    for work, steps in (("work", [(3.5, None)]), ("later", [(3.5, None), (4.0, 3.0)])):
+        for took, attention in steps:
+            pace.note_dense_step(work, took, attention)
         assert pace.dense_steps[work] == (3.5, 3.0)
 
 
